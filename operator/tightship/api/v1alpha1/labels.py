@@ -1,0 +1,58 @@
+"""Names that more than one part must spell the same way: the API group, labels, annotations, field managers.
+
+Nothing outside this module writes one of these strings out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+GROUP: Final = "tightship.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+
+FIELD_MANAGER: Final = "tightship"
+STATUS_FIELD_MANAGER: Final = "tightship-status"
+PROFILER_FIELD_MANAGER: Final = "tightship-profiler"
+
+NAME: Final = "app.kubernetes.io/name"
+INSTANCE: Final = "app.kubernetes.io/instance"
+COMPONENT: Final = "app.kubernetes.io/component"
+PART_OF: Final = "app.kubernetes.io/part-of"
+MANAGED_BY: Final = "app.kubernetes.io/managed-by"
+SERVICE: Final = f"{GROUP}/service"
+SERVICE_NAMESPACE: Final = f"{GROUP}/service-namespace"
+PACK: Final = f"{GROUP}/pack"
+PROFILE: Final = f"{GROUP}/profile"
+PROFILE_KEY: Final = f"{GROUP}/profile-key"
+
+PRODUCT: Final = "tightship"
+PART_OF_SELECTOR: Final = f"{PART_OF}={PRODUCT}"
+
+COMPONENT_REPLICA: Final = "replica"
+COMPONENT_HOLDER: Final = "holder"
+COMPONENT_PROFILER: Final = "profiler"
+COMPONENT_SERVICE: Final = "service"
+
+ANNOTATION_GPU: Final = f"{GROUP}/gpu"
+ANNOTATION_MPS: Final = f"{GROUP}/mps"
+
+NODE_GPU_PRODUCT: Final = "nvidia.com/gpu.product"
+NODE_GPU_MEMORY: Final = "nvidia.com/gpu.memory"
+NODE_GPU_COUNT: Final = "nvidia.com/gpu.count"
+NODE_GPU_SHARING: Final = "nvidia.com/gpu.sharing-strategy"
+NODE_MIG_STRATEGY: Final = "nvidia.com/mig.strategy"
+GPU_RESOURCE: Final = "nvidia.com/gpu"
+
+
+def common(instance: str, component: str, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The labels that every object made by Tightship carries, with `extra` added."""
+    return {
+        NAME: PRODUCT,
+        INSTANCE: instance,
+        COMPONENT: component,
+        PART_OF: PRODUCT,
+        MANAGED_BY: PRODUCT,
+        **(extra or {}),
+    }

@@ -1,0 +1,94 @@
+"""The kinds the operator reads and writes, and where the API serves them.
+
+A table instead of discovery: the operator touches a fixed set of kinds, its RBAC names the same set, and a start that
+needs no discovery is fast and fails for clear reasons. What is optional in a cluster is asked for at the start by
+`Cluster.capabilities`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GROUP = "tightship.dev"
+GROUP_VERSION = "tightship.dev/v1alpha1"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind: its `api_version` ("v1", "apps/v1"), `name`, `plural` in paths, and whether it lives in namespaces."""
+
+    api_version: str
+    name: str
+    plural: str
+    namespaced: bool = True
+
+    @property
+    def group(self) -> str:
+        """The API group; "" for the core group."""
+        return self.api_version.rpartition("/")[0]
+
+    @property
+    def version(self) -> str:
+        """The version inside the group."""
+        return self.api_version.rpartition("/")[2]
+
+    def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
+        """The request path of a collection (no `name`), an object, or its subresource."""
+        root = "/apis/" if "/" in self.api_version else "/api/"
+        parts = [root + self.api_version]
+        if self.namespaced and namespace:
+            parts += ["namespaces", namespace]
+        parts.append(self.plural)
+        parts += [part for part in (name, subresource) if part]
+        return "/".join(parts)
+
+
+_TABLE = (
+    Kind(GROUP_VERSION, "LLMService", "llmservices"),
+    Kind(GROUP_VERSION, "BatchProfile", "batchprofiles"),
+    Kind(GROUP_VERSION, "GPUPack", "gpupacks", namespaced=False),
+    Kind("v1", "Node", "nodes", namespaced=False),
+    Kind("v1", "Namespace", "namespaces", namespaced=False),
+    Kind("v1", "Pod", "pods"),
+    Kind("v1", "Service", "services"),
+    Kind("v1", "ServiceAccount", "serviceaccounts"),
+    Kind("v1", "ConfigMap", "configmaps"),
+    Kind("v1", "Secret", "secrets"),
+    Kind("v1", "PersistentVolumeClaim", "persistentvolumeclaims"),
+    Kind("v1", "Event", "events"),
+    Kind("apps/v1", "StatefulSet", "statefulsets"),
+    Kind("batch/v1", "Job", "jobs"),
+    Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
+    Kind("rbac.authorization.k8s.io/v1", "Role", "roles"),
+    Kind("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings"),
+    Kind("coordination.k8s.io/v1", "Lease", "leases"),
+    Kind("discovery.k8s.io/v1", "EndpointSlice", "endpointslices"),
+)
+
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _TABLE}
+
+#: The kinds kept in the watch cache. Of the busy ones only objects that carry our part-of label are watched.
+WATCHED_OWN = ("LLMService", "BatchProfile", "GPUPack")
+WATCHED_BY_LABEL = ("Pod", "StatefulSet", "Job", "Service")
+WATCHED = (*WATCHED_OWN, "Node", *WATCHED_BY_LABEL)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Names one object. `namespace` is "" for cluster-scoped kinds."""
+
+    kind: str
+    namespace: str
+    name: str
+
+    @classmethod
+    def of(cls, obj: Mapping[str, Any]) -> Ref:
+        """The reference of an object; its kind must be in the table."""
+        metadata = obj["metadata"]
+        kind = KINDS[obj["kind"]]
+        return cls(kind.name, metadata.get("namespace", "") if kind.namespaced else "", metadata["name"])
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}" if self.namespace else f"{self.kind} {self.name}"

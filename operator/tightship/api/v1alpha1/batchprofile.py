@@ -1,0 +1,339 @@
+"""BatchProfile: what was measured for one (model, engine, GPU product, workload).
+
+It keeps the curve, never the choice. `spec.key` says what was measured and never changes; `spec.measurement` says how to measure and
+comes from whoever created the profile; `status` is shared between two writers: the profiler owns what it measured, the operator owns
+`observedGeneration`, `phase`, `attempt`, `job` and the conditions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.common import (
+    RESERVE_PATTERN,
+    Conditions,
+    Decimal,
+    Duration,
+    Metadata,
+    Model,
+    Quantity,
+    Text,
+    list_map,
+)
+from tightship.api.v1alpha1.spec import AcceleratorSpec, ModelCache, Objective, Statistic, Workload
+from tightship.api.v1alpha1.template import EnvVar, PodTemplate, Resources
+
+KIND = "BatchProfile"
+PLURAL = "batchprofiles"
+
+LONG_TEXT = 8192
+
+
+class KeyModel(Model):
+    """The model that was measured."""
+
+    source: Annotated[Text, Field(description="hf://ORGANISATION/NAME or pvc://CLAIM/PATH.")]
+    revision: Annotated[Text | None, Field(description="Revision asked for.")] = None
+
+
+class KeyEngine(Model):
+    """The engine that was measured."""
+
+    image: Annotated[Text, Field(description="Image of the engine.")]
+    args: Annotated[list[Text], Field(max_length=64, description="The user's vLLM arguments.")] = Field(
+        default_factory=list
+    )
+    max_model_len: Annotated[int | None, Field(description="Longest context, in tokens.")] = None
+    env: Annotated[list[EnvVar], Field(max_length=64, description="The engine's environment.")] = Field(
+        default_factory=list
+    )
+    env_from: Annotated[
+        list[Text], Field(max_length=16, description="Names of the sources in envFrom; never what is in them.")
+    ] = Field(default_factory=list)
+
+
+class ProfileKey(Model):
+    """All that a measurement depends on. No objective is in it: a changed objective costs no GPU time."""
+
+    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the rest of the key.")]
+    model: Annotated[KeyModel, Field(description="The model.")]
+    engine: Annotated[KeyEngine, Field(description="The engine.")]
+    accelerator: Annotated[AcceleratorSpec, Field(description="What it ran on.")]
+    workload: Annotated[Workload, Field(description="The requests.")]
+    resources: Annotated[Resources, Field(description="CPU and memory of the engine's container.")] = Field(
+        default_factory=Resources
+    )
+
+    @classmethod
+    def of(cls, **parts: Any) -> ProfileKey:
+        """The key made of `model`, `engine`, `accelerator`, `workload` and `resources`, with its hash worked out."""
+        unhashed = cls.model_construct(hash="", **parts)
+        content = json.dumps(unhashed.to_dict() | {"hash": None}, sort_keys=True, separators=(",", ":"))
+        return cls(hash=hashlib.sha256(content.encode()).hexdigest(), **parts)
+
+
+class Measurement(Model):
+    """How to measure. Outside the key: it comes from the service that created the profile, and later services use what is there."""
+
+    budget: Annotated[Duration, Field(description="Time from the first healthy engine.")] = "20m"
+    objectives: Annotated[
+        list[Objective],
+        Field(
+            max_length=2,
+            description="Objectives that place the confirmation run.",
+            json_schema_extra=list_map("metric"),
+        ),
+    ] = Field(default_factory=list)
+    efficiency_floor: Annotated[Decimal, Field(description="Efficiency floor that places the confirmation run.")] = (
+        "0.1"
+    )
+    memory_reserve: Annotated[
+        str, Field(max_length=32, pattern=RESERVE_PATTERN, description="Memory left free: a percentage or a quantity.")
+    ] = "5%"
+    cache: Annotated[ModelCache | None, Field(description="Where files fetched from a hub are kept.")] = None
+    template: Annotated[PodTemplate, Field(description="What the Job's pod gets besides.")] = Field(
+        default_factory=PodTemplate
+    )
+    rerun: Annotated[str | None, Field(max_length=128, description="Any new text measures again.")] = None
+
+
+class Latency(Model):
+    """Statistics of one latency; any subset."""
+
+    mean: Annotated[Duration | None, Field(description="Mean.")] = None
+    p50: Annotated[Duration | None, Field(description="Median.")] = None
+    p90: Annotated[Duration | None, Field(description="90th percentile.")] = None
+    p95: Annotated[Duration | None, Field(description="95th percentile.")] = None
+    p99: Annotated[Duration | None, Field(description="99th percentile.")] = None
+
+
+class Point(Model):
+    """What was measured at one batch."""
+
+    batch: Annotated[int, Field(ge=1, le=1_000_000, description="Requests in flight.")]
+    running_mean: Annotated[Decimal | None, Field(description="Mean number of requests the engine ran at once.")] = None
+    requests_per_second: Annotated[Decimal | None, Field(description="Requests finished per second.")] = None
+    output_tokens_per_second: Annotated[Decimal | None, Field(description="Tokens generated per second.")] = None
+    total_tokens_per_second: Annotated[
+        Decimal | None, Field(description="Prompt and generated tokens per second: T(B).")
+    ] = None
+    inter_token_latency: Annotated[Latency | None, Field(description="Time between tokens, weighed by tokens.")] = None
+    time_to_first_token: Annotated[Latency | None, Field(description="Time to the first token, without queueing.")] = (
+        None
+    )
+    kv_cache_tokens_peak: Annotated[int | None, Field(ge=0, description="Most tokens held in the KV cache.")] = None
+    requests: Annotated[int | None, Field(ge=0, description="Requests finished while measuring.")] = None
+    preemptions: Annotated[int | None, Field(ge=0, description="Requests preempted for want of KV cache.")] = None
+    gpu_utilization: Annotated[Decimal | None, Field(description="NVML utilization.gpu, 0 to 1.")] = None
+    memory_utilization: Annotated[Decimal | None, Field(description="NVML utilization.memory, 0 to 1.")] = None
+    window: Annotated[Duration | None, Field(description="Length of the measured window.")] = None
+    half_width: Annotated[Decimal | None, Field(description="Half-width of T's 95 % interval, relative.")] = None
+    unresolved: Annotated[
+        list[Statistic],
+        Field(
+            max_length=5,
+            description="Statistics with too few engine steps behind them.",
+            json_schema_extra={"x-kubernetes-list-type": "set"},
+        ),
+    ] = Field(default_factory=list)
+
+
+class ProfileGPU(Model):
+    """What the engine ran on."""
+
+    product: Annotated[Text | None, Field(description="Product, as the driver names it.")] = None
+    memory: Annotated[Quantity | None, Field(description="Its memory.")] = None
+    uuid: Annotated[Text | None, Field(description="UUID of the GPU measured on.")] = None
+    driver: Annotated[Text | None, Field(description="Driver version.")] = None
+
+
+class ProfileEngine(Model):
+    """What the engine said of itself; replicas are started with the same settings."""
+
+    version: Annotated[Text | None, Field(description="Engine version.")] = None
+    model_commit: Annotated[Text | None, Field(description="Commit that the revision resolved to.")] = None
+    block_size: Annotated[int | None, Field(description="Tokens per block of KV cache.")] = None
+    kv_cache_tokens: Annotated[int | None, Field(description="KV cache of the sweep's engine, in tokens.")] = None
+    max_num_seqs: Annotated[int | None, Field(description="Batch of the sweep's engine.")] = None
+    max_model_len: Annotated[int | None, Field(description="Longest context the engine accepts, in tokens.")] = None
+    max_num_batched_tokens: Annotated[int | None, Field(description="Token budget of one engine step.")] = None
+    capture_sizes: Annotated[
+        list[int],
+        Field(
+            max_length=512,
+            description="Batch sizes with a CUDA graph.",
+            json_schema_extra={"x-kubernetes-list-type": "atomic"},
+        ),
+    ] = Field(default_factory=list)
+
+
+class Progress(Model):
+    """How far the measurement is."""
+
+    stage: Annotated[Literal["Starting", "Sweeping", "Confirming", "Done"], Field(description="What is being done.")]
+    batch: Annotated[int | None, Field(description="The batch being measured.")] = None
+    points: Annotated[int, Field(description="Points measured so far.")] = 0
+    elapsed: Annotated[Duration | None, Field(description="Time since the first healthy engine.")] = None
+    message: Annotated[str | None, Field(max_length=1024, description="The same in words.")] = None
+
+
+class ProfileMemory(Model):
+    """The memory ledger: what one replica needs, read from the device while an engine ran as a replica would."""
+
+    confirmed_batch: Annotated[int | None, Field(description="Batch of the confirmation run.")] = None
+    device_total: Annotated[Quantity | None, Field(description="Memory of the device.")] = None
+    block_size: Annotated[int | None, Field(description="Tokens per block of KV cache.")] = None
+    kv_bytes_per_token: Annotated[int | None, Field(description="KV cache bytes per token.")] = None
+    kv_cache_tokens: Annotated[int | None, Field(description="KV cache at the confirmed batch, in tokens.")] = None
+    kv_cache: Annotated[Quantity | None, Field(description="KV cache at the confirmed batch.")] = None
+    replica: Annotated[Quantity | None, Field(description="Device memory of one replica in its worst step.")] = None
+    non_kv: Annotated[Quantity | None, Field(alias="nonKV", description="Of that, all but the KV cache.")] = None
+    context_mean: Annotated[Decimal | None, Field(description="Mean context of a request in flight, in tokens.")] = None
+    context_std: Annotated[Decimal | None, Field(description="Its standard deviation.")] = None
+    basis: Annotated[
+        Literal["Measured", "Assumed"] | None,
+        Field(
+            description="Assumed: lengths were given as means, so their spread is an assumption (coefficient of variation 1)."
+        ),
+    ] = None
+
+
+class Confirmation(Model):
+    """How the confirmation run compares with the sweep at the same batch."""
+
+    batch: Annotated[int, Field(description="The batch.")]
+    total_tokens_per_second: Annotated[Decimal | None, Field(description="T of the confirmation run.")] = None
+    inter_token_latency: Annotated[Latency | None, Field(description="Its time between tokens.")] = None
+    throughput_ratio: Annotated[Decimal | None, Field(description="T here over T in the sweep.")] = None
+    latency_ratio: Annotated[Decimal | None, Field(description="Mean time between tokens here over the sweep's.")] = (
+        None
+    )
+    agrees: Annotated[bool | None, Field(description="Whether both ratios are within their intervals plus 2 %.")] = None
+    message: Annotated[str | None, Field(max_length=1024, description="What disagrees, in words.")] = None
+
+
+class Outcome(Model):
+    """How the measurement ended."""
+
+    state: Annotated[Literal["Completed", "BudgetExceeded", "Failed"], Field(description="How it ended.")]
+    reason: Annotated[
+        Text | None, Field(description="For Failed: EngineFailed, NoPointInBudget or InsufficientMemory.")
+    ] = None
+    message: Annotated[
+        str | None, Field(max_length=LONG_TEXT, description="In words, with the engine's last words.")
+    ] = None
+    rerun: Annotated[Text | None, Field(description="The spec.measurement.rerun this outcome answers.")] = None
+
+
+class Measured(Model):
+    """What a measurement yields; in `status` as measured, in `spec.results` as imported."""
+
+    gpu: Annotated[ProfileGPU | None, Field(description="What the engine ran on.")] = None
+    engine: Annotated[ProfileEngine | None, Field(description="What the engine said of itself.")] = None
+    points: Annotated[
+        list[Point],
+        Field(max_length=256, description="The curve, by batch, in no order.", json_schema_extra=list_map("batch")),
+    ] = Field(default_factory=list)
+    memory: Annotated[ProfileMemory | None, Field(description="The memory ledger.")] = None
+    confirmation: Annotated[Confirmation | None, Field(description="The confirmation run.")] = None
+    gpu_seconds: Annotated[Decimal | None, Field(description="GPU time the measurement took.")] = None
+
+
+class BatchProfileSpec(Model):
+    """What to measure, and how."""
+
+    key: Annotated[
+        ProfileKey,
+        Field(
+            description="What is measured; immutable.",
+            json_schema_extra={
+                "x-kubernetes-validations": [{"rule": "self == oldSelf", "message": "a profile's key is immutable"}]
+            },
+        ),
+    ]
+    measurement: Annotated[Measurement, Field(description="How to measure.")] = Field(default_factory=Measurement)
+    results: Annotated[
+        Measured | None,
+        Field(
+            description="Imported measurements: copied to status, no Job runs. Immutable.",
+            json_schema_extra={
+                "x-kubernetes-validations": [{"rule": "self == oldSelf", "message": "results are immutable"}]
+            },
+        ),
+    ] = None
+
+
+class JobStatus(Model):
+    """The profiling Job."""
+
+    name: Annotated[Text, Field(description="The Job.")]
+    attempt: Annotated[int, Field(description="Which attempt it is; lost pods start another.")]
+
+
+class BatchProfileStatus(Measured):
+    """What was measured, and how the measurement goes."""
+
+    observed_generation: Annotated[
+        int | None, Field(description="The metadata.generation the conditions were computed from.")
+    ] = None
+    phase: Annotated[Text | None, Field(description="One word for people; programs read the conditions.")] = None
+    job: Annotated[JobStatus | None, Field(description="The profiling Job.")] = None
+    image_id: Annotated[
+        Text | None, Field(alias="imageID", description="The engine image's digest, as the node pulled it.")
+    ] = None
+    progress: Annotated[Progress | None, Field(description="How far the measurement is.")] = None
+    outcome: Annotated[Outcome | None, Field(description="How the measurement ended.")] = None
+    conditions: Conditions = Field(default_factory=list)
+
+
+class BatchProfile(Model):
+    """What was measured for one (model, engine, GPU product, workload)."""
+
+    api_version: Literal["tightship.dev/v1alpha1"] = labels.API_VERSION  # type: ignore[assignment]
+    kind: Literal["BatchProfile"] = KIND  # type: ignore[assignment]
+    metadata: Metadata = Field(default_factory=Metadata)
+    spec: BatchProfileSpec
+    status: BatchProfileStatus = Field(default_factory=BatchProfileStatus)
+
+
+CRD: dict[str, Any] = {
+    "plural": PLURAL,
+    "singular": "batchprofile",
+    "short": ["bprof"],
+    "categories": ["tightship"],
+    "scope": "Namespaced",
+    "model": BatchProfile,
+    "description": "A BatchProfile is what was measured for one (model, engine, GPU product, workload).",
+    "spec_validations": [
+        {
+            "rule": "has(self.results) == has(oldSelf.results)",
+            "message": "results are given when a profile is created, or never",
+        }
+    ],
+    "columns": [
+        {"name": "Model", "type": "string", "jsonPath": ".spec.key.model.source"},
+        {"name": "GPU", "type": "string", "jsonPath": ".spec.key.accelerator.product"},
+        {"name": "Points", "type": "integer", "jsonPath": ".status.progress.points"},
+        {"name": "Complete", "type": "string", "jsonPath": '.status.conditions[?(@.type=="Complete")].status'},
+        {"name": "GPU-Seconds", "type": "string", "jsonPath": ".status.gpuSeconds"},
+        {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
+        {
+            "name": "Reason",
+            "type": "string",
+            "jsonPath": '.status.conditions[?(@.type=="Ready")].reason',
+            "priority": 1,
+        },
+        {
+            "name": "Message",
+            "type": "string",
+            "jsonPath": '.status.conditions[?(@.type=="Ready")].message',
+            "priority": 1,
+        },
+    ],
+}
+"""What the generated CustomResourceDefinition needs beyond the schema."""

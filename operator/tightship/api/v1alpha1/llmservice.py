@@ -1,0 +1,231 @@
+"""LLMService: one model, served by N packed replicas behind one Service. Written by users; status by the operator."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.common import (
+    RESERVE_PATTERN,
+    Conditions,
+    Decimal,
+    Duration,
+    Metadata,
+    Model,
+    Name,
+    Quantity,
+    Text,
+    list_map,
+)
+from tightship.api.v1alpha1.spec import ACCELERATOR_RULES, SLO, AcceleratorSpec, EngineSpec, ModelSpec, Workload
+from tightship.api.v1alpha1.template import PodTemplate
+
+KIND = "LLMService"
+PLURAL = "llmservices"
+MAX_NAME_LENGTH = 40
+"""StatefulSets add a hyphen and eight characters, and their pods' labels must stay below 63."""
+
+
+class AdvisorSpec(Model):
+    """How the batch is chosen."""
+
+    efficiency_floor: Annotated[
+        Decimal,
+        Field(description="Least T(B) / (B T(1)): past it more batch buys almost nothing and only holds memory."),
+    ] = "0.1"
+
+
+class ProfilingSpec(Model):
+    """How the model is measured."""
+
+    budget: Annotated[
+        Duration,
+        Field(
+            description="Time the measurement may take, from the first healthy engine (image pull and download don't count)."
+        ),
+    ] = "20m"
+    rerun: Annotated[str | None, Field(max_length=128, description="Any new text measures again, on purpose.")] = None
+
+
+class PackingSpec(Model):
+    """How replicas share a GPU."""
+
+    mode: Annotated[
+        Literal["Auto", "Reservation"],
+        Field(
+            description="Reservation: a holder pod takes the GPU and runs MPS. Auto chooses what the cluster offers."
+        ),
+    ] = "Auto"
+    max_replicas_per_gpu: Annotated[
+        int, Field(alias="maxReplicasPerGPU", ge=1, le=48, description="Most replicas of this service on one GPU.")
+    ] = 8
+    minimum_gain: Annotated[
+        Decimal, Field(description="Packing is kept only where it gives this many times one replica's best throughput.")
+    ] = "1.05"
+    memory_reserve: Annotated[
+        str,
+        Field(
+            max_length=32,
+            pattern=RESERVE_PATTERN,
+            description="Memory of the GPU left free: a percentage or a quantity.",
+        ),
+    ] = "5%"
+
+
+class ProfileRef(Model):
+    """A profile to use, by name."""
+
+    name: Annotated[Name, Field(description="A BatchProfile of this namespace; its key must be this service's.")]
+
+
+class LLMServiceSpec(Model):
+    """What the user asks for."""
+
+    model: Annotated[ModelSpec, Field(description="Which model to serve.")]
+    engine: Annotated[EngineSpec, Field(description="Which engine serves it.")]
+    accelerator: Annotated[AcceleratorSpec, Field(description="What it runs on.", json_schema_extra=ACCELERATOR_RULES)]
+    workload: Annotated[Workload, Field(description="The requests it will see.")]
+    slo: Annotated[
+        SLO,
+        Field(description="The latency that must hold. Without objectives only the efficiency floor limits the batch."),
+    ] = Field(default_factory=SLO)
+    advisor: Annotated[AdvisorSpec, Field(description="How the batch is chosen.")] = Field(default_factory=AdvisorSpec)
+    profiling: Annotated[ProfilingSpec, Field(description="How the model is measured.")] = Field(
+        default_factory=ProfilingSpec
+    )
+    profile_ref: Annotated[
+        ProfileRef | None, Field(description="A profile to use instead of the one found by key; its key must match.")
+    ] = None
+    packing: Annotated[PackingSpec, Field(description="How replicas share a GPU.")] = Field(default_factory=PackingSpec)
+    replicas: Annotated[
+        int, Field(ge=0, le=1000, description="How many replicas in all; `kubectl scale` writes it.")
+    ] = 1
+    auto_apply: Annotated[
+        bool, Field(description="false stops at the recommendation: nothing is packed until it is true.")
+    ] = True
+    template: Annotated[
+        PodTemplate, Field(description="What the profiling Job's and the replicas' pods get besides.")
+    ] = Field(default_factory=PodTemplate)
+
+
+class Recommendation(Model):
+    """What the advisor decided, and why."""
+
+    batch: Annotated[int, Field(description="Largest batch worth running: vLLM's max_num_seqs.")]
+    kv_cache: Annotated[Quantity | None, Field(description="KV cache of one replica.")] = None
+    memory_per_replica: Annotated[
+        Quantity | None, Field(description="GPU memory of one replica, KV cache included.")
+    ] = None
+    replicas_per_gpu: Annotated[int, Field(alias="replicasPerGPU", description="Replicas on one GPU.")] = 1
+    expected_gain: Annotated[
+        Decimal | None,
+        Field(description="Throughput of one packed GPU over the best of one replica that meets the SLO."),
+    ] = None
+    basis: Annotated[
+        Literal["Measured", "Estimated"], Field(description="Whether the packing was measured or predicted.")
+    ]
+    binding_limit: Annotated[
+        Literal["SLO", "Efficiency", "Memory", "Sweep"], Field(description="What kept the batch from being larger.")
+    ]
+    profile: Annotated[Text, Field(description="The BatchProfile it rests on.")]
+
+
+class PackStatus(Model):
+    """This service's part of one GPUPack."""
+
+    name: Annotated[Text, Field(description="The GPUPack.")]
+    node: Annotated[Text | None, Field(description="Its node.")] = None
+    gpu: Annotated[Text | None, Field(description="Its GPU's UUID.")] = None
+    replicas: Annotated[int, Field(description="Replicas of this service assigned to it.")] = 0
+    ready: Annotated[int, Field(description="Of these, ready.")] = 0
+
+
+class GPUCount(Model):
+    """GPUs that the service holds, and those it would hold with one replica on each."""
+
+    used: Annotated[int, Field(description="GPUs held.")]
+    saved: Annotated[int, Field(description="GPUs that one replica per GPU would have taken beyond these.")]
+
+
+class ProfileStatus(Model):
+    """The profile in use."""
+
+    name: Annotated[Text, Field(description="The BatchProfile.")]
+    key: Annotated[Text, Field(description="Hash of what was measured.")]
+
+
+class LLMServiceStatus(Model):
+    """What the operator sees and decided."""
+
+    observed_generation: Annotated[
+        int | None, Field(description="The metadata.generation this status was computed from.")
+    ] = None
+    phase: Annotated[Text | None, Field(description="One word for people; programs read the conditions.")] = None
+    replicas: Annotated[int, Field(description="Replica pods that exist.")] = 0
+    ready_replicas: Annotated[int, Field(description="Of these, ready.")] = 0
+    selector: Annotated[
+        Text | None, Field(description="Label selector of the replicas, for the scale subresource.")
+    ] = None
+    profile: Annotated[ProfileStatus | None, Field(description="The profile in use.")] = None
+    recommendation: Annotated[Recommendation | None, Field(description="What the advisor decided.")] = None
+    packs: Annotated[
+        list[PackStatus],
+        Field(max_length=1000, description="Where the replicas are.", json_schema_extra=list_map("name")),
+    ] = Field(default_factory=list)
+    url: Annotated[Text | None, Field(description="Address of the OpenAI-compatible API inside the cluster.")] = None
+    gpus: Annotated[GPUCount | None, Field(description="GPUs held and saved.")] = None
+    conditions: Conditions = Field(default_factory=list)
+
+
+class LLMService(Model):
+    """One model, served by N packed replicas behind one Service."""
+
+    api_version: Literal["tightship.dev/v1alpha1"] = labels.API_VERSION  # type: ignore[assignment]
+    kind: Literal["LLMService"] = KIND  # type: ignore[assignment]
+    metadata: Metadata = Field(default_factory=Metadata)
+    spec: LLMServiceSpec
+    status: LLMServiceStatus = Field(default_factory=LLMServiceStatus)
+
+
+CRD: dict[str, Any] = {
+    "plural": PLURAL,
+    "singular": "llmservice",
+    "short": ["llm"],
+    "categories": ["tightship"],
+    "scope": "Namespaced",
+    "model": LLMService,
+    "description": "An LLMService is one model, served by N packed replicas behind one Service.",
+    "scale": {
+        "specReplicasPath": ".spec.replicas",
+        "statusReplicasPath": ".status.replicas",
+        "labelSelectorPath": ".status.selector",
+    },
+    "validations": [
+        {
+            "rule": f"self.metadata.name.size() <= {MAX_NAME_LENGTH} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+            "message": f"the name is a DNS-1035 label (lower-case letters, digits, hyphens; a letter first) of at most {MAX_NAME_LENGTH} characters",
+        }
+    ],
+    "columns": [
+        {"name": "Model", "type": "string", "jsonPath": ".spec.model.source"},
+        {"name": "GPU", "type": "string", "jsonPath": ".spec.accelerator.product"},
+        {"name": "Batch", "type": "integer", "jsonPath": ".status.recommendation.batch"},
+        {"name": "Per-GPU", "type": "integer", "jsonPath": ".status.recommendation.replicasPerGPU"},
+        {"name": "Replicas", "type": "integer", "jsonPath": ".spec.replicas"},
+        {"name": "Ready", "type": "integer", "jsonPath": ".status.readyReplicas"},
+        {"name": "Reason", "type": "string", "jsonPath": '.status.conditions[?(@.type=="Ready")].reason'},
+        {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
+        {"name": "Gain", "type": "string", "jsonPath": ".status.recommendation.expectedGain", "priority": 1},
+        {"name": "SLO", "type": "string", "jsonPath": ".spec.slo.objectives[0].max", "priority": 1},
+        {"name": "URL", "type": "string", "jsonPath": ".status.url", "priority": 1},
+        {
+            "name": "Message",
+            "type": "string",
+            "jsonPath": '.status.conditions[?(@.type=="Ready")].message',
+            "priority": 1,
+        },
+    ],
+}
+"""What the generated CustomResourceDefinition needs beyond the schema."""

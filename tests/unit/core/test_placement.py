@@ -1,0 +1,342 @@
+"""The placement planner: stories of one service and of several, and what must hold for any snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tightship.core import placement
+from tightship.core.placement import (
+    Assignment,
+    Demand,
+    Devices,
+    Health,
+    Pack,
+    ServiceRef,
+    Shape,
+    Snapshot,
+    apply,
+    ordinal_of,
+    pack_name,
+    plan,
+)
+
+H100 = "NVIDIA-H100-80GB-HBM3"
+GIB = 2**30
+OPT = ServiceRef("team", "opt")
+SHAPE = Shape("opt-1", batch=96, kv_cache=8 * GIB, memory=20 * GIB)
+
+
+def make_demand(replicas=4, *, service=OPT, uid="u1", per_device=4, shape=SHAPE, **more):
+    return Demand(
+        service, uid, replicas, "cuda", more.pop("product", H100), more.pop("mode", "Reservation"), shape, per_device, **more
+    )
+
+
+def make_pack(ordinal=0, replicas=0, *, service=OPT, uid="u1", shape=SHAPE, node="n0", capacity=80 * GIB, **more):
+    assignments = (Assignment(service, uid, replicas, shape),) if replicas else ()
+    return Pack(
+        pack_name(service, ordinal),
+        service,
+        ordinal,
+        "cuda",
+        more.pop("product", H100),
+        more.pop("mode", "Reservation"),
+        node=node,
+        capacity=capacity,
+        assignments=assignments,
+        **more,
+    )
+
+
+def make_devices(*units, product=H100, device="cuda"):
+    return tuple(Devices(f"n{index}", device, product, count) for index, count in enumerate(units))
+
+
+def counts(snapshot, planned, service=OPT):
+    """Replicas of the service by pack ordinal once the plan is written."""
+    after = apply(snapshot, planned).packs
+    return {
+        pack.ordinal: sum(each.replicas for each in pack.assignments if each.service == service)
+        for pack in sorted(after, key=lambda pack: pack.ordinal)
+        if pack.owner == service
+    }
+
+
+def test_a_new_service_opens_as_many_packs_as_it_needs():
+    snapshot = Snapshot((make_demand(6),), (), make_devices(2, 2))
+    planned = plan(snapshot)
+    assert [(pack.name, pack.assignments[0].replicas) for pack in planned.create] == [("team-opt-0", 4), ("team-opt-1", 2)]
+    assert planned.shortfalls == ()
+
+
+def test_scaling_up_fills_the_partly_used_pack_before_opening_another():
+    snapshot = Snapshot((make_demand(5),), (make_pack(0, 2),), make_devices(2))
+    assert counts(snapshot, plan(snapshot)) == {0: 4, 1: 1}
+
+
+def test_scaling_down_empties_the_newest_pack_first():
+    packs = (make_pack(0, 4), make_pack(1, 3), make_pack(2, 2))
+    snapshot = Snapshot((make_demand(3),), packs, make_devices(3))
+    assert counts(snapshot, plan(snapshot)) == {0: 3, 1: 0, 2: 0}
+
+
+@pytest.mark.parametrize("demands", [(), (make_demand(4, uid="another"),)], ids=["deleted", "made anew"])
+def test_a_service_that_is_gone_gives_its_packs_back(demands):
+    snapshot = Snapshot(demands, (make_pack(0, 4),), make_devices(1))
+    assert ("team-opt-0", ()) in plan(snapshot).update or counts(snapshot, plan(snapshot)) == {0: 4}
+    after = apply(snapshot, plan(snapshot))
+    assert all(each.uid != "u1" for pack in after.packs for each in pack.assignments)
+
+
+def test_the_ledger_limits_a_pack_below_the_recommendation():
+    snapshot = Snapshot((make_demand(4),), (make_pack(0, 0, capacity=50 * GIB),), make_devices(1, 1))
+    assert counts(snapshot, plan(snapshot)) == {0: 2, 1: 2}
+
+
+def test_a_larger_shape_moves_only_what_no_longer_fits():
+    larger = replace(SHAPE, profile="opt-2", memory=30 * GIB)
+    snapshot = Snapshot((make_demand(4, shape=larger),), (make_pack(0, 4),), make_devices(2))
+    planned = plan(snapshot)
+    assert counts(snapshot, planned) == {0: 2, 1: 2}
+    assert dict(planned.update)["team-opt-0"][0].shape == larger
+
+
+def test_too_few_gpus_are_reported_with_numbers():
+    snapshot = Snapshot((make_demand(9),), (make_pack(0, 4, service=ServiceRef("other", "x"), uid="u9"),), make_devices(2))
+    snapshot = replace(snapshot, demands=(*snapshot.demands, make_demand(4, service=ServiceRef("other", "x"), uid="u9")))
+    shortfall = plan(snapshot).shortfall_of(OPT)
+    assert shortfall is not None
+    assert (shortfall.wanted, shortfall.placed, shortfall.packs_needed, shortfall.total, shortfall.free) == (9, 4, 2, 2, 0)
+
+
+def test_a_pack_that_waits_for_its_node_takes_a_gpu_already():
+    snapshot = Snapshot((make_demand(8),), (make_pack(0, 4, node=None, capacity=None),), make_devices(1))
+    assert counts(snapshot, plan(snapshot)) == {0: 4}
+    assert plan(snapshot).shortfalls[0].placed == 4
+
+
+def test_a_pack_whose_node_is_gone_is_replaced():
+    snapshot = Snapshot((make_demand(4),), (make_pack(0, 4, node="gone", health=Health.LOST),), make_devices(1))
+    assert counts(snapshot, plan(snapshot)) == {0: 0, 1: 4}
+
+
+def test_replicas_that_do_not_fit_a_node_move_and_the_node_is_excluded():
+    snapshot = Snapshot((make_demand(4),), (make_pack(0, 4, health=Health.UNFIT),), make_devices(2, 1))
+    planned = plan(snapshot)
+    assert counts(snapshot, planned) == {0: 0, 1: 4}
+    assert planned.create[0].excluded == {"n0"}
+
+
+def test_replicas_that_do_not_fit_stay_when_there_is_no_other_node():
+    snapshot = Snapshot((make_demand(4),), (make_pack(0, 4, health=Health.UNFIT),), make_devices(2))
+    planned = plan(snapshot)
+    assert planned.empty
+    assert planned.shortfalls[0].kept == 4
+
+
+def test_a_service_without_a_decision_keeps_what_it_has():
+    snapshot = Snapshot((make_demand(9, shape=None),), (make_pack(0, 4), make_pack(1, 2)), make_devices(4))
+    assert plan(snapshot).empty
+
+
+def test_a_service_without_a_decision_may_shrink():
+    snapshot = Snapshot((make_demand(3, shape=None),), (make_pack(0, 4), make_pack(1, 2)), make_devices(4))
+    assert counts(snapshot, plan(snapshot)) == {0: 3, 1: 0}
+
+
+def test_old_replicas_on_another_product_stay_until_there_is_a_place():
+    snapshot = Snapshot((make_demand(4, product="L40S"),), (make_pack(0, 4),), make_devices(1))
+    planned = plan(snapshot)
+    assert planned.empty
+    assert planned.shortfalls[0].kept == 4
+    moved = replace(snapshot, devices=(*snapshot.devices, Devices("n9", "cuda", "L40S", 1)))
+    assert counts(moved, plan(moved)) == {0: 0, 1: 4}
+
+
+def test_another_mode_on_a_full_cluster_gives_up_one_pack_at_a_time():
+    packs = (make_pack(0, 4, mode="Exclusive"), make_pack(1, 4, mode="Exclusive"))
+    snapshot = Snapshot((make_demand(8),), packs, make_devices(2))
+    first = apply(snapshot, plan(snapshot))
+    assert counts(snapshot, plan(snapshot)) == {0: 4, 1: 0}
+    assert plan(first).empty
+    freed = replace(first, packs=tuple(pack for pack in first.packs if pack.assignments))
+    assert counts(freed, plan(freed)) == {0: 4, 1: 4}
+    bound = apply(freed, plan(freed))
+    bound = replace(bound, packs=tuple(replace(pack, node="n0") for pack in bound.packs))
+    assert counts(bound, plan(bound)) == {0: 0, 1: 4}
+
+
+def test_the_longest_waiting_service_gets_the_last_gpu():
+    early, late = ServiceRef("b", "early"), ServiceRef("a", "late")
+    demands = (make_demand(1, service=late, since="2026-02-02T00:00:00Z"), make_demand(1, service=early, since="2026-01-01T00:00:00Z"))
+    planned = plan(Snapshot(demands, (), make_devices(1)))
+    assert [pack.owner for pack in planned.create] == [early]
+    assert planned.shortfall_of(late) is not None
+
+
+def test_only_the_nodes_a_service_may_use_count():
+    snapshot = Snapshot((make_demand(8, nodes=frozenset({"n1"})),), (), make_devices(4, 1))
+    assert counts(snapshot, plan(snapshot)) == {0: 4}
+    assert plan(snapshot).shortfalls[0].total == 1
+
+
+def test_a_core_set_goes_to_the_fullest_node_that_still_has_room():
+    demand = Demand(OPT, "u1", 2, "cpu", "cpu", "CPUSet", SHAPE, 2, units=2)
+    snapshot = Snapshot((demand,), (), make_devices(8, 3, 1, product="cpu", device="cpu"))
+    created = plan(snapshot).create[0]
+    assert (created.node, created.units) == ("n1", 2)
+
+
+@pytest.mark.parametrize(
+    ("service", "ordinal", "name"),
+    [
+        (ServiceRef("default", "opt"), 0, "default-opt-0"),
+        (ServiceRef("n" * 30, "s" * 17), 3, "n" * 30 + "-" + "s" * 17 + "-3"),
+    ],
+)
+def test_pack_names(service, ordinal, name):
+    assert pack_name(service, ordinal) == name
+
+
+def test_long_pack_names_are_cut_and_stay_apart():
+    one, other = (pack_name(ServiceRef("n" * 60, "s" * 39 + letter), 12) for letter in "ab")
+    assert one != other
+    assert all(len(name) <= 50 and name.endswith("-12") for name in (one, other))
+    assert ordinal_of(one) == 12
+
+
+def test_services_whose_names_would_collide_get_different_packs():
+    one, other = ServiceRef("a", "b-c"), ServiceRef("a-b", "c")
+    planned = plan(Snapshot((make_demand(1, service=one), make_demand(1, service=other)), (), make_devices(2)))
+    assert [pack.name for pack in planned.create] == ["a-b-c-0", "a-b-c-1"]
+
+
+SERVICES = [ServiceRef("a", "x"), ServiceRef("a", "y"), ServiceRef("b", "x")]
+shapes = st.builds(
+    Shape, st.sampled_from(["p", "q"]), st.integers(1, 3), st.just(1), st.integers(1, 5)
+)
+
+
+@st.composite
+def snapshots(draw):
+    """Any mixture of services, packs in every state and devices, with small numbers so that limits are met often."""
+    demands = []
+    for service in SERVICES:
+        if draw(st.booleans()):
+            device = draw(st.sampled_from(["cuda", "cpu"]))
+            demands.append(
+                Demand(
+                    service,
+                    draw(st.sampled_from(["u1", "u2"])),
+                    draw(st.integers(0, 9)),
+                    device,
+                    draw(st.sampled_from(["H", "L"])) if device == "cuda" else "cpu",
+                    draw(st.sampled_from(["R", "E"])),
+                    draw(st.none() | shapes),
+                    draw(st.integers(1, 4)),
+                    units=1 if device == "cuda" else draw(st.integers(1, 3)),
+                    nodes=draw(st.none() | st.frozensets(st.sampled_from(["n0", "n1", "n2"]))),
+                    since=draw(st.sampled_from(["", "1", "2"])),
+                )
+            )
+    packs = []
+    for service in SERVICES:
+        for ordinal in range(draw(st.integers(0, 3))):
+            shape, capacity = draw(shapes), draw(st.none() | st.integers(1, 12))
+            most = 4 if capacity is None else min(4, capacity // shape.memory)
+            replicas = draw(st.integers(0, most))
+            device = draw(st.sampled_from(["cuda", "cpu"]))
+            packs.append(
+                Pack(
+                    pack_name(service, ordinal),
+                    service,
+                    ordinal,
+                    device,
+                    draw(st.sampled_from(["H", "L"])) if device == "cuda" else "cpu",
+                    draw(st.sampled_from(["R", "E"])),
+                    node=draw(st.none() | st.sampled_from(["n0", "n1", "n2", "gone"])),
+                    capacity=capacity,
+                    health=draw(st.sampled_from(Health)),
+                    assignments=(Assignment(service, draw(st.sampled_from(["u1", "u2"])), replicas, shape),) if replicas else (),
+                    excluded=draw(st.frozensets(st.sampled_from(["n0", "n1"]), max_size=1)),
+                )
+            )
+    devices = [
+        Devices(node, device, product, draw(st.integers(0, 3)))
+        for node in ("n0", "n1", "n2")
+        for device, product in (("cuda", "H"), ("cuda", "L"), ("cpu", "cpu"))
+    ]
+    return Snapshot(tuple(demands), tuple(packs), tuple(devices))
+
+
+@settings(max_examples=300, deadline=None)
+@given(snapshots())
+def test_no_ledger_is_exceeded_and_nobody_gets_more_than_asked(snapshot):
+    after = apply(snapshot, plan(snapshot))
+    for pack in after.packs:
+        if pack.capacity is not None:
+            assert sum(each.replicas * each.shape.memory for each in pack.assignments) <= pack.capacity
+        assert {each.service for each in pack.assignments} <= {pack.owner}
+    for demand in snapshot.demands:
+        mine = [each for pack in after.packs for each in pack.assignments if each.service == demand.service]
+        assert all(each.uid == demand.uid for each in mine)
+        leaving = sum(
+            each.replicas
+            for pack in after.packs
+            if pack.health is Health.LEAVING
+            for each in pack.assignments
+            if each.service == demand.service
+        )
+        assert sum(each.replicas for each in mine) - leaving <= demand.replicas
+        if demand.shape:
+            assert all(each.replicas <= max(demand.per_device, 4) for each in mine)
+
+
+@settings(max_examples=300, deadline=None)
+@given(snapshots())
+def test_planning_on_the_result_changes_nothing(snapshot):
+    once = plan(snapshot)
+    again = plan(apply(snapshot, once))
+    assert again.empty
+    assert [(each.service, each.placed) for each in again.shortfalls] == [
+        (each.service, each.placed) for each in once.shortfalls
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(snapshots(), st.randoms(use_true_random=False))
+def test_the_order_of_the_parts_does_not_matter(snapshot, random):
+    parts = [list(snapshot.demands), list(snapshot.packs), list(snapshot.devices)]
+    for part in parts:
+        random.shuffle(part)
+    assert plan(Snapshot(*(tuple(part) for part in parts))) == plan(snapshot)
+
+
+@settings(max_examples=300, deadline=None)
+@given(snapshots())
+def test_packs_are_opened_only_when_none_has_room_and_a_device_is_free(snapshot):
+    planned = plan(snapshot)
+    after = apply(snapshot, planned)
+    for product in ("H", "L"):
+        opened = [pack for pack in planned.create if (pack.device, pack.product) == ("cuda", product)]
+        held = [
+            pack
+            for pack in snapshot.packs
+            if (pack.device, pack.product) == ("cuda", product) and pack.node in (None, "n0", "n1", "n2")
+            and not (pack.node is None and pack.health is Health.LOST)
+        ]
+        total = sum(each.units for each in snapshot.devices if (each.device, each.product) == ("cuda", product))
+        assert not opened or len(opened) + len([p for p in held if p.node is None]) <= total
+    for demand in snapshot.demands:
+        if demand.shape is None or not any(pack.owner == demand.service for pack in planned.create):
+            continue
+        for pack in after.packs:
+            mine = pack.owner == demand.service and pack.health is Health.SOUND and placement._compatible(pack, demand)
+            if mine and pack.name not in {each.name for each in planned.create}:
+                used = sum(each.replicas for each in pack.assignments)
+                fits = demand.per_device if pack.capacity is None else pack.capacity // demand.shape.memory
+                assert used >= min(demand.per_device, fits)

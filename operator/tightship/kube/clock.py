@@ -37,11 +37,6 @@ class SystemClock:
         await asyncio.sleep(max(0.0, seconds))
 
 
-def timestamp(moment: datetime) -> str:
-    """A moment as `metav1.Time` ("2026-01-02T03:04:05Z", whole seconds, UTC)."""
-    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def parse_timestamp(text: str) -> datetime:
     """Read a `metav1.Time` or `metav1.MicroTime`. Raises ValueError for anything else."""
     return datetime.fromisoformat(text.replace("Z", "+00:00"))

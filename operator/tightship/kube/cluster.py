@@ -7,7 +7,7 @@ never applied over. What must always hold:
 - `apply` of the same desired object twice in a row sends nothing the second time, as long as the watch cache still
   shows what the first one left behind; any doubt (a restart, a field that somebody else changed) is settled by asking
   the server, where an apply that changes nothing is no event;
-- no write touches an object unless it is controlled by the owner that the desired object names or, when it names none,
+- no apply touches an object unless it is controlled by the owner that the desired object names or, when it names none,
   carries our managed-by label: else `NameConflict`;
 - the answer to a write is put into the watch cache before the caller sees it;
 - every request is reported to `on_request` (verb, kind, HTTP status or 0 when none came, seconds).
@@ -15,15 +15,36 @@ never applied over. What must always hold:
 
 from __future__ import annotations
 
+import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tightship.kube.kinds import Ref
-from tightship.kube.store import Object, Store
+from tightship.api.v1alpha1 import labels
+from tightship.kube.clock import Clock, SystemClock
+from tightship.kube.errors import NameConflict, NotFound, OutlivedOwner, from_response
+from tightship.kube.kinds import KINDS, WATCHED, Kind, Ref
+from tightship.kube.store import Object, Store, labels_of
 
-OBJECT_MANAGER = "tightship"
-STATUS_MANAGER = "tightship-status"
+JSON = "application/json"
+APPLY = "application/apply-patch+yaml"
+MERGE = "application/merge-patch+json"
+
+_METHODS = {
+    "get": "GET",
+    "list": "GET",
+    "discover": "GET",
+    "create": "POST",
+    "update": "PUT",
+    "patch": "PATCH",
+    "apply": "PATCH",
+    "delete": "DELETE",
+}
+_PAGE = 500
+_REMEMBERED = 20_000
+#: Seconds for which an applied object of a kind that isn't watched is taken to be still there.
+_TRUST_UNWATCHED = 240.0
 
 
 class Transport(Protocol):
@@ -43,10 +64,9 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Which group versions the API serves, e.g. `"policy/v1" in capabilities`; and the server's version string."""
+    """Which group versions the API serves: `"policy/v1" in capabilities`."""
 
     group_versions: frozenset[str] = frozenset()
-    version: str = ""
 
     def __contains__(self, group_version: object) -> bool:
         return group_version in self.group_versions
@@ -58,6 +78,16 @@ class Listing:
 
     items: list[dict[str, Any]]
     resource_version: str
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """What an apply sent and what came of it: enough to tell later whether it still holds."""
+
+    desired: str
+    uid: str
+    outcome: Any
+    at: float
 
 
 class Cluster:
@@ -73,9 +103,13 @@ class Cluster:
         store: Store,
         *,
         on_request: Callable[[str, str, int, float], None] | None = None,
-        monotonic: Callable[[], float] | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        raise NotImplementedError
+        self._transport = transport
+        self._store = store
+        self._on_request = on_request or (lambda verb, kind, status, seconds: None)
+        self._clock = clock or SystemClock()
+        self._applied: OrderedDict[tuple[Ref, str], _Applied] = OrderedDict()
 
     async def apply(self, obj: Object) -> dict[str, Any]:
         """Create or update `obj` by server-side apply (manager `tightship`, forced), and return what the server has.
@@ -84,10 +118,21 @@ class Cluster:
         controller in its ownerReferences, an existing one must be controlled by the same UID; when it names none, an
         existing one must carry `app.kubernetes.io/managed-by: tightship`.
 
-        Raises `NameConflict` (not ours), `Conflict` (somebody took the name at the same moment; the next look tells),
-        `Invalid`, `NamespaceTerminating`.
+        Raises `NameConflict` (not ours), `OutlivedOwner` (an earlier owner's, about to be collected), `Conflict`
+        (somebody took the name, or it was deleted, at the same moment; the next look tells), `Invalid`,
+        `NamespaceTerminating`.
         """
-        raise NotImplementedError
+        ref = Ref.of(obj)
+        if ref.kind not in WATCHED and self._recently_applied(ref, obj):
+            return dict(obj)
+        shown = self._store.find(ref) or await self._find(ref)
+        if shown is None:
+            # Unforced: should somebody take the name between the look and the write, their fields aren't taken over.
+            return await self._apply(ref, obj, "", labels.FIELD_MANAGER, force=False)
+        check_ours(obj, shown)
+        if ref.kind in WATCHED and self._still_holds(ref, "", obj, shown):
+            return dict(shown)
+        return await self._apply(ref, _with_uid(obj, shown), "", labels.FIELD_MANAGER, force=True)
 
     async def apply_status(self, obj: Object) -> dict[str, Any]:
         """Apply `{apiVersion, kind, metadata{name, namespace}, status}` to the status (manager `tightship-status`).
@@ -95,22 +140,35 @@ class Cluster:
         `status` is everything that the operator owns of it: what is left out is removed. When `metadata.uid` is given,
         an object of another UID raises `Conflict`. Raises `NotFound`, `Conflict`, `Invalid`.
         """
-        raise NotImplementedError
+        ref = Ref.of(obj)
+        shown = self._store.find(ref)
+        if shown is not None and self._still_holds(ref, "status", obj, shown):
+            return dict(shown)
+        return await self._apply(ref, obj, "status", labels.STATUS_FIELD_MANAGER, force=True)
 
     async def create(self, obj: Object) -> dict[str, Any]:
         """POST `obj`. Raises `AlreadyExists`, `Invalid`, `NamespaceTerminating`."""
-        raise NotImplementedError
+        ref = Ref.of(obj)
+        path = KINDS[ref.kind].path(ref.namespace)
+        query = {"fieldManager": labels.FIELD_MANAGER}
+        return self._seen(await self._send("create", ref, path, query=query, body=obj))
 
     async def replace(self, obj: Object) -> dict[str, Any]:
         """PUT the whole of `obj`, which must carry `metadata.resourceVersion`. Raises `Conflict`, `NotFound`."""
-        raise NotImplementedError
+        ref = Ref.of(obj)
+        if not obj["metadata"].get("resourceVersion"):
+            raise ValueError(f"replacing {ref} needs the resourceVersion it was read at")
+        query = {"fieldManager": labels.FIELD_MANAGER}
+        return self._seen(await self._send("update", ref, _path(ref), query=query, body=obj))
 
     async def merge_patch(self, ref: Ref, patch: Mapping[str, Any], *, subresource: str = "") -> dict[str, Any]:
         """JSON merge patch. Put `metadata.resourceVersion` or `metadata.uid` in it to make it conditional.
 
         Raises `NotFound`, `Conflict`, `Invalid`.
         """
-        raise NotImplementedError
+        query = {"fieldManager": labels.FIELD_MANAGER}
+        path = _path(ref, subresource)
+        return self._seen(await self._send("patch", ref, path, query=query, body=patch, content_type=MERGE))
 
     async def delete(
         self, ref: Ref, *, uid: str | None = None, grace_seconds: int | None = None, propagation: str = "Background"
@@ -120,22 +178,191 @@ class Cluster:
         `uid`: delete only that very object (`Conflict` when another one has the name now). `grace_seconds`: for pods,
         how long they may take. `propagation`: Background, Foreground or Orphan.
         """
-        raise NotImplementedError
+        options: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": propagation}
+        if uid is not None:
+            options["preconditions"] = {"uid": uid}
+        if grace_seconds is not None:
+            options["gracePeriodSeconds"] = grace_seconds
+        shown = self._store.find(ref)
+        try:
+            answer = await self._send("delete", ref, _path(ref), body=options)
+        except NotFound:
+            answer = {"kind": "Status"}
+        self._forget_applied(ref)
+        if answer.get("kind") == ref.kind:
+            self._seen(answer)  # it goes in its own time: the answer carries its deletionTimestamp
+        elif shown is not None and uid in (None, shown["metadata"].get("uid")) and not _has_finalizers(shown):
+            self._store.forget(shown)
 
     async def get(self, ref: Ref) -> dict[str, Any]:
         """Read the object from the server, past the cache. Raises `NotFound`."""
-        raise NotImplementedError
+        return self._seen(await self._send("get", ref, _path(ref)))
 
-    async def list(
-        self, kind: str, namespace: str | None = None, *, labels: str = "", fields: str = ""
-    ) -> Listing:
-        """List from the server, past the cache, page by page. `labels`, `fields`: selectors. None: everywhere."""
-        raise NotImplementedError
+    async def list(self, kind: str, namespace: str | None = None, *, selector: str = "", fields: str = "") -> Listing:
+        """List from the server, past the cache, page by page.
+
+        `namespace` None means everywhere. `selector` is a label selector, `fields` a field selector.
+        """
+        resource = KINDS[kind]
+        query = {"limit": str(_PAGE)}
+        query |= {key: value for key, value in (("labelSelector", selector), ("fieldSelector", fields)) if value}
+        items: list[dict[str, Any]] = []
+        while True:
+            ref = Ref(kind, namespace or "", "")
+            page = await self._send("list", ref, resource.path(namespace or ""), query=query)
+            items += [_typed(item, resource) for item in page.get("items") or ()]
+            metadata = page.get("metadata") or {}
+            if not metadata.get("continue"):
+                return Listing(items, str(metadata.get("resourceVersion", "")))
+            query["continue"] = metadata["continue"]
 
     async def capabilities(self) -> Capabilities:
         """Ask which API groups and versions the server serves."""
-        raise NotImplementedError
+        groups = await self._send("discover", Ref("APIGroupList", "", ""), "/apis")
+        served = {
+            version["groupVersion"] for group in groups.get("groups") or () for version in group.get("versions") or ()
+        }
+        return Capabilities(frozenset(served | {"v1"}))
 
     async def close(self) -> None:
         """Let go of connections."""
-        raise NotImplementedError
+        await self._transport.close()
+
+    async def _find(self, ref: Ref) -> Object | None:
+        try:
+            return await self.get(ref)
+        except NotFound:
+            return None
+
+    async def _apply(self, ref: Ref, obj: Object, subresource: str, manager: str, *, force: bool) -> dict[str, Any]:
+        query = {"fieldManager": manager, "force": "true" if force else "false"}
+        self._applied.pop((ref, subresource), None)
+        answer = await self._send("apply", ref, _path(ref, subresource), query=query, body=obj, content_type=APPLY)
+        self._applied[(ref, subresource)] = _Applied(
+            _fingerprint(obj), answer["metadata"].get("uid", ""), _outcome(obj, answer), self._clock.monotonic()
+        )
+        while len(self._applied) > _REMEMBERED:
+            self._applied.popitem(last=False)
+        return self._seen(answer)
+
+    def _still_holds(self, ref: Ref, subresource: str, obj: Object, shown: Object) -> bool:
+        last = self._applied.get((ref, subresource))
+        return (
+            last is not None
+            and last.uid == shown["metadata"].get("uid", "")
+            and last.desired == _fingerprint(obj)
+            and last.outcome == _outcome(obj, shown)
+        )
+
+    def _recently_applied(self, ref: Ref, obj: Object) -> bool:
+        last = self._applied.get((ref, ""))
+        age = self._clock.monotonic() - last.at if last else _TRUST_UNWATCHED
+        return last is not None and age < _TRUST_UNWATCHED and last.desired == _fingerprint(obj)
+
+    def _forget_applied(self, ref: Ref) -> None:
+        for subresource in ("", "status"):
+            self._applied.pop((ref, subresource), None)
+
+    def _seen(self, answer: dict[str, Any]) -> dict[str, Any]:
+        if answer.get("kind") in WATCHED and _is_watched(answer):
+            self._store.observe(answer)
+        return answer
+
+    async def _send(
+        self,
+        verb: str,
+        ref: Ref,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Any = None,
+        content_type: str = JSON,
+    ) -> dict[str, Any]:
+        started = self._clock.monotonic()
+        status = 0
+        try:
+            status, answer = await self._transport.request(_METHODS[verb], path, query or {}, body, content_type)
+        finally:
+            self._on_request(verb, ref.kind, status, self._clock.monotonic() - started)
+        if status >= 300:
+            raise from_response(f"{verb} {ref}", status, answer)
+        return _typed(answer, KINDS[ref.kind]) if ref.name and "metadata" in answer else answer
+
+
+def check_ours(desired: Object, live: Object) -> None:
+    """Check that `live` may be written as `desired`: the same controller, or without one our managed-by label.
+
+    Raises `NameConflict` when it is somebody else's, `OutlivedOwner` when it belongs to an earlier object of the owner's
+    kind and name, which the garbage collector is about to remove.
+    """
+    ref = Ref.of(live)
+    wanted, actual = controller_of(desired), controller_of(live)
+    if wanted is None and actual is None and labels_of(live).get(labels.MANAGED_BY) == labels.PRODUCT:
+        return
+    if wanted is not None and actual is not None:
+        if wanted["uid"] == actual["uid"]:
+            return
+        if (wanted["kind"], wanted["name"]) == (actual["kind"], actual["name"]):
+            raise OutlivedOwner(f"{ref} still belongs to an earlier {actual['kind']} {actual['name']}, which is gone")
+    owner = f"{actual['kind']} {actual['name']}" if actual else ""
+    raise NameConflict(ref.kind, ref.namespace, ref.name, owner)
+
+
+def controller_of(obj: Object) -> Mapping[str, Any] | None:
+    """The ownerReference of an object's controller, or None."""
+    for reference in obj["metadata"].get("ownerReferences") or ():
+        if reference.get("controller"):
+            found: Mapping[str, Any] = reference
+            return found
+    return None
+
+
+def owner_reference(owner: Object) -> dict[str, Any]:
+    """The ownerReference that makes `owner` the controller; it doesn't block the owner's deletion."""
+    metadata = owner["metadata"]
+    return {
+        "apiVersion": owner["apiVersion"],
+        "kind": owner["kind"],
+        "name": metadata["name"],
+        "uid": metadata["uid"],
+        "controller": True,
+        "blockOwnerDeletion": False,
+    }
+
+
+def _path(ref: Ref, subresource: str = "") -> str:
+    return KINDS[ref.kind].path(ref.namespace, ref.name, subresource)
+
+
+def _typed(obj: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """List items and some answers come without their type."""
+    if obj.get("kind") != "Status":
+        obj.setdefault("apiVersion", kind.api_version)
+        obj.setdefault("kind", kind.name)
+    return obj
+
+
+def _is_watched(obj: Object) -> bool:
+    from_everywhere = obj["kind"] in ("LLMService", "BatchProfile", "GPUPack", "Node")
+    return from_everywhere or labels_of(obj).get(labels.PART_OF) == labels.PRODUCT
+
+
+def _has_finalizers(obj: Object) -> bool:
+    return bool(obj["metadata"].get("finalizers"))
+
+
+def _with_uid(obj: Object, shown: Object) -> dict[str, Any]:
+    """`obj`, conditional on the object shown: one made anew by somebody else isn't taken over."""
+    return {**obj, "metadata": {**obj["metadata"], "uid": shown["metadata"]["uid"]}}
+
+
+def _fingerprint(obj: Object) -> str:
+    metadata = {key: value for key, value in obj["metadata"].items() if key != "uid"}
+    return json.dumps({**obj, "metadata": metadata}, sort_keys=True, separators=(",", ":"))
+
+
+def _outcome(desired: Any, live: Any) -> Any:
+    """The part of `live` that `desired` speaks of, as the server has it (its defaults and spellings); lists whole."""
+    if isinstance(desired, Mapping) and isinstance(live, Mapping):
+        return {key: _outcome(value, live.get(key)) for key, value in desired.items() if key != "uid"}
+    return live

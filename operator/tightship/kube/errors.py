@@ -13,6 +13,8 @@
     |   `-- Unavailable         429, 5xx: the server is busy or broken; later it may work
     |-- Unreachable             no answer at all: connection refused, reset, timed out, bad TLS
     |-- MissingKinds            the kinds of tightship.dev aren't installed in this cluster
+    |-- NoCluster               neither a kubeconfig nor a service account tells which cluster to use
+    |-- OutlivedOwner           an object of the wanted name is left over from an earlier owner of the same name
     `-- NameConflict            an object of the wanted name isn't ours, and is left alone
 
 Whoever catches one of these decides whether it is a state to report (`NameConflict`, `Invalid`), a race that the next
@@ -79,6 +81,14 @@ class Unreachable(KubeError):
 
 class MissingKinds(KubeError):
     """The cluster doesn't serve one of the operator's own kinds."""
+
+
+class NoCluster(KubeError):
+    """Neither a kubeconfig nor a service account tells which cluster to use."""
+
+
+class OutlivedOwner(KubeError):
+    """An object of the wanted name belongs to an owner that is gone; the garbage collector removes it soon."""
 
 
 class NameConflict(KubeError):

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-GROUP = "tightship.dev"
-GROUP_VERSION = "tightship.dev/v1alpha1"
+from tightship.api.v1alpha1 import labels
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ class Kind:
 
 
 _TABLE = (
-    Kind(GROUP_VERSION, "LLMService", "llmservices"),
-    Kind(GROUP_VERSION, "BatchProfile", "batchprofiles"),
-    Kind(GROUP_VERSION, "GPUPack", "gpupacks", namespaced=False),
+    Kind(labels.API_VERSION, "LLMService", "llmservices"),
+    Kind(labels.API_VERSION, "BatchProfile", "batchprofiles"),
+    Kind(labels.API_VERSION, "GPUPack", "gpupacks", namespaced=False),
     Kind("v1", "Node", "nodes", namespaced=False),
     Kind("v1", "Namespace", "namespaces", namespaced=False),
     Kind("v1", "Pod", "pods"),

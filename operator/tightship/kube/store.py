@@ -15,15 +15,16 @@ isn't a number is taken as newer. Objects handed out are the store's own: read t
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tightship.api.v1alpha1 import labels
 from tightship.kube.kinds import Ref
 
 Object = Mapping[str, Any]
 
 #: Labels that get an index, so that a look-up by them never scans.
-INDEXED_LABELS = ("tightship.dev/service", "tightship.dev/pack", "tightship.dev/profile", "tightship.dev/profile-key")
+INDEXED_LABELS = (labels.SERVICE, labels.PACK, labels.PROFILE, labels.PROFILE_KEY)
 
 _TOMBSTONES = 4096
 
@@ -94,7 +95,7 @@ class Store:
         self._drop(ref)
         return True
 
-    def replace(self, kind: str, listed: Iterable[Object], resource_version: str) -> list[Object]:
+    def replace(self, kind: str, listed: Iterable[Object], resource_version: str) -> Sequence[Object]:
         """Take in a whole listing of a kind, made at `resource_version`. Returns what turned out changed or gone."""
         listed = list(listed)
         news = [obj for obj in listed if self.observe(obj)]
@@ -117,8 +118,8 @@ class Store:
 
     @staticmethod
     def _indexes(kind: str, obj: Object) -> Iterable[tuple[str, str, str]]:
-        labels = labels_of(obj)
-        return [(kind, key, labels[key]) for key in INDEXED_LABELS if key in labels]
+        carried = labels_of(obj)
+        return [(kind, key, carried[key]) for key in INDEXED_LABELS if key in carried]
 
 
 def labels_of(obj: Object) -> Mapping[str, str]:
@@ -139,5 +140,3 @@ def _newer(candidate: Object, shown: Object) -> bool:
 def _later(obj: Object, resource_version: str) -> bool:
     own, listing = _number(obj["metadata"].get("resourceVersion", "")), _number(resource_version)
     return own is not None and listing is not None and own > listing
-
-

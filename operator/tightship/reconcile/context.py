@@ -57,4 +57,4 @@ class Context:
         `obj` is the object as it was gathered: its `status.conditions` are the old ones. Nothing is written, and False
         returned, when the cluster already shows exactly this status. An object deleted meanwhile is no error (False).
         """
-        return await self.events.report(self.cluster, obj, status)
+        return await self.events.report(obj, status)

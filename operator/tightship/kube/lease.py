@@ -1,0 +1,176 @@
+"""One leader at a time: a Lease (coordination.k8s.io/v1) that the leader keeps renewing.
+
+The rules are those of Kubernetes' own components. A candidate takes the lease when nobody holds it, when its holder let it
+go, or when it has seen no change of it for the lease's duration on its *own* clock (clocks of different machines are never
+compared). Every write carries the resourceVersion that was read, so of two candidates one loses. A leader that couldn't
+renew for `renew_deadline`, which is shorter than the duration, considers itself deposed before anybody else can lead.
+A clean stop lets the lease go, so that the next start doesn't wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from tightship.kube.clock import Clock
+from tightship.kube.cluster import Cluster
+from tightship.kube.errors import AlreadyExists, Conflict, KubeError, NotFound
+from tightship.kube.kinds import Ref
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LeaseTimes:
+    """Seconds: how long a lease holds unrenewed, how long a leader tries to renew, and how often it does."""
+
+    duration: float = 15.0
+    renew_deadline: float = 10.0
+    retry: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.retry < self.renew_deadline < self.duration:
+            raise ValueError(
+                f"lease times must grow: retry {self.retry:g} s < renew deadline {self.renew_deadline:g} s "
+                f"< duration {self.duration:g} s"
+            )
+
+
+class LeaseLost(KubeError):
+    """The lease couldn't be renewed in time, or somebody else holds it. The process must end."""
+
+
+class Lease:
+    """One candidate for one Lease. `identity` must be unique among all candidates."""
+
+    def __init__(self, cluster: Cluster, clock: Clock, ref: Ref, identity: str, times: LeaseTimes) -> None:
+        self._cluster, self._clock = cluster, clock
+        self._ref, self._identity, self._times = ref, identity, times
+        self._held: dict[str, Any] | None = None
+        self._seen: tuple[str, str] = ("", "")
+        self._seen_at = 0.0
+        self._told = ""
+
+    async def acquire(self) -> None:
+        """Wait until this candidate holds the lease. Trouble with the API is logged and tried again."""
+        while not await self._try():
+            await self._clock.sleep(self._times.retry)
+        log.info("holding lease %s as %s", self._ref, self._identity)
+
+    async def keep(self) -> None:
+        """Renew for ever. Raises `LeaseLost`."""
+        renewed = self._clock.monotonic()
+        while True:
+            await self._clock.sleep(self._times.retry)
+            left = renewed + self._times.renew_deadline - self._clock.monotonic()
+            try:
+                if left > 0:
+                    await asyncio.wait_for(self._renew(), left)
+                    renewed = self._clock.monotonic()
+                    continue
+            except (KubeError, asyncio.TimeoutError) as error:
+                if isinstance(error, LeaseLost):
+                    raise
+                log.warning("lease %s was not renewed: %s", self._ref, error or "no answer in time")
+            if self._clock.monotonic() - renewed >= self._times.renew_deadline:
+                raise LeaseLost(f"lease {self._ref} could not be renewed for {self._times.renew_deadline:g} seconds")
+
+    async def release(self) -> None:
+        """Let go, so that another candidate can lead at once. Best effort."""
+        held, self._held = self._held, None
+        if held is None:
+            return
+        spec = {**held["spec"], "holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": self._now()}
+        with contextlib.suppress(KubeError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._cluster.replace({**held, "spec": spec}), self._times.retry)
+            log.info("let lease %s go", self._ref)
+
+    async def _try(self) -> bool:
+        try:
+            lease = await self._cluster.get(self._ref)
+            if not self._free(lease.get("spec") or {}):
+                return False
+            self._held = await self._cluster.replace({**lease, "spec": self._spec(lease.get("spec") or {})})
+        except NotFound:
+            return await self._create()
+        except Conflict:
+            return False
+        except KubeError as error:
+            self._tell(f"lease {self._ref} can't be taken: {error}")
+            return False
+        return True
+
+    async def _create(self) -> bool:
+        metadata = {"name": self._ref.name, "namespace": self._ref.namespace}
+        body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": self._spec({})}
+        try:
+            self._held = await self._cluster.create(body)
+        except AlreadyExists:
+            return False
+        except NotFound as error:
+            self._tell(f"lease {self._ref} can't be made: does namespace {self._ref.namespace} exist? ({error})")
+            return False
+        except KubeError as error:
+            self._tell(f"lease {self._ref} can't be made: {error}")
+            return False
+        return True
+
+    def _free(self, spec: Mapping[str, Any]) -> bool:
+        holder = spec.get("holderIdentity") or ""
+        if holder in ("", self._identity):
+            return True
+        seen = (holder, str(spec.get("renewTime")))
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, self._clock.monotonic()
+        duration = float(spec.get("leaseDurationSeconds") or self._times.duration)
+        self._tell(f"standing by: lease {self._ref} is held by {holder}")
+        return self._clock.monotonic() - self._seen_at >= duration
+
+    async def _renew(self) -> None:
+        if self._held is None:
+            raise LeaseLost(f"lease {self._ref} is not held")
+        spec = {**self._held["spec"], "renewTime": self._now()}
+        try:
+            self._held = await self._cluster.replace({**self._held, "spec": spec})
+        except (Conflict, NotFound):
+            await self._settle()
+
+    async def _settle(self) -> None:
+        """Our version is out of date: somebody took the lease, deleted it, or only touched it."""
+        try:
+            lease = await self._cluster.get(self._ref)
+        except NotFound as error:
+            raise LeaseLost(f"lease {self._ref} was deleted") from error
+        holder = (lease.get("spec") or {}).get("holderIdentity")
+        if holder != self._identity:
+            self._held = None
+            raise LeaseLost(f"lease {self._ref} is held by {holder or 'nobody'} now")
+        self._held = await self._cluster.replace({**lease, "spec": {**lease["spec"], "renewTime": self._now()}})
+
+    def _spec(self, old: Mapping[str, Any]) -> dict[str, Any]:
+        changed = old.get("holderIdentity") != self._identity
+        return {
+            "holderIdentity": self._identity,
+            "leaseDurationSeconds": max(1, round(self._times.duration)),
+            "acquireTime": self._now() if changed else old.get("acquireTime") or self._now(),
+            "renewTime": self._now(),
+            "leaseTransitions": int(old.get("leaseTransitions") or 0) + (1 if changed and old else 0),
+        }
+
+    def _now(self) -> str:
+        return micro_time(self._clock.now())
+
+    def _tell(self, text: str) -> None:
+        if text != self._told:
+            log.info("%s", text)
+            self._told = text
+
+
+def micro_time(moment: datetime) -> str:
+    """A moment as `metav1.MicroTime`."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")

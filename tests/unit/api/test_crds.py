@@ -150,6 +150,11 @@ REFUSED = [
     "--api-key=secret",
     "--ssl-keyfile=/x",
     "--ssl_certfile",
+    "--gpu-mem=0.9",
+    "--max_num_s=7",
+    "--ud=/x",
+    "--served=x",
+    "--tensor=2",
     "--tensor-parallel-size=2",
     "--tensor_parallel_size=2",
     "--tensor-parallel-size",
@@ -170,6 +175,8 @@ ALLOWED = [
     "--port-like=1",
     "--config-format=hf",
     "--tokenizer-revision=main",
+    "--max-logprobs=5",
+    "--hf-overrides={}",
 ]
 BAD = [
     ("spec__model__source", "facebook/opt-1.3b"),

@@ -37,15 +37,27 @@ PARALLEL_FLAGS = ("tensor-parallel-size", "pipeline-parallel-size", "data-parall
 PARALLEL_SHORT = ("tp", "pp", "dp")
 
 
+SHORTEST_ABBREVIATION = 2
+
+
+def _abbreviated(flag: str) -> str:
+    """A pattern for a flag with `-` or `_` between its words, and for every abbreviation of it.
+
+    vLLM's argument parser accepts any unambiguous beginning of an option (`--gpu-mem=0.9`), so all of them are refused.
+    """
+    letters = ["[-_]" if letter == "-" else letter for letter in flag]
+    shortest, rest = letters[:SHORTEST_ABBREVIATION], letters[SHORTEST_ABBREVIATION:]
+    return "".join(shortest) + "".join(f"({letter}" for letter in rest) + ")?" * len(rest)
+
+
 def _alternatives(flags: tuple[str, ...]) -> str:
-    """A pattern for any of the flags, with `-` or `_` between their words."""
-    return "|".join(flag.replace("-", "[-_]") for flag in flags)
+    return "|".join(_abbreviated(flag) for flag in flags)
 
 
-REFUSED_ARGS_PATTERN = f"^--?({_alternatives(REFUSED_FLAGS)}|ssl[-_][a-z_-]+)([=.].*)?$"
-"""Matches a refused engine argument: `_` or `-`, `--flag`, `--flag=value` and `--flag.key`."""
+REFUSED_ARGS_PATTERN = f"^--({_alternatives(REFUSED_FLAGS)}|ssl[-_][a-z_-]+)([=.].*)?$"
+"""Matches a refused engine argument: `_` or `-`, abbreviated or not, `--flag`, `--flag=value` and `--flag.key`."""
 
-PARALLEL_PATTERN = f"^(--?({_alternatives(PARALLEL_FLAGS)})|--?({'|'.join(PARALLEL_SHORT)}))(=.*)?$"
+PARALLEL_PATTERN = f"^(--({_alternatives(PARALLEL_FLAGS)})|--?({'|'.join(PARALLEL_SHORT)}))(=.*)?$"
 PARALLEL_ONE_PATTERN = "^.*=1$"
 
 REFUSED_ARGS_RULE = (

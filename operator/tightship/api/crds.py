@@ -1,4 +1,4 @@
-"""Writes the CustomResourceDefinitions from the pydantic models: `python -m tightship.api.crds [--check]`.
+"""Writes the CustomResourceDefinitions and the API reference from the pydantic models: `python -m tightship.api.crds [--check]`.
 
 A structural schema (Kubernetes) is stricter than JSON Schema: no references, no nulls, no unknown `additionalProperties: false`, a
 type on every node. `structural` rewrites pydantic's schema into that form; what it can't express it refuses, so that a model that
@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from tightship.api import reference
 from tightship.api.v1alpha1 import batchprofile, gpupack, labels, llmservice
 
 KINDS = (llmservice, batchprofile, gpupack)
@@ -174,7 +175,7 @@ def definitions() -> dict[str, dict[str, Any]]:
 
 def files(root: Path) -> dict[Path, str]:
     """The generated files below the repository `root`, with their content."""
-    out = {}
+    out = {root / "docs" / "api.md": reference.render(definitions())}
     for plural, crd in definitions().items():
         text = _dump(crd)
         out[root / "crds" / f"{plural}.yaml"] = f"# {NOTICE}\n{text}"

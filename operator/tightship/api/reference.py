@@ -53,5 +53,5 @@ def _type(field: Mapping[str, Any]) -> str:
 
 def _cell(field: Mapping[str, Any]) -> str:
     bounds = [f"{word} {field[key]}" for key, word in (("minimum", "at least"), ("maximum", "at most")) if key in field]
-    text = field.get("description", "") + (f" ({', '.join(bounds)})" if bounds else "")
+    text = str(field.get("description", "")) + (f" ({', '.join(bounds)})" if bounds else "")
     return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,329 @@
+"""`tightship advise`: decide from a BatchProfile manifest, without a cluster.
+
+Exit status: 0 with a recommendation; 3 when the profile has none under these objectives (the best achievable latency is
+printed); 2 when the question or the file is wrong, in words and never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tightship.api.units import format_duration, format_quantity, parse_duration
+from tightship.core.advisor import Candidate, Recommendation
+from tightship.core.curve import Metric, Objective, Statistic
+from tightship.decide import (
+    DEFAULT_EFFICIENCY_FLOOR,
+    DEFAULT_MAX_REPLICAS,
+    DEFAULT_MEMORY_RESERVE,
+    DEFAULT_MINIMUM_GAIN,
+    ProfileError,
+    decision_from_profile,
+    parse_reserve,
+)
+
+EXIT_USAGE = 2
+EXIT_INFEASIBLE = 3
+_KIND = "BatchProfile"
+
+
+class _InputError(ValueError):
+    """A file, or a question, that nothing can be decided from."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Add the subcommand `advise`; its namespace carries `run`."""
+    parser = subparsers.add_parser(
+        "advise",
+        help="decide batch and replicas per GPU from a BatchProfile manifest, without a cluster",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `advise` to a parser."""
+    parser.set_defaults(run=run)
+    parser.add_argument("-f", "--filename", required=True, metavar="FILE", help="BatchProfile manifest; - reads stdin")
+    parser.add_argument("--itl", type=_latency, metavar="DURATION", help="bound on the inter-token latency, e.g. 15ms")
+    parser.add_argument("--ttft", type=_latency, metavar="DURATION", help="bound on the time to first token, unqueued")
+    parser.add_argument(
+        "--statistic",
+        choices=[statistic.value for statistic in Statistic],
+        default=Statistic.MEAN.value,
+        help="the statistic that the bounds are on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--efficiency-floor",
+        type=_floor,
+        default=DEFAULT_EFFICIENCY_FLOOR,
+        metavar="SHARE",
+        help="least T(B) / (B T(1)); 0 turns it off (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-reserve",
+        type=_reserve,
+        default=DEFAULT_MEMORY_RESERVE,
+        metavar="RESERVE",
+        help="device memory left free, a percentage or a quantity (default: 5%%)",
+    )
+    parser.add_argument(
+        "--minimum-gain",
+        type=_gain,
+        default=DEFAULT_MINIMUM_GAIN,
+        metavar="RATIO",
+        help="least throughput of a packed GPU over one replica's best (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-replicas-per-gpu",
+        type=_replicas,
+        default=DEFAULT_MAX_REPLICAS,
+        metavar="N",
+        help="most replicas on one GPU (default: %(default)s)",
+    )
+    parser.add_argument("--explain", action="store_true", help="show every pair looked at, and why it won or fell")
+    parser.add_argument("-o", "--output", choices=["table", "json"], default="table", help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, decide, print; returns the exit status."""
+    try:
+        profile = read_profile(args.filename)
+        answer = decision_from_profile(
+            profile,
+            _objectives(args),
+            efficiency_floor=args.efficiency_floor,
+            minimum_gain=args.minimum_gain,
+            memory_reserve=args.memory_reserve,
+            max_replicas=args.max_replicas_per_gpu,
+        )
+    except (_InputError, ProfileError) as error:
+        print(f"tightship advise: {args.filename}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if args.output == "json":
+        print(json.dumps(to_json(answer, explain=args.explain), indent=2))
+    else:
+        print("\n".join(to_table(answer, explain=args.explain)))
+    return 0 if answer.feasible else EXIT_INFEASIBLE
+
+
+def read_profile(filename: str) -> Mapping[str, Any]:
+    """The one BatchProfile in a file of YAML or JSON documents, a `List` included; `-` is standard input.
+
+    Raises:
+        ValueError: the file can't be read, or holds none or several.
+    """
+    try:
+        text = sys.stdin.read() if filename == "-" else Path(filename).read_text(encoding="utf-8")
+        documents = list(yaml.safe_load_all(text))
+    except OSError as error:
+        raise _InputError(error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        raise _InputError("not a text file in UTF-8") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise _InputError(f"not YAML: {' '.join(str(error).split())}") from error
+    objects = list(_objects(documents))
+    profiles = [obj for obj in objects if obj.get("kind", _KIND) == _KIND]
+    if not profiles:
+        kinds = ", ".join(sorted({str(obj["kind"]) for obj in objects})) or "nothing"
+        raise _InputError(f"holds {kinds}, no {_KIND}")
+    if len(profiles) > 1:
+        names = ", ".join(_name(profile) for profile in profiles)
+        raise _InputError(f"holds {len(profiles)} {_KIND}s ({names}): give one at a time")
+    return profiles[0]
+
+
+def _objects(documents: list[Any]) -> Iterator[Mapping[str, Any]]:
+    for document in documents:
+        if document is None:
+            continue
+        if not isinstance(document, Mapping):
+            raise _InputError(f"a {_KIND} is a mapping, not {type(document).__name__}")
+        items = document.get("items")
+        if str(document.get("kind", "")).endswith("List") and isinstance(items, list):
+            yield from _objects(items)
+        else:
+            yield document
+
+
+def _name(profile: Mapping[str, Any]) -> str:
+    metadata = profile.get("metadata")
+    return str(metadata.get("name", "unnamed")) if isinstance(metadata, Mapping) else "unnamed"
+
+
+def _objectives(args: argparse.Namespace) -> list[Objective]:
+    statistic = Statistic(args.statistic)
+    bounds = ((Metric.INTER_TOKEN_LATENCY, args.itl), (Metric.TIME_TO_FIRST_TOKEN, args.ttft))
+    return [Objective(metric, statistic, maximum) for metric, maximum in bounds if maximum is not None]
+
+
+def to_json(answer: Recommendation, *, explain: bool = False) -> dict[str, Any]:
+    """The answer in the API's words; keys without an answer are null."""
+    chosen = answer.chosen
+    result: dict[str, Any] = {
+        "feasible": answer.feasible,
+        "reason": answer.failure.value if answer.failure else answer.basis.value,
+        "batch": answer.batch,
+        "bindingLimit": answer.binding_limit.value,
+        "kvCache": _size(answer.kv_cache),
+        "kvCacheTokens": answer.kv_tokens,
+        "memoryPerReplica": _size(answer.memory_per_replica),
+        "replicasPerGPU": answer.replicas,
+        "expectedGain": None if answer.expected_gain is None else f"{answer.expected_gain:.3f}",
+        "basis": answer.basis.value,
+        "tokensPerSecond": None if chosen is None else f"{chosen.throughput:.1f}",
+        "latencies": [] if chosen is None else _latencies(answer, chosen.latencies),
+        "efficiencyFloorEvaluated": answer.floor_evaluated,
+        "message": answer.message,
+        "notes": list(answer.notes),
+    }
+    if answer.best_latency is not None:
+        best = answer.best_latency
+        result["bestAchievable"] = {"batch": best.batch, "latencies": _latencies(answer, best.latencies)}
+    if explain:
+        result["candidates"] = [_candidate(answer, candidate) for candidate in answer.candidates]
+    return result
+
+
+def _candidate(answer: Recommendation, candidate: Candidate) -> dict[str, Any]:
+    return {
+        "batch": candidate.batch,
+        "replicas": candidate.replicas,
+        "tokensPerSecond": f"{candidate.throughput:.1f}",
+        "latencies": _latencies(answer, candidate.latencies),
+        "efficiency": None if candidate.efficiency is None else f"{candidate.efficiency:.4f}",
+        "memoryPerReplica": _size(candidate.memory),
+        "outcome": _outcome(answer, candidate),
+        "reasons": [rejection.text for rejection in candidate.rejections],
+    }
+
+
+def _latencies(answer: Recommendation, values: tuple[float | None, ...]) -> list[dict[str, Any]]:
+    return [
+        {
+            "metric": objective.metric.value,
+            "statistic": objective.statistic.value,
+            "value": None if value is None else format_duration(value),
+            "max": format_duration(objective.maximum),
+        }
+        for objective, value in zip(answer.objectives, values, strict=True)
+    ]
+
+
+def _outcome(answer: Recommendation, candidate: Candidate) -> str:
+    if candidate == answer.chosen:
+        return "chosen"
+    return "less throughput" if candidate.eligible else "rejected"
+
+
+def to_table(answer: Recommendation, *, explain: bool = False) -> Iterator[str]:
+    """The answer as lines for a terminal."""
+    if answer.feasible:
+        rows = [
+            ("BATCH", str(answer.batch)),
+            ("LIMIT", answer.binding_limit.value),
+            ("KV-CACHE", _size(answer.kv_cache) or "unknown"),
+            ("MEMORY", _size(answer.memory_per_replica) or "unknown"),
+            ("PER-GPU", str(answer.replicas)),
+            ("GAIN", "" if answer.expected_gain is None else f"{answer.expected_gain:.2f}"),
+            ("BASIS", answer.basis.value),
+        ]
+        yield from _columns([[head for head, _ in rows], [cell for _, cell in rows]])
+        yield ""
+    yield answer.message
+    for note in answer.notes:
+        yield f"note: {note}"
+    if explain:
+        yield ""
+        yield from _columns([_explain_head(answer), *(_explain_row(answer, c) for c in answer.candidates)])
+
+
+def _explain_head(answer: Recommendation) -> list[str]:
+    objectives = [f"{objective}".upper() for objective in answer.objectives]
+    return ["BATCH", "REPLICAS", "TOKENS/S", *objectives, "EFFICIENCY", "MEMORY", "OUTCOME"]
+
+
+def _explain_row(answer: Recommendation, candidate: Candidate) -> list[str]:
+    reasons = "; ".join(rejection.text for rejection in candidate.rejections)
+    return [
+        str(candidate.batch),
+        str(candidate.replicas),
+        f"{candidate.throughput:.0f}",
+        *("" if latency is None else format_duration(float(f"{latency:.4g}")) for latency in candidate.latencies),
+        "" if candidate.efficiency is None else f"{candidate.efficiency:.3f}",
+        "" if candidate.memory is None else f"{candidate.memory / (1 << 30):.1f}Gi",
+        _outcome(answer, candidate) + (f": {reasons}" if reasons else ""),
+    ]
+
+
+def _columns(rows: list[list[str]]) -> Iterator[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        yield "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _size(amount: int | None) -> str | None:
+    return None if amount is None else format_quantity(amount)
+
+
+def _latency(text: str) -> float:
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} can't be met by anything: give a latency above 0, e.g. 15ms")
+    return seconds
+
+
+def _reserve(text: str) -> str:
+    try:
+        parse_reserve(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _floor(text: str) -> float:
+    return _ranged(text, 0, 1, "an efficiency floor is a number from 0 to below 1, e.g. 0.1")
+
+
+def _gain(text: str) -> float:
+    return _ranged(text, 1, float("inf"), "a minimum gain is a number from 1, e.g. 1.05")
+
+
+def _ranged(text: str, lowest: float, below: float, words: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not lowest <= number < below:
+        raise argparse.ArgumentTypeError(f"{text!r}: {words}")
+    return number
+
+
+def _replicas(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: replicas per GPU are a whole number from 1")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m tightship.advise`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="tightship advise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,290 @@
+"""`tightship advise`: what it reads, what it says, how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tightship import advise, decide
+from tightship.api.v1alpha1.spec import Objective as ApiObjective
+
+GIB = 1 << 30
+ROWS = [(1, 381.4, 3.623, 0.865), (32, 5734.1, 7.51, 0.643), (96, 9032.8, 13.89, 0.575), (256, 10809.8, 29.27, 0.548)]
+
+
+def make_points() -> list[dict[str, Any]]:
+    return [
+        {
+            "batch": batch,
+            "totalTokensPerSecond": str(throughput),
+            "outputTokensPerSecond": str(throughput * 0.7),
+            "interTokenLatency": {"mean": f"{itl}ms"},
+            "requests": 2000,
+            "preemptions": 0,
+            "gpuUtilization": str(utilization),
+        }
+        for batch, throughput, itl, utilization in ROWS
+    ]
+
+
+def make_memory(**changes: Any) -> dict[str, Any]:
+    return {
+        "confirmedBatch": 96,
+        "deviceTotal": "64Gi",
+        "blockSize": 16,
+        "kvBytesPerToken": 196_608,
+        "kvCacheTokens": 51_200,
+        "kvCache": "9600Mi",
+        "nonKV": "4Gi",
+        "replica": "13696Mi",
+        "contextMean": "411",
+        "contextStd": "312",
+        "basis": "Assumed",
+    } | changes
+
+
+def make_profile(memory: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
+    measured = {"gpu": {"product": "NVIDIA-H100-64GB"}, "points": make_points(), **status}
+    if memory is not None:
+        measured["memory"] = memory
+    return {
+        "apiVersion": "tightship.dev/v1alpha1",
+        "kind": "BatchProfile",
+        "metadata": {"name": "opt"},
+        "status": measured,
+    }
+
+
+def write(folder: Path, *documents: Any) -> str:
+    path = folder / "profile.yaml"
+    path.write_text(yaml.safe_dump_all(documents))
+    return str(path)
+
+
+def ask(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, dict[str, Any]]:
+    status = advise.main([*args, "-o", "json"])
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return status, answer
+
+
+def test_a_recommendation_with_known_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, answer = ask(capsys, "-f", write(tmp_path, make_profile(make_memory())), "--itl", "15ms")
+
+    assert status == 0
+    expected = {
+        "feasible": True, "batch": 96, "bindingLimit": "SLO", "replicasPerGPU": 1, "basis": "Measured",
+        "kvCache": "9600Mi", "kvCacheTokens": 51_200, "memoryPerReplica": "13696Mi",
+    }  # fmt: skip
+    assert answer.items() >= expected.items()
+
+
+def test_packing_is_estimated_and_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, answer = ask(capsys, "-f", write(tmp_path, make_profile(make_memory())), "--itl", "60ms")
+
+    assert answer["basis"] == "Estimated"
+    assert answer["replicasPerGPU"] >= 2
+    assert float(answer["expectedGain"]) >= 1.05
+
+
+def test_unknown_memory_still_gives_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, answer = ask(capsys, "-f", write(tmp_path, make_profile()), "--itl", "15ms")
+
+    assert (status, answer["batch"], answer["replicasPerGPU"]) == (0, 96, 1)
+    assert (answer["kvCache"], answer["memoryPerReplica"]) == (None, None)
+
+
+def test_an_infeasible_slo_ends_with_3_and_the_best_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, answer = ask(capsys, "-f", write(tmp_path, make_profile()), "--itl", "2ms")
+
+    assert (status, answer["feasible"], answer["reason"]) == (advise.EXIT_INFEASIBLE, False, "SLOInfeasible")
+    assert answer["bestAchievable"]["batch"] == 1
+    assert answer["bestAchievable"]["latencies"][0]["value"] == "3.623ms"
+
+
+def test_imported_results_are_read_where_status_has_no_points(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = make_profile()
+    profile["spec"], profile["status"] = {"results": profile["status"]}, {"conditions": []}
+    status, answer = ask(capsys, "-f", write(tmp_path, profile), "--itl", "15ms")
+    assert (status, answer["batch"]) == (0, 96)
+
+
+def test_output_tokens_are_the_throughput_where_totals_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = make_points()
+    for point in points:
+        del point["totalTokensPerSecond"]
+    _, answer = ask(capsys, "-f", write(tmp_path, make_profile(points=points)), "--itl", "15ms")
+    assert float(answer["tokensPerSecond"]) == pytest.approx(9032.8 * 0.7, abs=0.06)
+
+
+def test_settings_reach_the_advisor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, make_profile(make_memory()))
+    assert ask(capsys, "-f", file, "--efficiency-floor", "0.4")[1]["batch"] == 32
+    assert ask(capsys, "-f", file, "--itl", "60ms", "--max-replicas-per-gpu", "1")[1]["replicasPerGPU"] == 1
+    assert ask(capsys, "-f", file, "--itl", "60ms", "--minimum-gain", "9")[1]["replicasPerGPU"] == 1
+    reserved = ask(capsys, "-f", file, "--itl", "60ms", "--memory-reserve", "40Gi")[1]
+    assert reserved["replicasPerGPU"] * decide.parse_quantity(reserved["memoryPerReplica"]) <= 24 * GIB
+    assert ask(capsys, "-f", file, "--ttft", "1s")[1]["reason"] == "SLOInfeasible"
+
+
+def test_explain_gives_every_pair_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, make_profile(make_memory()))
+    _, answer = ask(capsys, "-f", file, "--itl", "15ms", "--explain")
+
+    outcomes = [candidate["outcome"] for candidate in answer["candidates"]]
+    assert outcomes.count("chosen") == 1
+    assert all(c["reasons"] for c in answer["candidates"] if c["outcome"] == "rejected")
+
+    assert advise.main(["-f", file, "--itl", "15ms", "--explain"]) == 0
+    table = capsys.readouterr().out
+    assert table.splitlines()[1].split()[:2] == ["96", "SLO"]
+    assert "mean InterTokenLatency 29.27ms > 15ms" in table
+
+
+def test_other_objects_in_the_file_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = {"kind": "ConfigMap", "metadata": {"name": "x"}}
+    listed = {"kind": "List", "items": [other, make_profile()]}
+    assert ask(capsys, "-f", write(tmp_path, other, None, make_profile()), "--itl", "15ms")[0] == 0
+    assert ask(capsys, "-f", write(tmp_path, listed), "--itl", "15ms")[0] == 0
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(make_profile())))
+    assert ask(capsys, "-f", "-", "--itl", "15ms")[1]["batch"] == 96
+
+
+def edit(**changes: Any) -> str:
+    points = make_points()
+    points[1].update(changes)
+    return yaml.safe_dump(make_profile(points=points))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds nothing, no BatchProfile"),
+        ("{", "not YAML"),
+        ("a: b: c", "not YAML"),
+        ("\x00", "not YAML"),
+        ("- 1", "a BatchProfile is a mapping, not list"),
+        ("just words", "a BatchProfile is a mapping, not str"),
+        ("kind: Pod", "holds Pod, no BatchProfile"),
+        ("kind: BatchProfile", "no points"),
+        ("status: 5", "status is not a mapping"),
+        ("status: {points: 7}", "status.points is not a list"),
+        ("status: {points: [7]}", "status.points is not a list of points"),
+        ("spec: {results: {points: [{batch: 1}]}}", "spec.results.points need totalTokensPerSecond"),
+        ("status: {points: [{totalTokensPerSecond: 5}]}", "status.points[0] has no batch"),
+        (edit(batch=96), "batch 96 occurs more than once"),
+        (edit(batch=0), "status.points[1]: batch 0"),
+        (edit(batch=1.5), "status.points[1].batch: 1.5 is not a whole number"),
+        (edit(batch=float("nan")), "status.points[1].batch"),
+        (edit(batch=float("inf")), "status.points[1].batch"),
+        (edit(totalTokensPerSecond="fast"), "status.points[1].totalTokensPerSecond: 'fast' is not a number"),
+        (edit(totalTokensPerSecond=-1), "status.points[1]: throughput"),
+        (edit(interTokenLatency=5), "status.points[1].interTokenLatency is not a mapping"),
+        (edit(interTokenLatency={"mean": 13.9}), "status.points[1].interTokenLatency.mean: 13.9 has no unit"),
+        (edit(interTokenLatency={"mean": "0s"}), "status.points[1]"),
+        (edit(gpuUtilization="57.5"), "not between 0 and 1"),
+        (edit(unresolved=5), "status.points[1].unresolved"),
+        (yaml.safe_dump_all([make_profile(), make_profile()]), "holds 2 BatchProfiles (opt, opt)"),
+        (yaml.safe_dump(make_profile(make_memory(nonKV="lots"))), "status.memory.nonKV: 'lots' is not a quantity"),
+        (yaml.safe_dump(make_profile(make_memory(contextMean="-5"))), "status.memory"),
+        (yaml.safe_dump(make_profile(make_memory(nonKV=None, kvCache="99Gi"))), "status.memory"),
+    ],
+)
+def test_malformed_files_end_with_2_and_say_what_is_wrong(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text(text)
+    assert advise.main(["-f", str(path), "--itl", "15ms"]) == advise.EXIT_USAGE
+    error = capsys.readouterr().err
+    assert words in error
+    assert str(path) in error
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--itl", "15"], "is not a duration"),
+        (["--itl", "0"], "can't be met"),
+        (["--statistic", "p42"], "invalid choice"),
+        (["--efficiency-floor", "2"], "an efficiency floor is a number"),
+        (["--minimum-gain", "0.5"], "a minimum gain is a number from 1"),
+        (["--memory-reserve", "120%"], "neither a percentage below 100"),
+        (["--memory-reserve", "some"], "is not a quantity"),
+        (["--max-replicas-per-gpu", "0"], "a whole number from 1"),
+    ],
+)
+def test_wrong_options_end_with_2_in_words(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        advise.main(["-f", "-", *args])
+    assert ended.value.code == advise.EXIT_USAGE
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_or_binary_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert advise.main(["-f", str(tmp_path / "none.yaml")]) == advise.EXIT_USAGE
+    assert "No such file" in capsys.readouterr().err
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert advise.main(["-f", str(tmp_path / "binary")]) == advise.EXIT_USAGE
+
+
+def test_it_runs_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tightship.advise", "-f", write(tmp_path, make_profile()), "--itl", "2ms"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == advise.EXIT_INFEASIBLE
+    assert "no batch meets the SLO" in done.stdout
+
+
+# What the operator decides by.
+
+
+def test_an_unresolved_statistic_is_not_used() -> None:
+    points = make_points()
+    points[2] |= {"interTokenLatency": {"mean": "13.89ms", "p99": "14ms"}, "unresolved": ["p99"]}
+    point = decide.curve_from_profile(make_profile(points=points)).at(96)
+    assert point is not None
+    assert (point.inter_token_latency.mean, point.inter_token_latency.p99) == (0.01389, None)
+
+
+def test_a_cpu_pack_is_bound_by_its_cores_and_its_own_memory() -> None:
+    profile = make_profile(make_memory())
+    accelerator = {"device": "cpu", "cores": 7, "coresPerReplica": 2, "memory": "100Gi"}
+    profile["spec"] = {"key": {"accelerator": accelerator}}
+    objectives = decide.objectives_from_api([ApiObjective(metric="InterTokenLatency", max="15ms")])
+
+    answer = decide.decision_from_profile(profile, objectives)
+
+    assert (answer.batch, answer.replicas) == (96, 3)
+    small = {**profile, "spec": {"key": {"accelerator": accelerator | {"memory": "30Gi"}}}}
+    assert decide.decision_from_profile(small, objectives).replicas == 2
+
+
+@pytest.mark.parametrize("missing", ["nonKV", "kvBytesPerToken", "blockSize", "confirmedBatch"])
+def test_a_ledger_is_completed_from_what_is_there(missing: str) -> None:
+    ledger = decide.ledger_from_profile(make_profile(make_memory(**{missing: None})))
+    assert ledger is not None
+    assert (ledger.non_kv, ledger.kv_bytes_per_token, ledger.block_size) == (4 * GIB, 196_608, 16)
+
+
+def test_context_lengths_come_from_the_workload_where_the_profile_has_none() -> None:
+    profile = make_profile(make_memory(contextMean=None))
+    assert decide.ledger_from_profile(profile) is None
+    profile["spec"] = {"key": {"workload": {"inputTokens": 111, "outputTokens": 292}, "engine": {"maxModelLen": 2048}}}
+    ledger = decide.ledger_from_profile(profile)
+    assert ledger is not None
+    assert (ledger.context.mean, ledger.context.assumed, ledger.max_model_len) == (411, True, 2048)

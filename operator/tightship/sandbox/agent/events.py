@@ -1,0 +1,81 @@
+"""Events about pods and nodes, aggregated: the same event again only counts up."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import uuid
+
+import aiohttp
+
+from tightship.sandbox.agent.api import Api, ApiError, Object
+
+log = logging.getLogger(__name__)
+
+
+def now() -> str:
+    """Now in RFC 3339, whole seconds, as API objects carry times."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Recorder:
+    """Writes events in the background, in order; an event that cannot be written is dropped with a line in the log."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._queue: asyncio.Queue[tuple[str, Object, str, str, str, str]] = asyncio.Queue(1000)
+        self._known: dict[tuple[str, ...], Object] = {}
+
+    def emit(self, host: str, about: Object, kind: str, reason: str, message: str, field: str = "") -> None:
+        """Record an event of `kind` Normal or Warning about an object with apiVersion, kind and metadata."""
+        try:
+            self._queue.put_nowait((host, about, kind, reason, message, field))
+        except asyncio.QueueFull:
+            log.warning("event dropped: %s %s", reason, message)
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        while True:
+            entry = await self._queue.get()
+            try:
+                await self._write(*entry)
+            except (ApiError, aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+                log.info("event %s not written: %s", entry[3], error)
+
+    async def _write(self, host: str, about: Object, kind: str, reason: str, message: str, field: str) -> None:
+        metadata = about["metadata"]
+        namespace = metadata.get("namespace") or "default"
+        path = f"/api/v1/namespaces/{namespace}/events"
+        key = (str(metadata.get("uid")), kind, reason, message, field)
+        known = self._known.get(key)
+        if known is not None:
+            count = int(known["count"]) + 1
+            try:
+                patch = {"count": count, "lastTimestamp": now()}
+                self._known[key] = await self._api.merge(f"{path}/{known['metadata']['name']}", patch)
+                return
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+        involved = {"apiVersion": "v1", "kind": about["kind"], "name": metadata["name"], "uid": metadata.get("uid", "")}
+        if "namespace" in metadata:
+            involved["namespace"] = namespace
+        if field:
+            involved["fieldPath"] = field
+        event = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{metadata['name']}.{uuid.uuid4().hex[:16]}", "namespace": namespace},
+            "involvedObject": involved,
+            "type": kind,
+            "reason": reason,
+            "message": message[:1024],
+            "source": {"component": "kubelet", "host": host},
+            "count": 1,
+            "firstTimestamp": now(),
+            "lastTimestamp": now(),
+        }
+        self._known[key] = await self._api.create(path, event)
+        if len(self._known) > 5000:
+            self._known.pop(next(iter(self._known)))

@@ -1,0 +1,314 @@
+"""The two processes that hold a sandbox together.
+
+*Outside* starts the namespaces, forwards 127.0.0.1 into them, and ends with its owner: when its standard input closes (the
+owner's end of a pipe), by SIGTERM, or by Ctrl-C. *Inside* is the first process of the PID namespace: it brings up the
+network, the control plane, the agent and the operator, and when it ends the kernel ends everything else. Neither can
+leave the other behind: each notices the end of the pipe between them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from tightship.sandbox import content, gateway, network
+from tightship.sandbox.agent.__main__ import node_directory
+from tightship.sandbox.agent.api import Api, Reflector
+from tightship.sandbox.agent.netns import GATEWAY
+from tightship.sandbox.certificates import Certificates, generate
+from tightship.sandbox.processes import Command, Processes, die_with_parent
+from tightship.sandbox.real import API_PORT, RealPlane, write_kubeconfig
+from tightship.sandbox.settings import Settings
+
+log = logging.getLogger("tightship.sandbox")
+
+API_SOCKET, GATEWAY_SOCKET, CONTROL_SOCKET, DEVICE_SOCKET = "api.sock", "gateway.sock", "control.sock", "devices.sock"
+SERVICE_ADDRESS = "10.96.0.1"
+START_LIMIT = 90.0
+NAMES = ["kubernetes.default.svc", "kubernetes", "kubernetes.default", "kubernetes.default.svc.cluster.local", "localhost"]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """How to reach a control plane from inside."""
+
+    server: str
+    token: str | None
+    ca: Path | None
+
+
+class Inside:
+    """Everything inside the namespaces."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._state = Path(settings.state)
+        self._sockets = Path(settings.sockets)
+        self._processes = Processes(self._state / "logs")
+
+    async def run(self) -> None:
+        """Bring the sandbox up, say so on standard output, and hold it until standard input closes."""
+        settings = self._settings
+        network.set_up(settings.node_address(index) for index in range(settings.nodes))
+        addresses = ["127.0.0.1", GATEWAY, SERVICE_ADDRESS, *(settings.node_address(i) for i in range(settings.nodes))]
+        keys = await asyncio.to_thread(generate, self._state / "pki", addresses, NAMES)
+        ended = asyncio.create_task(_end_of_input())
+        up = asyncio.create_task(self._up(keys))
+        broken = asyncio.ensure_future(self._processes.failed)
+        try:
+            await asyncio.wait({ended, up, broken}, return_when=asyncio.FIRST_COMPLETED, timeout=START_LIMIT)
+            if up.done():
+                _say({"ready": up.result()})
+                await asyncio.wait({ended, broken}, return_when=asyncio.FIRST_COMPLETED)
+            elif not ended.done() and not broken.done():
+                _say({"error": f"not up after {START_LIMIT:g} s; see {self._state / 'logs'}"})
+            if broken.done():
+                _say({"error": broken.result()})
+        finally:
+            up.cancel()
+            self._processes.kill_all()
+
+    async def _up(self, keys: Certificates) -> dict[str, Any]:
+        plane = await self._start_plane(keys)
+        if self._settings.gpus_per_node:
+            await self._processes.start(self._device_command())
+        await self._processes.start(self._agent_command(plane, keys))
+        forwarders = [await gateway.forward_in(str(self._sockets / API_SOCKET), GATEWAY, API_PORT)]
+        inner = self._state / "kubeconfig.inside"
+        write_kubeconfig(inner, plane.server, plane.token, plane.ca)
+        self._keep: list[Any] = forwarders
+        api = await Api(plane.server, plane.token, str(plane.ca) if plane.ca else None).__aenter__()
+        await self._wait_for_api(api)
+        await content.install(api, self._settings)
+        services = Reflector(api, "/api/v1/services")
+        self._keep.append(asyncio.create_task(services.run()))
+        await gateway.ServiceGateway(services.store).start(str(self._sockets / GATEWAY_SOCKET))
+        await self._serve_control()
+        await content.wait_for_nodes(api, [self._settings.node_name(i) for i in range(self._settings.nodes)])
+        if self._settings.operator:
+            await self._processes.start(self._operator_command(inner))
+        return {"token": plane.token, "ca": str(plane.ca) if plane.ca else None}
+
+    async def _start_plane(self, keys: Certificates) -> Plane:
+        if self._settings.plane == "embedded":
+            command = [sys.executable, "-m", "tightship.sandbox.plane", "--host", GATEWAY, "--port", str(API_PORT)]
+            await self._processes.start(Command("plane", command))
+            return Plane(f"http://{GATEWAY}:{API_PORT}", None, None)
+        real = RealPlane.create(self._state / "plane", keys)
+        for command in (real.etcd(), real.apiserver()):
+            await self._processes.start(command)
+        plane = Plane(f"https://{GATEWAY}:{API_PORT}", real.token, keys.ca)
+        async with Api(plane.server, plane.token, str(keys.ca)) as api:
+            await self._wait_for_api(api)
+        for command in (real.controllers(), real.scheduler()):
+            await self._processes.start(command)
+        return plane
+
+    async def _wait_for_api(self, api: Api) -> None:
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, OSError, asyncio.TimeoutError):
+                async with api.session.get(f"{api.server}/readyz") as answer:
+                    if answer.status == 200:
+                        return
+            await asyncio.sleep(0.1)
+
+    def _device_command(self) -> Command:
+        settings = self._settings
+        argv = [sys.executable, "-m", "tightship.sandbox.simulation.device", "--socket", str(self._sockets / DEVICE_SOCKET)]
+        for index in range(settings.nodes):
+            for uuid in settings.gpu_uuids(index):
+                gpu = f"node={settings.node_name(index)},uuid={uuid},product={settings.product},memory={settings.gpu_memory}"
+                argv += ["--gpu", gpu]
+        return Command("devices", [*argv, *settings.device_arguments], vital=False, cores=self._other_cores())
+
+    def _agent_command(self, plane: Plane, keys: Certificates) -> Command:
+        settings = self._settings
+        config = {
+            "server": plane.server,
+            "token": plane.token,
+            "ca": str(plane.ca) if plane.ca else None,
+            "state": settings.state,
+            "nodes": settings.node_specs(),
+            "certificate": str(keys.certificate),
+            "key": str(keys.key),
+            "engine_cores": settings.engine_cores,
+            "device_socket": str(self._sockets / DEVICE_SOCKET) if settings.gpus_per_node else None,
+            "engine_python": settings.engine_python,
+            "engine_environment": settings.engine_environment,
+            "timing": settings.timing,
+        }
+        path = self._state / "agent.json"
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(config, indent=1))
+        return Command("agent", [sys.executable, "-m", "tightship.sandbox.agent", str(path)], vital=False)
+
+    def _operator_command(self, kubeconfig: Path) -> Command:
+        argv = [sys.executable, "-m", "tightship", "run", "--kubeconfig", str(kubeconfig)]
+        env = {"KUBECONFIG": str(kubeconfig), **self._settings.environment}
+        return Command("operator", argv, env, vital=False, cores=self._other_cores())
+
+    def _other_cores(self) -> frozenset[int]:
+        return frozenset(os.sched_getaffinity(0) - set(self._settings.engine_cores))
+
+    async def _serve_control(self) -> None:
+        """`POST /processes/<name>/<start|stop|kill>` and `GET /processes/<name>` on a Unix socket."""
+
+        async def act(request: web.Request) -> web.Response:
+            name, action = request.match_info["name"], request.match_info["action"]
+            try:
+                if action == "start":
+                    await self._processes.resume(name)
+                else:
+                    await self._processes.stop(name, signal.SIGKILL if action == "kill" else signal.SIGTERM)
+            except KeyError:
+                return web.Response(status=404, text=f"no process {name}")
+            return web.json_response({"pid": self._processes.pid(name)})
+
+        async def start_operator(_: web.Request) -> web.Response:
+            await self._processes.start(self._operator_command(self._state / "kubeconfig.inside"))
+            return web.json_response({"pid": self._processes.pid("operator")})
+
+        async def show(request: web.Request) -> web.Response:
+            return web.json_response({"pid": self._processes.pid(request.match_info["name"])})
+
+        application = web.Application()
+        application.router.add_post("/processes/operator/start", start_operator)
+        application.router.add_post("/processes/{name}/{action:start|stop|kill}", act)
+        application.router.add_get("/processes/{name}", show)
+        runner = web.AppRunner(application, access_log=None)
+        await runner.setup()
+        await web.UnixSite(runner, str(self._sockets / CONTROL_SOCKET)).start()
+
+
+class Outside:
+    """The process on the machine's side."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._state = Path(settings.state)
+        self._sockets = Path(settings.sockets)
+
+    async def run(self, attached: bool) -> int:
+        """Hold the sandbox; `attached`: end when standard input closes."""
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, stop.set)
+        with (self._state / "logs" / "supervisor.log").open("ab") as errors:
+            inner = await asyncio.create_subprocess_exec(
+                *network.unshare_command(),
+                sys.executable,
+                "-m",
+                "tightship.sandbox.supervisor",
+                "inside",
+                self._settings.state,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        assert inner.stdin is not None and inner.stdout is not None
+        waits = {asyncio.create_task(stop.wait()), asyncio.create_task(inner.wait())}
+        if attached:
+            waits.add(asyncio.create_task(_end_of_input()))
+        try:
+            reading = asyncio.create_task(inner.stdout.readline())
+            await asyncio.wait({reading, *waits}, return_when=asyncio.FIRST_COMPLETED)
+            answer = json.loads(reading.result() or b"{}") if reading.done() else {}
+            if "ready" not in answer:
+                _say({"error": answer.get("error") or f"the sandbox did not come up:\n{self._tail()}"})
+                return 1
+            _say({"ready": await self._open(answer["ready"], inner.pid)})
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            return 0 if inner.returncode is None else 1
+        finally:
+            (self._state / "sandbox.json").unlink(missing_ok=True)
+            inner.stdin.close()
+            try:
+                await asyncio.wait_for(inner.wait(), 20)
+            except asyncio.TimeoutError:
+                inner.kill()
+                await inner.wait()
+
+    async def _open(self, plane: dict[str, Any], unshare: int) -> dict[str, Any]:
+        """Forward from 127.0.0.1, write the kubeconfig and the description that `down` and others read."""
+        api = await gateway.forward_out(str(self._sockets / API_SOCKET))
+        services = await gateway.forward_out(str(self._sockets / GATEWAY_SOCKET))
+        self._forwarders = [api, services]
+        port = api.sockets[0].getsockname()[1]
+        scheme = "https" if plane["ca"] else "http"
+        path = self._state / "kubeconfig"
+        write_kubeconfig(path, f"{scheme}://127.0.0.1:{port}", plane["token"], Path(plane["ca"]) if plane["ca"] else None)
+        children = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
+        description = {
+            "kubeconfig": str(path),
+            "server": f"{scheme}://127.0.0.1:{port}",
+            "gateway": f"http://127.0.0.1:{services.sockets[0].getsockname()[1]}",
+            "supervisor": os.getpid(),
+            "init": int(children[0]),
+            "sockets": self._settings.sockets,
+            "nodes": {
+                self._settings.node_name(i): str(node_directory(self._state, self._settings.node_name(i)))
+                for i in range(self._settings.nodes)
+            },
+        }
+        (self._state / "sandbox.json").write_text(json.dumps(description, indent=1))
+        return description
+
+    def _tail(self) -> str:
+        path = self._state / "logs" / "supervisor.log"
+        return path.read_text(errors="replace")[-2000:]
+
+
+async def _end_of_input() -> None:
+    """Return when standard input is closed."""
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    while await reader.read(4096):
+        pass
+
+
+def _say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def init(settings: Settings) -> int:
+    """The first process of the PID namespace: reaps orphans, and ends with its one real child."""
+    worker = os.fork()
+    if worker == 0:
+        asyncio.run(_inside(settings))
+        return 0
+    while True:
+        pid, status = os.wait()
+        if pid == worker:
+            return os.waitstatus_to_exitcode(status) & 255
+
+
+async def _inside(settings: Settings) -> None:
+    await Inside(settings).run()
+
+
+def main() -> int:
+    """`outside STATE [attached]` or `inside STATE`."""
+    role, state = sys.argv[1:3]
+    settings = Settings.read(Path(state) / "settings.json")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if role == "inside":
+        return init(settings)
+    return asyncio.run(Outside(settings).run("attached" in sys.argv[3:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

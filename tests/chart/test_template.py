@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from chart.helmtools import CHART, NAMESPACE, RELEASE, only, render, run_helm, values_file
+from tightship.__main__ import parser
 from tightship.api import crds
+from tightship.operator_main import options
 
 Values = dict[str, Any]
 
@@ -48,7 +50,7 @@ VALUE_SETS: dict[str, tuple[Values, Counter[str]]] = {
             },
             "replicaCount": 2,
             "serviceAccount": {"name": "packer", "annotations": {"example.com/role": "packer"}},
-            "operator": {"logLevel": "debug", "resyncSeconds": 60, "maxConcurrentProfiles": 4},
+            "operator": {"logLevel": "debug", "logFormat": "plain", "resyncSeconds": 60, "maxConcurrentProfiles": 4},
             "nodeSelector": {"kubernetes.io/os": "linux"},
             "tolerations": [{"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"}],
             "affinity": {"nodeAffinity": {}},
@@ -145,10 +147,38 @@ def test_the_pod_is_probed_and_told_its_own_image(helm: Path, tmp_path: Path) ->
     values = {"image": {"repository": "example/tightship", "tag": "9.9"}}
     (container,) = only(render(helm, tmp_path, values), "Deployment")["spec"]["template"]["spec"]["containers"]
     assert container["image"] == "example/tightship:9.9"
-    assert {"name": "TIGHTSHIP_OPERATOR_IMAGE", "value": "example/tightship:9.9"} in container["env"]
+    assert {"name": "TIGHTSHIP_IMAGE", "value": "example/tightship:9.9"} in container["env"]
     assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
     assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
     assert {"name": "http", "containerPort": 8080, "protocol": "TCP"} in container["ports"]
+
+
+def test_the_operator_understands_what_the_pod_tells_it(
+    helm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every variable is an option of `tightship run`, and every value passes its parser."""
+    values = VALUE_SETS["everything set"][0]
+    (container,) = only(render(helm, tmp_path, values), "Deployment")["spec"]["template"]["spec"]["containers"]
+    for variable in container["env"]:
+        monkeypatch.setenv(variable["name"], variable.get("value", NAMESPACE))
+    parsed = parser("run").parse_args(container["args"])
+    chosen = options(parsed)
+    assert chosen.settings.operator_image == "registry.example:5000/team/tightship:1.2.3"
+    assert chosen.settings.image_pull_policy == "Always"
+    assert chosen.settings.operator_namespace == NAMESPACE
+    assert (chosen.settings.resync, chosen.settings.max_concurrent_profiles) == (60.0, 4)
+    assert (parsed.log_level, parsed.log_format) == ("debug", "plain")
+    known = {f"TIGHTSHIP_{name.upper()}" for name in vars(parsed)}
+    assert {variable["name"] for variable in container["env"]} <= known
+    assert container["ports"][0]["containerPort"] == chosen.telemetry_port
+
+
+def test_the_lease_granted_is_the_lease_taken(helm: Path, tmp_path: Path) -> None:
+    objects = render(helm, tmp_path, {})
+    (container,) = only(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    (taken,) = [variable["value"] for variable in container["env"] if variable["name"] == "TIGHTSHIP_LEASE_NAME"]
+    granted = [name for rule in only(objects, "Role")["rules"] for name in rule.get("resourceNames", [])]
+    assert granted == [taken]
 
 
 def test_objects_of_the_release_are_not_taken_for_the_operators_own(helm: Path, tmp_path: Path) -> None:

@@ -33,3 +33,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "tightship.image" -}}
 {{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) -}}
 {{- end -}}
+
+{{/* One name for every release: two operators of one namespace then never act at the same time. */}}
+{{- define "tightship.leaseName" -}}
+tightship-operator
+{{- end -}}

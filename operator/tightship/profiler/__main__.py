@@ -1,0 +1,113 @@
+"""`python3 -m tightship.profiler`: the profiling Job's container.
+
+Exit status 0 says "finished", also when the measurement failed (the outcome says how); anything else says "start me again".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.profiler.clock import Clock, SystemClock
+from tightship.profiler.engine import ProcessLauncher
+from tightship.profiler.errors import ProfilerError, ReportError
+from tightship.profiler.gpu import CpuDevice, Device, DeviceError, memory_limit, open_nvml
+from tightship.profiler.profile import Profiler, make_job
+from tightship.profiler.report import ApiSink, Report, Sink
+
+log = logging.getLogger("tightship.profiler")
+
+FINISHED, AGAIN, STOPPED = 0, 1, 143
+FLUSH_SECONDS = 600.0
+LAST_FLUSH_SECONDS = 5.0
+
+
+def open_device(profile: api.BatchProfile, environ: Mapping[str, str], clock: Clock) -> Device:
+    """The device that the Job was given. Raises DeviceError when there is none."""
+    if environ.get("TIGHTSHIP_DEVICE", "cuda") == "cpu":
+        return CpuDevice(memory_limit(dict(environ)), profile.spec.key.accelerator.cores_per_replica or 1, clock)
+    return open_nvml(dict(environ))
+
+
+def kept(profile: api.BatchProfile) -> api.BatchProfileStatus | None:
+    """What an earlier attempt found and this one keeps; None when the profile is finished already."""
+    outcome = profile.status.outcome
+    if outcome is None:
+        return profile.status
+    if outcome.rerun == profile.spec.measurement.rerun:
+        return None
+    return api.BatchProfileStatus()
+
+
+async def profile(sink: Sink, environ: Mapping[str, str], clock: Clock) -> int:
+    """Profile what the sink holds; returns the exit status."""
+    subject = await sink.read()
+    status = kept(subject)
+    if status is None:
+        log.info("the profile is finished already")
+        return FINISHED
+    report = Report(sink, status)
+    try:
+        await _measure(subject, report, environ, clock)
+        return FINISHED if await report.flush(FLUSH_SECONDS) else AGAIN
+    except asyncio.CancelledError:
+        log.warning("stopped; what was measured is kept")
+        await report.flush(LAST_FLUSH_SECONDS)
+        return STOPPED
+    finally:
+        await report.close()
+
+
+async def _measure(subject: api.BatchProfile, report: Report, environ: Mapping[str, str], clock: Clock) -> None:
+    model = environ.get("TIGHTSHIP_MODEL_PATH") or subject.spec.key.model.source.removeprefix("hf://")
+    try:
+        device = open_device(subject, environ, clock)
+    except DeviceError as error:
+        report.outcome = api.Outcome(
+            state="Failed", reason="EngineFailed", message=str(error), rerun=subject.spec.measurement.rerun
+        )
+        report.save()
+        return
+    job = make_job(subject, model, device, environ)
+    launcher = ProcessLauncher(clock, environ, echo=lambda line: print(f"engine: {line}", flush=True))
+    outcome = await Profiler(job, launcher=launcher, device=device, report=report, clock=clock, environ=environ).run()
+    log.info("%s (%s): %s", outcome.state, outcome.reason, outcome.message)
+
+
+async def run(environ: Mapping[str, str]) -> int:
+    """The whole container; SIGTERM and SIGINT end it early, with what was measured kept."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    sink = ApiSink.from_environment(environ)
+    try:
+        return await profile(sink, environ, SystemClock())
+    except asyncio.CancelledError:
+        return STOPPED
+    finally:
+        with contextlib.suppress(asyncio.CancelledError):
+            await sink.close()
+
+
+def main() -> int:
+    """Entry point."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return asyncio.run(run(os.environ))
+    except ReportError as error:
+        log.error("%s", error)
+    except ProfilerError:
+        log.exception("unexpected")
+    return AGAIN
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""One level: B requests in flight until their throughput is known to 3 %, or its time is over.
+
+T is the rate of the engine's own generation-token counter times (1 + in/out): it moves with every engine step, while prompts arrive in
+lumps. It is read over windows of at least 1 s (0.5 s up to B = 8) and 20 engine steps, at least five of them; the windows' spread gives the
+half-width. Latencies are the client's. A level counts only if the engine ran at least 0.98 B requests on average: where it did not, and
+did not queue either, a few more are put in flight to fill the gaps between requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from tightship.api.units import format_duration
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.profiler import points
+from tightship.profiler.clock import Clock
+from tightship.profiler.engine import Engine
+from tightship.profiler.gpu import Device
+from tightship.profiler.load import ClosedLoop, Recording
+from tightship.profiler.metrics import EngineSample
+
+log = logging.getLogger(__name__)
+
+WINDOWS_LEAST: Final = 5
+STEPS_PER_WINDOW: Final = 20
+PRECISION: Final = 0.03
+RUNNING_LEAST: Final = 0.98
+WARMUP_SECONDS: Final = 0.5
+WARMUP_STEPS: Final = 10
+POLL_SECONDS: Final = 0.05
+SAMPLES_PER_WINDOW: Final = 4
+TOP_UPS: Final = 2
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+_STUDENT: Final = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half-width of the 95 % interval of the values' mean, relative to the mean; None for fewer than two values."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean = sum(values) / count
+    if mean <= 0:
+        return None
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    quantile = _STUDENT[count - 2] if count - 2 < len(_STUDENT) else 1.96 + 2.4 / (count - 1)
+    return quantile * deviation / math.sqrt(count) / mean
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a level showed."""
+
+    point: api.Point
+    throughput: float
+    """T in tokens per second."""
+    half_width: float
+    itl: float
+    """Mean inter-token latency, seconds."""
+    notes: tuple[str, ...]
+    """What a reader should know about it."""
+
+
+@dataclass
+class _Tally:
+    """Samples of one level."""
+
+    first: EngineSample
+    last: EngineSample
+    rates: list[float] = field(default_factory=list)
+    running: list[float] = field(default_factory=list)
+    waiting: list[float] = field(default_factory=list)
+    kv_peak: float = 0.0
+    compute: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.last.at - self.first.at
+
+
+class Meter:
+    """Measures levels on one engine with one load."""
+
+    def __init__(self, engine: Engine, load: ClosedLoop, device: Device, clock: Clock, input_per_output: float) -> None:
+        """`input_per_output`: mean input over mean output tokens of the workload."""
+        self._engine = engine
+        self._load = load
+        self._device = device
+        self._clock = clock
+        self._factor = 1.0 + input_per_output
+        self._itl = 0.02  # the last level's, to size the first windows of the next
+
+    async def measure(self, batch: int, seconds: float, limit: float, mean_output: float) -> Reading | None:
+        """Measure one level.
+
+        Args:
+            batch: requests the engine shall run at once.
+            seconds: time the level gets, warm-up included; fewer when the precision is reached.
+            limit: time after which it is given up, with None, if it has no five windows yet.
+            mean_output: mean output tokens of a request.
+
+        Raises:
+            EngineError: the engine died, hangs or fails requests.
+            LoadError: the engine refuses the load's requests.
+        """
+        began = self._clock.now()
+        self._load.resize(batch)
+        for top_up in range(TOP_UPS + 1):
+            if not await self._settle(began + limit):
+                return None
+            recording = self._load.begin()
+            tally = await self._windows(batch, began, seconds, limit, may_top_up=top_up < TOP_UPS)
+            self._load.begin()
+            if tally is None:
+                return None
+            missing = self._missing(batch, tally) if top_up < TOP_UPS else 0
+            if not missing:
+                return self._reading(batch, tally, recording, mean_output)
+            log.info("batch %d: %.1f ran on average; %d more in flight", batch, _mean(tally.running), missing)
+            self._load.resize(self._load.size + missing)
+        raise AssertionError("the last round always ends the level")
+
+    async def _settle(self, deadline: float) -> bool:
+        """Wait until each request in flight has had a token, and then the warm-up; False at the deadline."""
+        while not self._load.settled:
+            if self._clock.now() >= deadline:
+                return False
+            await self._pause(POLL_SECONDS)
+        await self._pause(max(WARMUP_SECONDS, WARMUP_STEPS * self._itl))
+        return self._clock.now() < deadline
+
+    async def _windows(self, batch: int, began: float, seconds: float, limit: float, may_top_up: bool) -> _Tally | None:
+        """Windows until the level is precise or its time is over; None when the limit came before five of them."""
+        self._device.utilization()
+        sample = await self._engine.sample()
+        tally = _Tally(sample, sample)
+        while True:
+            await self._window(batch, tally)
+            recording = self._load.recording
+            self._itl = recording.itl.mean or self._itl
+            count, now = len(tally.rates), self._clock.now()
+            if may_top_up and count == 2 and self._missing(batch, tally):
+                return tally
+            if count >= WINDOWS_LEAST:
+                width = half_width(tally.rates)
+                if now - began >= seconds or (width is not None and width <= PRECISION):
+                    return tally
+            if now - began >= limit and count < WINDOWS_LEAST:
+                return None
+
+    async def _window(self, batch: int, tally: _Tally) -> None:
+        length = max(0.5 if batch <= 8 else 1.0, STEPS_PER_WINDOW * self._itl)
+        start = tally.last
+        for part in range(1, SAMPLES_PER_WINDOW + 1):
+            await self._pause(max(0.0, start.at + length * part / SAMPLES_PER_WINDOW - self._clock.now()))
+            sample = await self._engine.sample()
+            tally.running.append(sample.running)
+            tally.waiting.append(sample.waiting)
+            tally.kv_peak = max(tally.kv_peak, sample.kv_usage)
+            busy = self._device.utilization()
+            tally.compute += [busy.compute] if busy.compute is not None else []
+            tally.memory += [busy.memory] if busy.memory is not None else []
+        tally.last = sample
+        tally.rates.append((sample.generation_tokens - start.generation_tokens) / (sample.at - start.at))
+
+    async def _pause(self, seconds: float) -> None:
+        await self._clock.sleep(seconds)
+        self._engine.check()
+        self._load.check()
+
+    def _missing(self, batch: int, tally: _Tally) -> int:
+        """Requests to put in flight besides, so that the engine runs `batch` of them; 0 when it does, queues or preempts."""
+        running = _mean(tally.running)
+        full = tally.last.preemptions > tally.first.preemptions or _mean(tally.waiting) > 0.02 * batch
+        if batch < 16 or full or running >= RUNNING_LEAST * batch or running <= 0:
+            return 0
+        return max(1, min(math.ceil(batch - running), batch // 4))
+
+    def _reading(self, batch: int, tally: _Tally, recording: Recording, mean_output: float) -> Reading:
+        seconds = tally.seconds
+        rate = (tally.last.generation_tokens - tally.first.generation_tokens) / seconds
+        if batch == 1:  # the gaps between requests are the client's, not the engine's
+            rate /= min(1.0, max(0.5, recording.busy / seconds))
+        width = half_width(tally.rates) or 1.0
+        itl = recording.itl.mean or self._itl
+        point = api.Point(
+            batch=batch,
+            running_mean=points.decimal(_mean(tally.running)),
+            requests_per_second=points.decimal(rate / mean_output),
+            output_tokens_per_second=points.decimal(rate),
+            total_tokens_per_second=points.decimal(rate * self._factor),
+            inter_token_latency=points.latency(recording.itl),
+            time_to_first_token=points.latency(recording.ttft),
+            kv_cache_tokens_peak=round(tally.kv_peak * (self._engine.info.kv_tokens or 0)) or None,
+            requests=recording.requests,
+            preemptions=round(tally.last.preemptions - tally.first.preemptions),
+            gpu_utilization=points.decimal(_mean(tally.compute)) if tally.compute else None,
+            memory_utilization=points.decimal(_mean(tally.memory)) if tally.memory else None,
+            window=format_duration(seconds),
+            half_width=points.decimal(width),
+            unresolved=points.unresolved(seconds / itl),
+        )
+        return Reading(point, rate * self._factor, width, itl, tuple(_notes(batch, tally, recording, itl)))
+
+
+def _notes(batch: int, tally: _Tally, recording: Recording, itl: float) -> list[str]:
+    """What is doubtful about a level, in words."""
+    notes = []
+    running = _mean(tally.running)
+    if running < RUNNING_LEAST * batch:
+        notes.append(f"batch {batch}: only {running:.1f} requests ran on average")
+    late = recording.lateness.quantile(0.95) or 0.0
+    if late > 0.1 * itl:
+        notes.append(
+            f"batch {batch}: the load ran {late * 1000:.1f} ms late (p95), more than a tenth of {itl * 1000:.1f} ms"
+        )
+    counted = tally.last.itl_count - tally.first.itl_count
+    if counted > 0:
+        own = (tally.last.itl_sum - tally.first.itl_sum) / counted
+        if own > 0 and abs(itl / own - 1) > 0.1:
+            notes.append(
+                f"batch {batch}: {itl * 1000:.1f} ms between tokens at the client, {own * 1000:.1f} ms by the engine"
+            )
+    if recording.failures:
+        notes.append(f"batch {batch}: {recording.failures} requests failed and were sent again")
+    return notes
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,93 @@
+"""From measurements to points of the API, and from points to the curve that decisions read.
+
+A point leaves the profiler as text (the API has no floats) and comes back from there when a restarted profiler goes on, so both
+directions live here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from tightship.api.units import format_duration, parse_duration
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.api.v1alpha1.spec import Objective as ApiObjective
+from tightship.api.v1alpha1.spec import Statistic as ApiStatistic
+from tightship.core import curve as core
+from tightship.profiler.histogram import Histogram
+
+QUANTILES: dict[ApiStatistic, float] = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
+STEPS_NEEDED: dict[ApiStatistic, int] = {"p95": 500, "p99": 2000}
+"""Engine steps behind a statistic before it counts as resolved."""
+
+
+def latency(histogram: Histogram) -> api.Latency | None:
+    """The statistics of a histogram; None when it is empty."""
+    if not histogram.count:
+        return None
+    mean = histogram.mean
+    values = {name: histogram.quantile(share) for name, share in QUANTILES.items()}
+    texts = {name: format_duration(value) for name, value in {"mean": mean, **values}.items() if value}
+    return api.Latency(**texts)
+
+
+def unresolved(steps: float) -> list[ApiStatistic]:
+    """Statistics that so many engine steps do not settle."""
+    return [name for name, needed in STEPS_NEEDED.items() if steps < needed]
+
+
+def decimal(value: float, digits: int = 4) -> str:
+    """A decimal of the API: at least `digits` significant digits, never an exponent."""
+    if not value:
+        return "0"
+    text = f"{value:.1f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+    return f"{value:.6f}".rstrip("0").rstrip(".") if "e" in text else text
+
+
+def throughput(point: api.Point) -> float | None:
+    """T of the method in tokens per second: total tokens where present, else output tokens."""
+    text = point.total_tokens_per_second or point.output_tokens_per_second
+    return float(text) if text else None
+
+
+def curve(points: Iterable[api.Point]) -> core.Curve | None:
+    """The curve of a profile; None without a single usable point. Unresolved statistics count as not measured."""
+    usable = [point for point in points if throughput(point)]
+    return core.Curve([_core_point(point) for point in usable]) if usable else None
+
+
+def objectives(given: Iterable[ApiObjective]) -> list[core.Objective]:
+    """A profile's objectives as decisions read them."""
+    return [
+        core.Objective(core.Metric(one.metric), core.Statistic(one.statistic), parse_duration(one.max)) for one in given
+    ]
+
+
+def _core_point(point: api.Point) -> core.Point:
+    return core.Point(
+        batch=point.batch,
+        throughput=throughput(point) or 0.0,
+        inter_token_latency=_core_latency(point.inter_token_latency, point.unresolved),
+        time_to_first_token=_core_latency(point.time_to_first_token, []),
+        kv_tokens_peak=point.kv_cache_tokens_peak,
+        requests=point.requests,
+        preemptions=point.preemptions,
+        gpu_utilization=_share(point.gpu_utilization),
+        memory_utilization=_share(point.memory_utilization),
+        requests_per_second=float(point.requests_per_second) if point.requests_per_second else None,
+        running_mean=float(point.running_mean) if point.running_mean else None,
+    )
+
+
+def _core_latency(given: api.Latency | None, missing: Collection[str]) -> core.Latency:
+    if given is None:
+        return core.Latency()
+    values = {
+        name: parse_duration(text)
+        for name, text in given.to_dict().items()
+        if name not in missing and parse_duration(text)
+    }
+    return core.Latency(**values)
+
+
+def _share(text: str | None) -> float | None:
+    return float(text) if text else None

@@ -1,0 +1,243 @@
+"""What is reported, and where to: the profile's status, whole at every write, saved at once and never lost to an API server's absence.
+
+Server-side apply takes back what its manager leaves out, so each write carries everything the profiler has found. Writes
+happen in the background, the latest state only, and are repeated until they succeed: measuring goes on while the API server is away. A file
+can take the API server's place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import httpx
+
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.api.v1alpha1.labels import API_VERSION
+from tightship.profiler import points
+from tightship.profiler.errors import ReportError
+
+log = logging.getLogger(__name__)
+
+FIELD_MANAGER: Final = "tightship-profiler"
+TOKEN_FILE: Final = "/var/run/secrets/tightship/token"
+RETRY_LEAST: Final = 0.5
+RETRY_MOST: Final = 10.0
+
+
+class Sink(Protocol):
+    """Where a profile is read from, and its status goes."""
+
+    async def read(self) -> api.BatchProfile:
+        """The profile as it is now. Raises ReportError when it is not there, or may not be read."""
+
+    async def write(self, status: Mapping[str, Any]) -> None:
+        """Make this the profiler's part of the status. Raises ReportError when it is refused."""
+
+    async def close(self) -> None:
+        """Let go of connections."""
+
+
+class Away(Exception):
+    """The API server can't be reached, or is not up to it now: worth another try."""
+
+
+class ApiSink:
+    """One BatchProfile on an API server, by server-side apply."""
+
+    def __init__(self, base: str, namespace: str, name: str, token: Path, ca: Path | None) -> None:
+        """`token` is read anew for every request, since it is short-lived and the kubelet replaces it."""
+        self._namespace = namespace
+        self._name = name
+        self._token = token
+        verify: ssl.SSLContext | bool = ssl.create_default_context(cafile=str(ca)) if ca else True
+        self._http = httpx.AsyncClient(base_url=base, verify=verify, timeout=10.0, trust_env=False)
+        self._path = f"/apis/{API_VERSION}/namespaces/{namespace}/{api.PLURAL}/{name}"
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> ApiSink:
+        """The profile named by the environment of the profiling Job.
+
+        Raises:
+            ReportError: a variable is missing.
+        """
+        try:
+            namespace, name = environ["TIGHTSHIP_PROFILE_NAMESPACE"], environ["TIGHTSHIP_PROFILE_NAME"]
+            host, port = environ["KUBERNETES_SERVICE_HOST"], environ.get("KUBERNETES_SERVICE_PORT", "443")
+        except KeyError as missing:
+            raise ReportError(
+                f"environment variable {missing.args[0]} is not set: run this in a profiling Job"
+            ) from None
+        token = Path(environ.get("TIGHTSHIP_TOKEN_FILE", TOKEN_FILE))
+        host = f"[{host}]" if ":" in host else host
+        return cls(f"https://{host}:{port}", namespace, name, token, token.with_name("ca.crt"))
+
+    async def read(self) -> api.BatchProfile:
+        """The profile, as soon as the API server answers."""
+        delay = RETRY_LEAST
+        while True:
+            try:
+                return api.BatchProfile.model_validate(await self._request("GET", self._path))
+            except Away as away:
+                log.warning("reading the profile: %s; trying again in %.1f s", away, delay)
+            await asyncio.sleep(delay)
+            delay = min(RETRY_MOST, 2 * delay)
+
+    async def write(self, status: Mapping[str, Any]) -> None:
+        """Apply the status once.
+
+        Raises:
+            Away: worth another try.
+            ReportError: refused.
+        """
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": api.KIND,
+            "metadata": {"namespace": self._namespace, "name": self._name},
+            "status": status,
+        }
+        await self._request(
+            "PATCH",
+            f"{self._path}/status",
+            params={"fieldManager": FIELD_MANAGER, "force": "true"},
+            headers={"Content-Type": "application/apply-patch+yaml"},
+            content=json.dumps(body).encode(),
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _request(self, method: str, path: str, headers: Mapping[str, str] | None = None, **more: Any) -> Any:
+        try:
+            token = self._token.read_text().strip()
+            response = await self._http.request(
+                method, path, headers={**(headers or {}), "Authorization": f"Bearer {token}"}, **more
+            )
+        except (httpx.HTTPError, OSError) as error:
+            raise Away(f"{method} {path}: {error or type(error).__name__}") from error
+        if response.is_success:
+            return response.json()
+        text = f"{method} {path}: {response.status_code} {response.text[:500]}"
+        # 401: the token has just expired. 403: rights reach the authorizer a moment after the Job's pod starts.
+        if response.status_code >= 500 or response.status_code in (401, 403, 408, 409, 429):
+            raise Away(text)
+        raise ReportError(text)
+
+
+class FileSink:
+    """A BatchProfile manifest in a JSON file, replaced whole at every write."""
+
+    def __init__(self, path: Path, profile: api.BatchProfile) -> None:
+        """`profile`: what the file holds when there is none yet."""
+        self._path = path
+        self._profile = profile
+
+    async def read(self) -> api.BatchProfile:
+        """The profile in the file, or the one given."""
+        if self._path.exists():
+            return api.BatchProfile.model_validate_json(self._path.read_text())
+        return self._profile
+
+    async def write(self, status: Mapping[str, Any]) -> None:
+        """Replace the file, so that a reader finds the old content or the new."""
+        content = {**self._profile.to_dict(), "status": status}
+        partial = self._path.with_suffix(self._path.suffix + ".part")
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, self._path)
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class Report:
+    """The profiler's part of the status, and its way out."""
+
+    def __init__(self, sink: Sink, status: api.BatchProfileStatus) -> None:
+        """`status`: what earlier attempts reported, and this one keeps."""
+        self._sink = sink
+        self.points: dict[int, api.Point] = {point.batch: point for point in status.points}
+        self.gpu: api.ProfileGPU | None = status.gpu
+        self.engine: api.ProfileEngine | None = status.engine
+        self.memory: api.ProfileMemory | None = status.memory
+        self.confirmation: api.Confirmation | None = status.confirmation
+        self.progress: api.Progress | None = status.progress
+        self.outcome: api.Outcome | None = None
+        self.gpu_seconds = float(status.gpu_seconds or 0.0)
+        self._dirty = asyncio.Event()
+        self._clean = asyncio.Event()
+        self._clean.set()
+        self._error: ReportError | None = None
+        self._writer = asyncio.get_running_loop().create_task(self._write_for_ever())
+
+    def save(self) -> None:
+        """Have the present state written, as soon as the sink takes it.
+
+        Raises:
+            ReportError: an earlier state was refused.
+        """
+        if self._error is not None:
+            raise self._error
+        self._clean.clear()
+        self._dirty.set()
+
+    async def flush(self, timeout: float) -> bool:
+        """Wait until all that was saved is written; False when that took too long.
+
+        Raises:
+            ReportError: it was refused.
+        """
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._clean.wait(), timeout)
+        if self._error is not None:
+            raise self._error
+        return self._clean.is_set()
+
+    async def close(self) -> None:
+        """Stop writing."""
+        self._writer.cancel()
+        await asyncio.gather(self._writer, return_exceptions=True)
+        await self._sink.close()
+
+    def status(self) -> dict[str, Any]:
+        """The profiler's part of the status, as it is written."""
+        parts = {
+            "gpu": self.gpu,
+            "engine": self.engine,
+            "progress": self.progress,
+            "memory": self.memory,
+            "confirmation": self.confirmation,
+            "outcome": self.outcome,
+        }
+        status: dict[str, Any] = {name: part.to_dict() for name, part in parts.items() if part is not None}
+        status["points"] = [self.points[batch].to_dict() for batch in sorted(self.points)]
+        status["gpuSeconds"] = points.decimal(round(self.gpu_seconds, 1), digits=1)
+        return status
+
+    async def _write_for_ever(self) -> None:
+        delay = RETRY_LEAST
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            try:
+                await self._sink.write(self.status())
+            except Away as away:
+                log.warning("reporting: %s; trying again in %.1f s", away, delay)
+                self._dirty.set()
+                await asyncio.sleep(delay)
+                delay = min(RETRY_MOST, 2 * delay)
+                continue
+            except ReportError as error:
+                self._error = error
+                self._clean.set()
+                return
+            delay = RETRY_LEAST
+            if not self._dirty.is_set():
+                self._clean.set()

@@ -198,13 +198,16 @@ class Cluster:
         """Read the object from the server, past the cache. Raises `NotFound`."""
         return self._seen(await self._send("get", ref, _path(ref)))
 
-    async def list(self, kind: str, namespace: str | None = None, *, selector: str = "", fields: str = "") -> Listing:
+    async def list(
+        self, kind: str, namespace: str | None = None, *, selector: str = "", fields: str = "", limit: int | None = None
+    ) -> Listing:
         """List from the server, past the cache, page by page.
 
-        `namespace` None means everywhere. `selector` is a label selector, `fields` a field selector.
+        `namespace` None means everywhere. `selector` is a label selector, `fields` a field selector. `limit` stops after
+        the first page of that many.
         """
         resource = KINDS[kind]
-        query = {"limit": str(_PAGE)}
+        query = {"limit": str(limit or _PAGE)}
         query |= {key: value for key, value in (("labelSelector", selector), ("fieldSelector", fields)) if value}
         items: list[dict[str, Any]] = []
         while True:
@@ -212,7 +215,7 @@ class Cluster:
             page = await self._send("list", ref, resource.path(namespace or ""), query=query)
             items += [_typed(item, resource) for item in page.get("items") or ()]
             metadata = page.get("metadata") or {}
-            if not metadata.get("continue"):
+            if limit is not None or not metadata.get("continue"):
                 return Listing(items, str(metadata.get("resourceVersion", "")))
             query["continue"] = metadata["continue"]
 

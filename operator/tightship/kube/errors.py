@@ -130,9 +130,12 @@ def from_response(what: str, status: int, body: Mapping[str, Any]) -> ApiError:
     reason = str(body.get("reason") or "")
     message = str(body.get("message") or reason or "no message")
     details = body.get("details") or {}
+    causes = details.get("causes") or ()
     kind = _BY_STATUS.get(status, Unavailable if status >= 500 else ApiError)
+    if status == 422 and any(cause.get("field") == "metadata.uid" for cause in causes):
+        kind = Conflict  # how an apply is told that another object has the name now
     if status == 409 and reason == "AlreadyExists":
         kind = AlreadyExists
-    if status == 403 and any(c.get("reason") == "NamespaceTerminating" for c in details.get("causes") or ()):
+    if status == 403 and any(cause.get("reason") == "NamespaceTerminating" for cause in causes):
         kind = NamespaceTerminating
     return kind(what, status, reason, message, details)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -46,9 +46,23 @@ class LeaseLost(KubeError):
 
 
 class Lease:
-    """One candidate for one Lease. `identity` must be unique among all candidates."""
+    """One candidate for one Lease.
 
-    def __init__(self, cluster: Cluster, clock: Clock, ref: Ref, identity: str, times: LeaseTimes) -> None:
+    `identity` must be unique among all candidates. `on_trouble` is told what keeps the candidate from the lease, and None
+    when nothing does but another holder.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        clock: Clock,
+        ref: Ref,
+        identity: str,
+        times: LeaseTimes,
+        *,
+        on_trouble: Callable[[str | None], None] | None = None,
+    ) -> None:
+        self._on_trouble = on_trouble or (lambda trouble: None)
         self._cluster, self._clock = cluster, clock
         self._ref, self._identity, self._times = ref, identity, times
         self._held: dict[str, Any] | None = None
@@ -101,8 +115,7 @@ class Lease:
         except Conflict:
             return False
         except KubeError as error:
-            self._tell(f"lease {self._ref} can't be taken: {error}")
-            return False
+            return self._trouble(f"lease {self._ref} can't be taken: {error}")
         return True
 
     async def _create(self) -> bool:
@@ -113,11 +126,9 @@ class Lease:
         except AlreadyExists:
             return False
         except NotFound as error:
-            self._tell(f"lease {self._ref} can't be made: does namespace {self._ref.namespace} exist? ({error})")
-            return False
+            return self._trouble(f"no lease: does namespace {self._ref.namespace} exist? ({error})")
         except KubeError as error:
-            self._tell(f"lease {self._ref} can't be made: {error}")
-            return False
+            return self._trouble(f"lease {self._ref} can't be made: {error}")
         return True
 
     def _free(self, spec: Mapping[str, Any]) -> bool:
@@ -129,6 +140,7 @@ class Lease:
             self._seen, self._seen_at = seen, self._clock.monotonic()
         duration = float(spec.get("leaseDurationSeconds") or self._times.duration)
         self._tell(f"standing by: lease {self._ref} is held by {holder}")
+        self._on_trouble(None)
         return self._clock.monotonic() - self._seen_at >= duration
 
     async def _renew(self) -> None:
@@ -164,6 +176,11 @@ class Lease:
 
     def _now(self) -> str:
         return micro_time(self._clock.now())
+
+    def _trouble(self, text: str) -> bool:
+        self._tell(text)
+        self._on_trouble(text)
+        return False
 
     def _tell(self, text: str) -> None:
         if text != self._told:

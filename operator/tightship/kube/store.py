@@ -15,7 +15,7 @@ isn't a number is taken as newer. Objects handed out are the store's own: read t
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tightship.api.v1alpha1 import labels
@@ -29,10 +29,18 @@ INDEXED_LABELS = (labels.SERVICE, labels.PACK, labels.PROFILE, labels.PROFILE_KE
 _TOMBSTONES = 4096
 
 
-class Store:
-    """Objects by kind, namespace and name, with indexes on `INDEXED_LABELS`. For one event loop, without locks."""
+OnChange = Callable[[str, "Object | None", "Object | None"], None]
 
-    def __init__(self) -> None:
+
+class Store:
+    """Objects by kind, namespace and name, with indexes on `INDEXED_LABELS`. For one event loop, without locks.
+
+    `on_change` is called with (kind, before, after) at every change, whoever brought the news; None stands for "not
+    there".
+    """
+
+    def __init__(self, on_change: OnChange | None = None) -> None:
+        self._on_change = on_change or (lambda kind, before, after: None)
         self._objects: dict[str, dict[tuple[str, str], Object]] = defaultdict(dict)
         self._labels: dict[tuple[str, str, str], set[tuple[str, str]]] = defaultdict(set)
         self._gone: OrderedDict[str, None] = OrderedDict()
@@ -76,6 +84,7 @@ class Store:
         self._objects[ref.kind][key] = obj
         for index in self._indexes(ref.kind, obj):
             self._labels[index].add(key)
+        self._on_change(ref.kind, shown, obj)
         return True
 
     def forget(self, obj: Object) -> bool:
@@ -93,18 +102,18 @@ class Store:
         if shown is None or shown["metadata"].get("uid", "") != uid:
             return False
         self._drop(ref)
+        self._on_change(ref.kind, shown, None)
         return True
 
-    def replace(self, kind: str, listed: Iterable[Object], resource_version: str) -> Sequence[Object]:
-        """Take in a whole listing of a kind, made at `resource_version`. Returns what turned out changed or gone."""
-        listed = list(listed)
-        news = [obj for obj in listed if self.observe(obj)]
-        present = {obj["metadata"].get("uid", "") for obj in listed}
+    def replace(self, kind: str, listed: Iterable[Object], resource_version: str) -> None:
+        """Take in a whole listing of a kind, made at `resource_version`."""
+        present = set()
+        for obj in listed:
+            present.add(obj["metadata"].get("uid", ""))
+            self.observe(obj)
         for obj in self.list(kind):
             if obj["metadata"].get("uid", "") not in present and not _later(obj, resource_version):
                 self.forget(obj)
-                news.append(obj)
-        return news
 
     def _drop(self, ref: Ref) -> None:
         key = (ref.namespace, ref.name)

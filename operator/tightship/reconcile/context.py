@@ -6,6 +6,7 @@ asks `clock` for the time, and ends with one `report`. It keeps nothing between 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,11 @@ class Settings:
 
 @dataclass
 class Context:
-    """The ports of one operator process. `capabilities` says which optional APIs this cluster serves."""
+    """The ports of one operator process.
+
+    `capabilities` says which optional APIs this cluster serves. `starting` is held while a profiling Job is started, so that
+    two profiles don't take the last free slot together.
+    """
 
     cluster: Cluster
     store: Store
@@ -50,6 +55,7 @@ class Context:
     metrics: Metrics
     events: Events
     capabilities: Capabilities = field(default_factory=Capabilities)
+    starting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def report(self, obj: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
         """Write `status` (all of it that the operator owns) of `obj` once, then emit events for what turned.

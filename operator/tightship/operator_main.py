@@ -1,0 +1,427 @@
+"""`tightship run`: the composition root of the operator, and its life from start to stop.
+
+The order matters and is the whole of the module: first somebody to ask (telemetry), then a cluster that serves our kinds,
+then the lease, then everything there is (one listing), then workers and watches together. What must always hold: nothing is
+written before the lease is held; losing the lease stops the workers at once and ends the process; a clean stop finishes
+what is begun, lets the lease go, and leaves nothing behind that the next start would have to wait for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import signal
+import socket
+import uuid
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import kopf
+from kubernetes.aio.client.configuration import Configuration
+
+from tightship import handlers
+from tightship.api.v1alpha1 import labels
+from tightship.kube.clock import Clock, SystemClock
+from tightship.kube.cluster import Cluster
+from tightship.kube.errors import Forbidden, KubeError, NoCluster, NotFound
+from tightship.kube.events import Events
+from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL, WATCHED_OWN, Ref
+from tightship.kube.lease import Lease, LeaseLost, LeaseTimes
+from tightship.kube.store import Object, Store
+from tightship.kube.transport import HTTPTransport, load_configuration
+from tightship.logs import LEVELS, configure_logging
+from tightship.reconcile import batchprofile, gpupack, llmservice, placement
+from tightship.reconcile.context import Context, Settings
+from tightship.reconcile.queue import PLACEMENT, Key, Queue, Reconciler, Workers
+from tightship.reconcile.routing import keys_for
+from tightship.telemetry.metrics import Metrics
+from tightship.telemetry.server import Health, TelemetryServer
+
+log = logging.getLogger(__name__)
+
+RECONCILERS: dict[str, Reconciler] = {
+    "LLMService": llmservice.reconcile,
+    "BatchProfile": batchprofile.reconcile,
+    "GPUPack": gpupack.reconcile,
+    "Placement": placement.reconcile,
+}
+
+#: APIs that make Tightship better where they are, and what is missing where they aren't.
+OPTIONAL_APIS = {
+    "policy/v1": "replicas get no PodDisruptionBudget",
+    "resource.k8s.io/v1": "GPUs are held by pods, not by claims",
+}
+
+_RETRY_SECONDS = 3.0
+_DRAIN_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one operator process is to run. `lease` None: without leader election. `telemetry_port` 0: any free port."""
+
+    settings: Settings = field(default_factory=Settings)
+    lease: LeaseTimes | None = field(default_factory=LeaseTimes)
+    lease_name: str = "tightship-operator"
+    telemetry_host: str = "0.0.0.0"
+    telemetry_port: int = 8080
+    workers: int = 4
+
+
+class Operator:
+    """One operator process, wired together."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        options: Options,
+        *,
+        reconcilers: Mapping[str, Reconciler] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        clock = clock or SystemClock()
+        self._configuration = configuration
+        self._options = options
+        self.metrics = Metrics()
+        self.health = Health()
+        self.queue = Queue(clock)
+        self.store = Store(self._changed)
+        transport = HTTPTransport(configuration)
+        self.cluster = Cluster(transport, self.store, on_request=self.metrics.requested, clock=clock)
+        self.context = Context(
+            cluster=self.cluster,
+            store=self.store,
+            queue=self.queue,
+            clock=clock,
+            settings=options.settings,
+            metrics=self.metrics,
+            events=Events(self.cluster, clock),
+        )
+        self.telemetry = TelemetryServer(
+            self.health, self.metrics, host=options.telemetry_host, port=options.telemetry_port
+        )
+        self._clock = clock
+        self._workers = Workers(self.context, reconcilers or RECONCILERS, count=options.workers)
+        self._relisted: set[str] = set()
+        self._relisting = asyncio.Event()
+        self._rng = random.Random()
+        self.metrics.gauge("queue_depth", "Keys that wait for a worker.", lambda: float(len(self.queue)))
+        self.metrics.gauge("queue_active", "Keys being worked on.", lambda: float(self.queue.active))
+
+    async def run(self, stop: asyncio.Event) -> int:
+        """Run until `stop` is set. Returns the exit status: 0 after a clean stop, 1 when the lease or a part was lost."""
+        await self.telemetry.start()
+        log.info("telemetry on http://%s:%d", self._options.telemetry_host, self.telemetry.port)
+        lease = self._lease()
+        try:
+            if not await _unless(stop, self._prepare(lease)):
+                return 0
+            return await self._work(lease, stop)
+        finally:
+            if lease is not None:
+                await lease.release()
+            await self.telemetry.stop()
+            await self.cluster.close()
+
+    def _lease(self) -> Lease | None:
+        if self._options.lease is None:
+            return None
+        ref = Ref("Lease", self._options.settings.operator_namespace, self._options.lease_name)
+        identity = f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+        return Lease(self.cluster, self._clock, ref, identity, self._options.lease, on_trouble=self._lease_trouble)
+
+    def _lease_trouble(self, trouble: str | None) -> None:
+        # Standing by behind another leader is no trouble: it is what a second replica is for.
+        self.health.waiting = trouble
+
+    async def _prepare(self, lease: Lease | None) -> None:
+        await self._await_cluster()
+        self._discover(self.context)
+        if lease is not None:
+            await lease.acquire()
+        self.metrics.leading(True)
+        self.health.waiting = "reading the cluster"
+
+    async def _await_cluster(self) -> None:
+        """Wait for an API server that answers and serves our kinds, saying what is missing when that changes."""
+        while (trouble := await self._missing()) is not None:
+            if trouble != self.health.waiting:
+                log.warning("waiting: %s", trouble)
+            self.health.waiting = trouble
+            await self._clock.sleep(_RETRY_SECONDS)
+
+    async def _missing(self) -> str | None:
+        try:
+            self.context.capabilities = await self.cluster.capabilities()
+            for name in WATCHED_OWN:
+                await self.cluster.list(name, limit=1)
+        except NotFound:
+            names = ", ".join(f"{KINDS[name].plural}.{labels.GROUP}" for name in WATCHED_OWN)
+            return (
+                f"this cluster doesn't serve {labels.API_VERSION} ({names}): install the CustomResourceDefinitions "
+                f"(the Helm chart's crds.install, or kubectl apply -f crds/)"
+            )
+        except Forbidden as error:
+            return f"the operator's service account lacks rights: {error}"
+        except KubeError as error:
+            return str(error)
+        return None
+
+    @staticmethod
+    def _discover(context: Context) -> None:
+        for api, consequence in OPTIONAL_APIS.items():
+            if api not in context.capabilities:
+                log.info("this cluster doesn't serve %s: %s", api, consequence)
+
+    async def _work(self, lease: Lease | None, stop: asyncio.Event) -> int:
+        """Run workers, watches, resync and the lease together until one ends or `stop` is set."""
+        kopf_stop = asyncio.Event()
+        await self._read_everything()
+        self.queue.add(PLACEMENT)
+        workers = asyncio.create_task(self._workers.run(), name="workers")
+        parts: dict[str, asyncio.Task[Any]] = {
+            "resync": self._spawn(self._resync()),
+            "relist": self._spawn(self._relist()),
+        }
+        if lease is not None:
+            parts["lease"] = self._spawn(lease.keep())
+        stopping = self._spawn(stop.wait())
+        # Last: when kopf ends it cancels every task that was made after it.
+        parts["kopf"] = self._spawn(self._watch(kopf_stop, stop))
+        self.health.waiting = None
+        await asyncio.wait({stopping, workers, *parts.values()}, return_when=asyncio.FIRST_COMPLETED)
+        lost = self._what_ended(parts, workers)
+        self.health.waiting = "stopping"
+        self.metrics.leading(False)
+        self.queue.close()
+        if lost is None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(workers, _DRAIN_SECONDS)
+        else:
+            self.health.problem = lost
+            log.error("stopping: %s", lost)
+        await _cancel(workers, stopping, *(task for name, task in parts.items() if name != "kopf"))
+        await self.telemetry.stop()
+        kopf_stop.set()
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(parts["kopf"], _DRAIN_SECONDS if lost is None else _RETRY_SECONDS)
+        return 0 if lost is None else 1
+
+    @staticmethod
+    def _spawn(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        return asyncio.create_task(coroutine)
+
+    @staticmethod
+    def _what_ended(parts: Mapping[str, asyncio.Task[Any]], workers: asyncio.Task[None]) -> str | None:
+        """Why the operator can't go on; None when it was asked to stop."""
+        for name, task in {**parts, "workers": workers}.items():
+            if not task.done() or task.cancelled():
+                continue
+            error = task.exception()
+            if isinstance(error, LeaseLost):
+                return str(error)
+            if error is not None:
+                log.error("%s ended", name, exc_info=error)
+                return f"{name} failed: {error}"
+        return None
+
+    async def _watch(self, kopf_stop: asyncio.Event, stop: asyncio.Event) -> None:
+        registry = kopf.OperatorRegistry()
+        handlers.register(registry, self._configuration, self._feed)
+        ready = asyncio.Event()
+        restore = asyncio.create_task(_signals_after(ready, stop))
+        try:
+            await kopf.operator(
+                registry=registry,
+                settings=handlers.settings(),
+                clusterwide=True,
+                stop_flag=kopf_stop,
+                ready_flag=ready,
+            )
+        finally:
+            restore.cancel()
+
+    def _feed(self, event: str | None, obj: dict[str, Any]) -> None:
+        self.metrics.watched(obj["kind"], event or "LISTED")
+        if event == "DELETED":
+            self.store.forget(obj)
+            return
+        if event is None:
+            # A listing inside a watch means that events may have been missed, deletions among them.
+            self._relisted.add(obj["kind"])
+            self._relisting.set()
+        self.store.observe(obj)
+
+    def _changed(self, kind: str, before: Object | None, after: Object | None) -> None:
+        for key in keys_for(self.store, kind, before, after):
+            self.queue.add(key)
+
+    async def _relist(self) -> None:
+        """After kopf listed a kind, list it once more ourselves: its watch doesn't tell what vanished meanwhile."""
+        while True:
+            await self._relisting.wait()
+            await self._clock.sleep(1.0)
+            self._relisting.clear()
+            kinds, self._relisted = sorted(self._relisted), set()
+            await self._list(kinds)
+
+    async def _resync(self) -> None:
+        while True:
+            await self._clock.sleep(self._options.settings.resync * self._rng.uniform(0.9, 1.0))
+            await self._list(WATCHED)
+            spread = min(30.0, self._options.settings.resync / 10)
+            for kind in WATCHED_OWN:
+                for obj in self.store.list(kind):
+                    metadata = obj["metadata"]
+                    key = Key(kind, metadata.get("namespace", ""), metadata["name"])
+                    self.queue.add_after(key, self._rng.uniform(0, spread))
+            self.queue.add_after(PLACEMENT, self._rng.uniform(0, spread))
+
+    async def _read_everything(self) -> None:
+        """List every watched kind before anybody acts: on half a picture a reconciler would make what is there already."""
+        unread = list(WATCHED)
+        while unread := await self._list(unread):
+            self.health.waiting = f"can't read {', '.join(unread)}"
+            await self._clock.sleep(_RETRY_SECONDS)
+
+    async def _list(self, kinds: Iterable[str]) -> list[str]:
+        """Bring the store up to date with what the server has, kind by kind. Returns the kinds that failed."""
+        failed = []
+        for kind in kinds:
+            selector = labels.PART_OF_SELECTOR if kind in WATCHED_BY_LABEL else ""
+            try:
+                listing = await self.cluster.list(kind, selector=selector)
+            except KubeError as error:
+                log.warning("listing failed: %s", error)
+                failed.append(kind)
+            else:
+                self.store.replace(kind, listing.items, listing.resource_version)
+        return failed
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Do `work`, unless `stop` is set before it is done. Returns whether it was done; its error is raised."""
+    task, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    done = task.done()
+    await _cancel(stopping, *(() if done else (task,)))
+    if done:
+        task.result()
+    return done
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+
+
+async def _signals_after(ready: asyncio.Event, stop: asyncio.Event) -> None:
+    """kopf takes SIGINT and SIGTERM for itself when it starts; a clean stop needs them back."""
+    await ready.wait()
+    with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: nobody sends signals there
+        _stop_on_signals(stop)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `tightship run` to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "run",
+        help="run the operator",
+        description="Runs the operator until SIGTERM or SIGINT. Every option can also be set by the environment variable "
+        "in brackets.",
+    )
+
+    def option(flag: str, text: str, default: Any, **extra: Any) -> None:
+        variable = "TIGHTSHIP_" + flag.removeprefix("--").replace("-", "_").upper()
+        value = os.environ.get(variable)
+        shown = "" if default in (None, "") else f"; default {default}"
+        parser.add_argument(
+            flag, default=default if value is None else value, help=f"{text} [{variable}{shown}]", **extra
+        )
+
+    option("--kubeconfig", "kubeconfig file; without it the pod's service account, $KUBECONFIG or ~/.kube/config", None)
+    option("--context", "context of the kubeconfig", None)
+    option("--namespace", "the operator's own namespace: its lease, and the holder pods", _own_namespace())
+    option("--image", "image of the operator, for init containers and holder pods", "tightship:latest")
+    option("--image-pull-policy", "pull policy of that image: Always, IfNotPresent or Never", "")
+    option("--resync", "seconds between two unprovoked looks at every object", 300.0, type=_positive)
+    option("--max-concurrent-profiles", "profiling Jobs at the same time, in the whole cluster", 1, type=_count)
+    option("--workers", "objects looked at at the same time", 4, type=_count)
+    option("--leader-elect", "hold a Lease before doing anything: true or false", "true", choices=("true", "false"))
+    option("--lease-name", "name of the Lease", "tightship-operator")
+    option("--lease-duration", "seconds for which an unrenewed lease holds", 15.0, type=_positive)
+    option("--lease-renew-deadline", "seconds after which a leader that can't renew gives up", 10.0, type=_positive)
+    option("--lease-retry", "seconds between two attempts at the lease", 2.0, type=_positive)
+    option("--telemetry-host", "address of /healthz, /readyz and /metrics", "0.0.0.0")
+    option("--telemetry-port", "port of them; 0 takes a free one", 8080, type=int)
+    option("--log-level", "debug, info, warning or error", "info", choices=LEVELS)
+    option("--log-format", "json or plain", "plain", choices=("json", "plain"))
+
+
+def options(args: argparse.Namespace) -> Options:
+    """The options that the command line asks for. Raises ValueError when lease times contradict each other."""
+    lease = LeaseTimes(args.lease_duration, args.lease_renew_deadline, args.lease_retry)
+    return Options(
+        settings=Settings(
+            operator_namespace=args.namespace,
+            operator_image=args.image,
+            image_pull_policy=args.image_pull_policy,
+            resync=args.resync,
+            max_concurrent_profiles=args.max_concurrent_profiles,
+        ),
+        lease=lease if args.leader_elect == "true" else None,
+        lease_name=args.lease_name,
+        telemetry_host=args.telemetry_host,
+        telemetry_port=args.telemetry_port,
+        workers=args.workers,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the operator; returns the exit status."""
+    configure_logging(args.log_level, args.log_format)
+    try:
+        return asyncio.run(_run(args))
+    except (NoCluster, ValueError, OSError) as error:
+        log.error("%s", error)
+        return 2
+
+
+async def _run(args: argparse.Namespace) -> int:
+    stop = asyncio.Event()
+    _stop_on_signals(stop)
+    configuration = await load_configuration(args.kubeconfig, args.context)
+    return await Operator(configuration, options(args)).run(stop)
+
+
+def _own_namespace() -> str:
+    """The namespace of the pod this runs in, else the one the chart proposes."""
+    with contextlib.suppress(OSError), open("/var/run/secrets/kubernetes.io/serviceaccount/namespace") as file:
+        return file.read().strip()
+    return "tightship-system"
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} isn't a positive number")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} isn't a whole number above 0")
+    return value

@@ -1,0 +1,531 @@
+"""BatchProfile: see to it that a profile gets measured once, and say how it goes.
+
+The profiler owns what is measured and how the measurement ended (`status.outcome`); this reconciler owns the attempt (the Job)
+and the conditions. What must always hold:
+
+- a profile with `spec.results` never starts a Job; one with an outcome for its present `rerun` never starts another;
+- at most one Job of a profile is active, and at most `max_concurrent_profiles` in the whole cluster;
+- an attempt that was lost without an outcome (evicted, node gone) is made again under the next number, with growing waits and
+  not for ever; an attempt that broke by itself is final, and is remembered in `status.outcome` with reason JobFailed, which
+  nobody else writes, so that it stays final when its Job is cleaned away;
+- a measurement that no service wants any more gives its GPU back, and goes on from its points when one does again; a profile
+  that was written by hand is wanted by being there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Final, Literal
+
+from pydantic import ValidationError
+
+from tightship.api.v1alpha1 import conditions as names
+from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.batchprofile import BatchProfile, Outcome
+from tightship.api.v1alpha1.conditions import Reason
+from tightship.core.conditions import Condition, find, merge
+from tightship.kube.clock import parse_timestamp
+from tightship.kube.cluster import check_ours, controller_of
+from tightship.kube.errors import AlreadyExists, Forbidden, Invalid, NameConflict, NamespaceTerminating, NotFound
+from tightship.kube.kinds import Ref
+from tightship.kube.store import Object, labels_of
+from tightship.manifests.podparts import ENGINE_CONTAINER, OperatorImage
+from tightship.manifests.profile_job import (
+    ANNOTATION_RERUN,
+    MAX_PROFILE_NAME,
+    job_name,
+    pod_deadline,
+    profile_job,
+    profiler_access,
+)
+from tightship.reconcile import podstate
+from tightship.reconcile.context import Context
+from tightship.reconcile.queue import Key, Result
+from tightship.reconcile.verdict import wanted_by
+
+MAX_ATTEMPTS: Final = 6
+FIRST_RETRY_SECONDS: Final = 10.0
+LAST_RETRY_SECONDS: Final = 300.0
+
+_DISRUPTED: Final = frozenset(
+    {
+        "Evicted",
+        "NodeLost",
+        "NodeShutdown",
+        "Shutdown",
+        "Terminated",
+        "Preempting",
+        "NodeAffinity",
+        "UnexpectedAdmissionError",
+    }
+)
+"""What the kubelet, or whoever ends pods in its name, calls an end that is not the pod's own doing."""
+
+Stage = Literal["waiting", "running", "idle", "complete", "failed"]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything one decision rests on.
+
+    `profile` is None when the object can't be read; `problems` say why. `outcome` is the one for the present `rerun`, if any.
+    `jobs` are this profile's Jobs for the present `rerun`, oldest attempt first; `superseded` those of another. `pods` are those
+    of the latest Job. `busy` counts other profiles' active Jobs, `slots` how many may run in all. `products` are the GPU products
+    in the cluster.
+    """
+
+    obj: Object
+    profile: BatchProfile | None
+    problems: tuple[str, ...]
+    outcome: Outcome | None
+    jobs: tuple[Object, ...]
+    superseded: tuple[Object, ...]
+    pods: tuple[Object, ...]
+    wanted: bool
+    busy: int
+    slots: int
+    products: tuple[str, ...]
+    now: datetime
+
+    @property
+    def job(self) -> Object | None:
+        """The Job of the latest attempt."""
+        return self.jobs[-1] if self.jobs else None
+
+    @property
+    def attempt(self) -> int:
+        """The number of the latest attempt, 0 before the first; known from status when its Job is gone."""
+        told = ((self.obj.get("status") or {}).get("job") or {}).get("attempt") or 0
+        return max([told, *(attempt_of(job) for job in (*self.jobs, *self.superseded))])
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to say and to do: the stage with its reason and message, an attempt to start, Jobs to remove.
+
+    `outcome` is one that the operator itself has to remember; `requeue_after` seconds until time alone changes something.
+    """
+
+    stage: Stage
+    reason: str
+    message: str
+    start: int | None = None
+    remove: tuple[Object, ...] = ()
+    outcome: Outcome | None = None
+    requeue_after: float | None = None
+
+
+async def reconcile(ctx: Context, key: Key) -> Result:
+    """Look at one profile: gather, decide, apply, report."""
+    obj = ctx.store.get("BatchProfile", key.namespace, key.name)
+    if obj is None or obj["metadata"].get("deletionTimestamp"):
+        return Result()
+    observed = await gather(ctx, obj)
+    decision = await apply(ctx, observed, decide(observed))
+    await ctx.report(
+        observed.obj, status(observed, decision, ctx.store.list("Pod", key.namespace, (labels.PROFILE, key.name)))
+    )
+    return Result(decision.requeue_after)
+
+
+# --- gather ---
+
+
+async def gather(ctx: Context, obj: Object) -> Observed:
+    """Look at everything that the decision about a profile rests on."""
+    observed = _look(ctx, obj)
+    if observed.outcome is None and observed.job is not None and _end(observed.job) is not None:
+        # The profiler writes its outcome before it ends, but the two watches needn't tell in that order.
+        try:
+            observed = _look(ctx, await ctx.cluster.get(Ref.of(obj)))
+        except NotFound:
+            return observed
+    return observed
+
+
+def _look(ctx: Context, obj: Object) -> Observed:
+    store, metadata = ctx.store, obj["metadata"]
+    profile, problems = read(obj)
+    rerun = profile.spec.measurement.rerun if profile else None
+    labelled = (labels.PROFILE, metadata["name"])
+    own = [job for job in store.list("Job", metadata["namespace"], labelled) if _belongs(job, obj)]
+    own.sort(key=attempt_of)
+    jobs = tuple(job for job in own if _rerun_of(job) == rerun)
+    pods = store.list("Pod", metadata["namespace"], labelled)
+    others = [job for job in store.list("Job") if _is_profiling(job) and not _belongs(job, obj)]
+    outcome = profile.status.outcome if profile else None
+    return Observed(
+        obj=obj,
+        profile=profile,
+        problems=problems,
+        outcome=outcome if outcome is not None and outcome.rerun == rerun else None,
+        jobs=jobs,
+        superseded=tuple(job for job in own if _rerun_of(job) != rerun),
+        pods=tuple(pod for pod in pods if jobs and _belongs(pod, jobs[-1])),
+        wanted=_is_wanted(ctx, obj),
+        busy=sum(1 for job in others if _end(job) is None),
+        slots=ctx.settings.max_concurrent_profiles,
+        products=tuple(
+            sorted({labels_of(node).get(labels.NODE_GPU_PRODUCT, "") for node in store.list("Node")} - {""})
+        ),
+        now=ctx.clock.now(),
+    )
+
+
+def read(obj: Object) -> tuple[BatchProfile | None, tuple[str, ...]]:
+    """The profile as a model, and what is wrong with it."""
+    try:
+        profile = BatchProfile.model_validate(obj)
+    except ValidationError as error:
+        return None, tuple(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    problems = []
+    name = profile.metadata.name
+    if len(name) > MAX_PROFILE_NAME:
+        problems.append(f"metadata.name has {len(name)} characters, at most {MAX_PROFILE_NAME} fit into a label")
+    return profile, tuple(problems)
+
+
+def _is_wanted(ctx: Context, obj: Object) -> bool:
+    metadata = obj["metadata"]
+    by_hand = labels_of(obj).get(labels.MANAGED_BY) != labels.PRODUCT
+    return by_hand or bool(wanted_by(obj, ctx.store.list("LLMService", metadata["namespace"])))
+
+
+def _belongs(child: Object, owner: Object) -> bool:
+    controller = controller_of(child)
+    return controller is not None and controller["uid"] == owner["metadata"]["uid"]
+
+
+def _is_profiling(job: Object) -> bool:
+    return labels_of(job).get(labels.COMPONENT) == labels.COMPONENT_PROFILER
+
+
+def _rerun_of(job: Object) -> str | None:
+    found: str | None = (job["metadata"].get("annotations") or {}).get(ANNOTATION_RERUN)
+    return found
+
+
+def attempt_of(job: Object) -> int:
+    """The number at the end of a Job's name; 0 when there is none."""
+    found = re.search(r"-(\d+)$", job["metadata"]["name"])
+    return int(found[1]) if found else 0
+
+
+# --- decide ---
+
+
+def decide(observed: Observed) -> Decision:
+    """What to do about a profile: the first check that has something to say. Pure."""
+    return next(decision for check in CHECKS if (decision := check(observed)) is not None)
+
+
+def _invalid(seen: Observed) -> Decision | None:
+    if not seen.problems:
+        return None
+    message = "; ".join(seen.problems)
+    return Decision("failed", Reason.INVALID_SPEC, f"the profile can't be used: {message}")
+
+
+def _imported(seen: Observed) -> Decision | None:
+    results = seen.profile.spec.results if seen.profile else None
+    if results is None:
+        return None
+    return Decision(
+        "complete",
+        Reason.IMPORTED,
+        f"{len(results.points)} points came with the profile (spec.results); nothing is measured",
+        remove=_active(seen.jobs + seen.superseded),
+    )
+
+
+def _superseded(seen: Observed) -> Decision | None:
+    if not seen.superseded:
+        return None
+    message = "a new measurement was asked for (rerun); the Job of the previous one is being removed"
+    return Decision("waiting", Reason.WAITING, message, remove=seen.superseded)
+
+
+def _ended(seen: Observed) -> Decision | None:
+    outcome = seen.outcome
+    if outcome is None:
+        return None
+    if outcome.state == "Failed":
+        own = outcome if outcome.reason == Reason.JOB_FAILED else None
+        return Decision("failed", outcome.reason or Reason.JOB_FAILED, _final(outcome.message), outcome=own)
+    points = len(seen.profile.status.points) if seen.profile else 0
+    said = f": {outcome.message}" if outcome.message else ""
+    if outcome.state == "BudgetExceeded":
+        return Decision("complete", Reason.BUDGET_EXCEEDED, f"{points} points within the budget{said}")
+    return Decision("complete", Reason.COMPLETED, f"{points} points measured{said}")
+
+
+def _unwanted(seen: Observed) -> Decision | None:
+    if seen.wanted:
+        return None
+    message = "no LLMService asks for this measurement; it goes on from what is measured when one does"
+    return Decision("idle", Reason.WAITING, message, remove=_active(seen.jobs))
+
+
+def _runs(seen: Observed) -> Decision | None:
+    if seen.job is None or _end(seen.job) is not None:
+        return None
+    name = seen.job["metadata"]["name"]
+    if seen.job["metadata"].get("deletionTimestamp"):
+        return Decision("waiting", Reason.WAITING, f"Job {name} is being removed")
+    troubles = [trouble for pod in seen.pods if not podstate.is_over(pod) and (trouble := podstate.trouble(pod))]
+    if troubles:
+        return _troubled(seen, troubles[0])
+    if not any(podstate.is_running(pod, ENGINE_CONTAINER) for pod in seen.pods):
+        return Decision("running", Reason.MEASURING, f"Job {name} is starting: {_starting(seen.pods)}")
+    return Decision("running", Reason.MEASURING, f"Job {name} is measuring{_progress(seen)}")
+
+
+def _troubled(seen: Observed, trouble: podstate.Trouble) -> Decision:
+    message = f"Job {seen.job['metadata']['name'] if seen.job else ''}: {trouble.message}"
+    if trouble.reason == Reason.UNSCHEDULABLE:
+        return Decision("running", Reason.UNSCHEDULABLE, f"{message}{_room(seen)}")
+    if trouble.reason == Reason.IMAGE_PULL_FAILED:
+        advice = "check spec.engine.image and template.spec.imagePullSecrets"
+        return Decision("running", Reason.IMAGE_PULL_FAILED, f"{message} ({advice}; it is tried again)")
+    return Decision("running", Reason.MEASURING, f"{message} (it is tried again)")
+
+
+def _room(seen: Observed) -> str:
+    """What to do about a pod that finds no node."""
+    wanted = seen.profile.spec.key.accelerator.product if seen.profile else None
+    if wanted and wanted not in seen.products:
+        there = f"this cluster's are {', '.join(seen.products)}" if seen.products else "no node has that label"
+        return f"; no node has {labels.NODE_GPU_PRODUCT}={wanted}: {there}"
+    return "; it starts when a node has room, which may need replicas of other services to be scaled down"
+
+
+def _broke(seen: Observed) -> Decision | None:
+    """The latest attempt ended without an outcome."""
+    if seen.job is None or (end := _end(seen.job)) is None:
+        return None
+    name, number = seen.job["metadata"]["name"], len(seen.jobs)
+    cause = _disruption(seen.pods)
+    if end["type"] == "Complete":
+        return _job_failed(seen, f"Job {name} ended well but reported no outcome")
+    if cause is None:
+        return _job_failed(seen, f"Job {name} failed: {_last_words(seen, end)}")
+    if number >= MAX_ATTEMPTS:
+        return _job_failed(seen, f"{number} attempts were lost, the last one, Job {name}: {cause}")
+    due = _moment(end) + _pause(number)
+    if due <= seen.now.timestamp():
+        return None
+    wait = due - seen.now.timestamp()
+    message = f"attempt {number} was lost, Job {name}: {cause}; the next one starts in {wait:.0f} s"
+    return Decision("waiting", Reason.WAITING, message, requeue_after=wait)
+
+
+def _job_failed(seen: Observed, message: str) -> Decision:
+    rerun = seen.profile.spec.measurement.rerun if seen.profile else None
+    outcome = Outcome(state="Failed", reason=Reason.JOB_FAILED, message=message[:8000], rerun=rerun)
+    return Decision("failed", Reason.JOB_FAILED, _final(message), outcome=outcome)
+
+
+def _crowded(seen: Observed) -> Decision | None:
+    if seen.busy < seen.slots:
+        return None
+    message = (
+        f"{seen.busy} profiling Jobs run, {seen.slots} may at the same time; this one starts when one of them ends"
+    )
+    return Decision("waiting", Reason.WAITING, message)
+
+
+def _starts(seen: Observed) -> Decision:
+    attempt = seen.attempt + 1
+    name = job_name(seen.obj["metadata"]["name"], attempt)
+    return Decision("running", Reason.MEASURING, f"Job {name} is starting", start=attempt)
+
+
+CHECKS: tuple[Callable[[Observed], Decision | None], ...] = (
+    _invalid,
+    _imported,
+    _superseded,
+    _ended,
+    _unwanted,
+    _runs,
+    _broke,
+    _crowded,
+    _starts,
+)
+"""In the order in which they are asked; the last one always answers."""
+
+
+def _final(message: str | None) -> str:
+    return f"{message or 'no message'} (final until profiling.rerun gets a new text, or the manifest another key)"
+
+
+def _active(jobs: Sequence[Object]) -> tuple[Object, ...]:
+    return tuple(job for job in jobs if _end(job) is None)
+
+
+def _end(job: Object) -> Mapping[str, Any] | None:
+    """The condition with which a Job ended; None while it is active."""
+    found = (job.get("status") or {}).get("conditions") or ()
+    return next((each for each in found if each["type"] in ("Complete", "Failed") and each["status"] == "True"), None)
+
+
+def _moment(end: Mapping[str, Any]) -> float:
+    told = end.get("lastTransitionTime")
+    return parse_timestamp(told).timestamp() if told else 0.0
+
+
+def _pause(lost: int) -> float:
+    return min(LAST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** (lost - 1))
+
+
+def _disruption(pods: Sequence[Object]) -> str | None:
+    """Why the latest pod's end wasn't its own doing; None when it was."""
+    if not pods:
+        return "its pod is gone, with its node perhaps"
+    pod = _latest(pods)
+    state = pod.get("status") or {}
+    target = find(state.get("conditions") or (), "DisruptionTarget")
+    if target is not None and target["status"] == "True":
+        return f"pod {pod['metadata']['name']} was disrupted: {target.get('message') or target.get('reason')}"
+    if state.get("reason") in _DISRUPTED:
+        return f"pod {pod['metadata']['name']}: {state['reason']}: {state.get('message', '')}".rstrip(": ")
+    return None
+
+
+def _last_words(seen: Observed, end: Mapping[str, Any]) -> str:
+    if not seen.pods:
+        return f"{end.get('reason')}: {end.get('message')}"
+    pod = _latest(seen.pods)
+    if (pod.get("status") or {}).get("reason") == "DeadlineExceeded":
+        limit = pod_deadline(seen.profile) if seen.profile else 0
+        return f"pod {pod['metadata']['name']} was not done after {limit} s, its budget and what a setup may take"
+    trouble = _own_trouble(pod) or podstate.trouble(pod)
+    return trouble.message if trouble else f"{end.get('reason')}: {end.get('message')}"
+
+
+def _own_trouble(pod: Object) -> podstate.Trouble | None:
+    """What a container said at its end, rather than that the pod ended."""
+    state = {key: value for key, value in (pod.get("status") or {}).items() if key != "phase"}
+    return podstate.trouble({**pod, "status": state})
+
+
+def _latest(pods: Sequence[Object]) -> Object:
+    return max(pods, key=lambda pod: (pod["metadata"].get("creationTimestamp") or "", pod["metadata"]["name"]))
+
+
+def _starting(pods: Sequence[Object]) -> str:
+    if not pods:
+        return "its pod isn't there yet"
+    pod = _latest(pods)
+    node = podstate.node_of(pod)
+    return f"pod {pod['metadata']['name']} " + (
+        f"is being set up on node {node}" if node else "waits for the scheduler"
+    )
+
+
+def _progress(seen: Observed) -> str:
+    progress = seen.profile.status.progress if seen.profile else None
+    if progress is None:
+        return ""
+    parts = [f"{progress.points} points so far", progress.message or progress.stage]
+    if progress.elapsed:
+        parts.append(f"{progress.elapsed} of GPU time")
+    return ": " + ", ".join(parts)
+
+
+# --- apply ---
+
+
+async def apply(ctx: Context, seen: Observed, decision: Decision) -> Decision:
+    """Remove and start Jobs as decided. Returns the decision, changed when the API refused the Job."""
+    for job in decision.remove:
+        await ctx.cluster.delete(Ref.of(job), uid=job["metadata"]["uid"])
+    if decision.start is None or seen.profile is None:
+        return decision
+    async with ctx.starting:
+        # Others may have started theirs while this one waited for its turn.
+        if crowded := _crowded(_look(ctx, seen.obj)):
+            return crowded
+        return await _start(ctx, seen.profile, decision)
+
+
+async def _start(ctx: Context, profile: BatchProfile, decision: Decision) -> Decision:
+    image = OperatorImage(ctx.settings.operator_image, ctx.settings.image_pull_policy)
+    job = profile_job(profile, decision.start or 1, image)
+    try:
+        for obj in profiler_access(profile):
+            await ctx.cluster.apply(obj)
+        try:
+            await ctx.cluster.create(job)
+        except AlreadyExists:
+            check_ours(job, await ctx.cluster.get(Ref.of(job)))
+    except NamespaceTerminating:
+        raise
+    except NameConflict as error:
+        wait = ctx.settings.retry_seconds
+        return replace(decision, stage="waiting", reason=Reason.NAME_CONFLICT, message=str(error), requeue_after=wait)
+    except Invalid as error:
+        message = f"the API server refuses the profiling Job: {error.message}"
+        return replace(decision, stage="failed", reason=Reason.INVALID_SPEC, message=message)
+    except Forbidden as error:
+        message = f"the profiling Job may not be made: {error.message}"
+        wait = ctx.settings.retry_seconds
+        return replace(decision, stage="waiting", reason=Reason.WAITING, message=message, requeue_after=wait)
+    return decision
+
+
+# --- report ---
+
+_PHASES: Mapping[str, str] = {
+    "waiting": "Waiting",
+    "running": "Measuring",
+    "idle": "Idle",
+    "complete": "Complete",
+    "failed": "Failed",
+}
+
+
+def status(seen: Observed, decision: Decision, pods: Sequence[Object] = ()) -> dict[str, Any]:
+    """All of the status that the operator owns."""
+    metadata, old = seen.obj["metadata"], seen.obj.get("status") or {}
+    generation = metadata.get("generation", 0)
+    made: dict[str, Any] = {
+        "observedGeneration": generation,
+        "phase": _PHASES[decision.stage],
+        "conditions": merge(old.get("conditions") or (), conditions(decision), generation=generation, now=seen.now),
+    }
+    attempt = decision.start or seen.attempt
+    if attempt:
+        made["job"] = {"name": job_name(metadata["name"], attempt), "attempt": attempt}
+    image = next((found for pod in pods if (found := _image_id(pod))), None) or old.get("imageID")
+    if image:
+        made["imageID"] = image
+    if decision.outcome is not None:
+        made["outcome"] = decision.outcome.to_dict()
+    if decision.reason == Reason.IMPORTED:
+        results = seen.obj["spec"]["results"]
+        made |= results | {"progress": {"stage": "Done", "points": len(results.get("points") or ())}}
+    return made
+
+
+def conditions(decision: Decision) -> list[Condition]:
+    """The four conditions of a profile, as a decision sees them."""
+    reason, message = decision.reason, decision.message
+    busy = decision.stage in ("waiting", "running")
+    complete, failed = decision.stage == "complete", decision.stage == "failed"
+    return [
+        Condition(names.PROGRESSING, "True" if busy else "False", reason, message),
+        Condition(names.COMPLETE, "True" if complete else "False", reason, message),
+        Condition(names.FAILED, "True" if failed else "False", reason, message),
+        Condition(names.READY, "True" if complete else "False" if failed else "Unknown", reason, message),
+    ]
+
+
+def _image_id(pod: Object) -> str | None:
+    for container in (pod.get("status") or {}).get("containerStatuses") or ():
+        if container["name"] == ENGINE_CONTAINER and container.get("imageID"):
+            found: str = container["imageID"]
+            return found
+    return None

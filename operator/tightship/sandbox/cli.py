@@ -55,10 +55,22 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--gpus-per-node", type=int, default=_DEFAULTS.gpus_per_node, help="simulated GPUs (default: %(default)s)")
     add("--product", default=_DEFAULTS.product, help="the GPUs' product (default: %(default)s)")
     add("--gpu-memory", default="80Gi", help="the GPUs' memory (default: %(default)s)")
-    add("--engine-cores", default="", metavar="LIST", help="this machine's cores for containers with CPUs of their own, e.g. 1,2")
-    add("--engine-python", default=None, metavar="PATH", help="an interpreter with vLLM's CPU build, for images vllm-cpu")
+    add(
+        "--engine-cores",
+        default="",
+        metavar="LIST",
+        help="this machine's cores for containers with CPUs of their own, e.g. 1,2",
+    )
+    add(
+        "--engine-python",
+        default=None,
+        metavar="PATH",
+        help="an interpreter with vLLM's CPU build, for images vllm-cpu",
+    )
     add("--models", type=Path, default=None, metavar="DIR", help="a directory that the claim `models` in default holds")
-    add("--device-argument", action="append", default=[], metavar="ARG", help="passed to the simulated devices (repeat)")
+    add(
+        "--device-argument", action="append", default=[], metavar="ARG", help="passed to the simulated devices (repeat)"
+    )
     add("--state", type=Path, default=default_state(), help="the sandbox's directory (default: %(default)s)")
     add("--operator", action=argparse.BooleanOptionalAction, default=True, help="start the operator as a local process")
 

@@ -79,7 +79,9 @@ class Sandbox:
         if self._settings.plane not in PLANES:
             raise SandboxError(f"there is no plane {self._settings.plane!r}: choose one of {', '.join(PLANES)}")
         if (self.state / "sandbox.json").exists() and _alive(Sandbox.attach(self.state).supervisor_pid):
-            raise SandboxError(f"a sandbox runs in {self.state} already; use it, or end it with `tightship sandbox down`")
+            raise SandboxError(
+                f"a sandbox runs in {self.state} already; use it, or end it with `tightship sandbox down`"
+            )
         if self._settings.plane == "real":
             assets()
         network.check()
@@ -202,8 +204,8 @@ class Sandbox:
         """Run a command inside the sandbox's namespaces, where pod and service addresses are reachable."""
         prefix = network.enter_command(int(self._description["init"]))
         environment = {**self.environment(), "KUBECONFIG": str(self.state / "kubeconfig.inside")}
-        defaults: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "env": environment}
-        return subprocess.run([*prefix, *command], **{**defaults, **options})
+        defaults: dict[str, Any] = {"capture_output": True, "text": True, "env": environment}
+        return subprocess.run([*prefix, *command], check=False, **{**defaults, **options})
 
     def kill_operator(self) -> None:
         """SIGKILL the operator and leave it down."""

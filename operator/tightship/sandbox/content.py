@@ -20,7 +20,9 @@ async def install(api: Api, settings: Settings) -> None:
     """Create all of it; what is there already stays, but definitions are brought up to date."""
     for definition in definitions(settings):
         await _put_definition(api, definition)
-    await _create(api, "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM_NAMESPACE}})
+    await _create(
+        api, "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM_NAMESPACE}}
+    )
     if settings.models is not None:
         await _models(api, settings.models)
 
@@ -32,6 +34,26 @@ def definitions(settings: Settings) -> list[Object]:
     paths = sorted(Path(settings.crds).glob("*.yaml"))
     found = [document for path in paths for document in yaml.safe_load_all(path.read_text())]
     return [document for document in found if document]
+
+
+async def wait_for_accounts(api: Api, namespaces: list[str], with_secret: bool) -> None:
+    """Return when pods can be created: admission refuses them without their namespace's ServiceAccount `default`.
+
+    Before Kubernetes 1.24 it also wants the account's token Secret (`with_secret`).
+    """
+    for namespace in namespaces:
+        while not await _has_account(api, namespace, with_secret):
+            await asyncio.sleep(0.1)
+
+
+async def _has_account(api: Api, namespace: str, with_secret: bool) -> bool:
+    try:
+        account = await api.get(f"/api/v1/namespaces/{namespace}/serviceaccounts/default")
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        return False
+    return bool(account.get("secrets")) or not with_secret
 
 
 async def wait_for_nodes(api: Api, names: list[str]) -> None:

@@ -72,9 +72,7 @@ def set_up(node_addresses: Iterable[str]) -> None:
         f"route add local {SERVICE_RANGE} dev lo",
     ]
     script = "\n".join(lines) + "\n"
-    result = subprocess.run(
-        [_tool("ip"), "-batch", "-"], input=script, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([_tool("ip"), "-batch", "-"], input=script, capture_output=True, text=True, check=False)
     if result.returncode:
         raise NamespaceError(f"the sandbox's network: {result.stderr.strip()}")
 

@@ -33,7 +33,8 @@ def assets() -> Path:
     named = os.environ.get("KUBEBUILDER_ASSETS")
     if not named:
         raise AssetsError(
-            "the real control plane needs KUBEBUILDER_ASSETS to name a folder with " + ", ".join(BINARIES)
+            "the real control plane needs KUBEBUILDER_ASSETS to name a folder with "
+            + ", ".join(BINARIES)
             + "; set it, or use the embedded plane"
         )
     missing = [name for name in BINARIES if not os.access(os.path.join(named, name), os.X_OK)]

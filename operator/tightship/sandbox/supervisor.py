@@ -36,7 +36,13 @@ log = logging.getLogger("tightship.sandbox")
 API_SOCKET, GATEWAY_SOCKET, CONTROL_SOCKET, DEVICE_SOCKET = "api.sock", "gateway.sock", "control.sock", "devices.sock"
 SERVICE_ADDRESS = "10.96.0.1"
 START_LIMIT = 90.0
-NAMES = ["kubernetes.default.svc", "kubernetes", "kubernetes.default", "kubernetes.default.svc.cluster.local", "localhost"]
+NAMES = [
+    "kubernetes.default.svc",
+    "kubernetes",
+    "kubernetes.default",
+    "kubernetes.default.svc.cluster.local",
+    "localhost",
+]
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,13 @@ class Inside:
         keys = await asyncio.to_thread(generate, self._state / "pki", addresses, NAMES)
         ended = asyncio.create_task(_end_of_input())
         up = asyncio.create_task(self._up(keys))
-        broken = asyncio.ensure_future(self._processes.failed)
+        broken: asyncio.Future[Any] = self._processes.failed
+        all_of_them: set[asyncio.Future[Any]] = {ended, up, broken}
         try:
-            await asyncio.wait({ended, up, broken}, return_when=asyncio.FIRST_COMPLETED, timeout=START_LIMIT)
+            await asyncio.wait(all_of_them, return_when=asyncio.FIRST_COMPLETED, timeout=START_LIMIT)
             if up.done():
                 _say({"ready": up.result()})
-                await asyncio.wait({ended, broken}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(all_of_them - {up}, return_when=asyncio.FIRST_COMPLETED)
             elif not ended.done() and not broken.done():
                 _say({"error": f"not up after {START_LIMIT:g} s; see {self._state / 'logs'}"})
             if broken.done():
@@ -84,10 +91,9 @@ class Inside:
         if self._settings.gpus_per_node:
             await self._processes.start(self._device_command())
         await self._processes.start(self._agent_command(plane, keys))
-        forwarders = [await gateway.forward_in(str(self._sockets / API_SOCKET), GATEWAY, API_PORT)]
+        self._keep: list[object] = [await gateway.forward_in(str(self._sockets / API_SOCKET), GATEWAY, API_PORT)]
         inner = self._state / "kubeconfig.inside"
         write_kubeconfig(inner, plane.server, plane.token, plane.ca)
-        self._keep: list[Any] = forwarders
         api = await Api(plane.server, plane.token, str(plane.ca) if plane.ca else None).__aenter__()
         await self._wait_for_api(api)
         await content.install(api, self._settings)
@@ -95,6 +101,8 @@ class Inside:
         self._keep.append(asyncio.create_task(services.run()))
         await gateway.ServiceGateway(services.store).start(str(self._sockets / GATEWAY_SOCKET))
         await self._serve_control()
+        old = self._settings.plane == "real" and await _is_old(api)
+        await content.wait_for_accounts(api, ["default", content.SYSTEM_NAMESPACE], old)
         await content.wait_for_nodes(api, [self._settings.node_name(i) for i in range(self._settings.nodes)])
         if self._settings.operator:
             await self._processes.start(self._operator_command(inner))
@@ -102,8 +110,8 @@ class Inside:
 
     async def _start_plane(self, keys: Certificates) -> Plane:
         if self._settings.plane == "embedded":
-            command = [sys.executable, "-m", "tightship.sandbox.plane", "--host", GATEWAY, "--port", str(API_PORT)]
-            await self._processes.start(Command("plane", command))
+            argv = [sys.executable, "-m", "tightship.sandbox.plane", "--bind", GATEWAY, "--port", str(API_PORT)]
+            await self._processes.start(Command("plane", argv))
             return Plane(f"http://{GATEWAY}:{API_PORT}", None, None)
         real = RealPlane.create(self._state / "plane", keys)
         for command in (real.etcd(), real.apiserver()):
@@ -125,7 +133,13 @@ class Inside:
 
     def _device_command(self) -> Command:
         settings = self._settings
-        argv = [sys.executable, "-m", "tightship.sandbox.simulation.device", "--socket", str(self._sockets / DEVICE_SOCKET)]
+        argv = [
+            sys.executable,
+            "-m",
+            "tightship.sandbox.simulation.device",
+            "--socket",
+            str(self._sockets / DEVICE_SOCKET),
+        ]
         for index in range(settings.nodes):
             for uuid in settings.gpu_uuids(index):
                 gpu = f"node={settings.node_name(index)},uuid={uuid},product={settings.product},memory={settings.gpu_memory}"
@@ -219,8 +233,9 @@ class Outside:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        assert inner.stdin is not None and inner.stdout is not None
-        waits = {asyncio.create_task(stop.wait()), asyncio.create_task(inner.wait())}
+        assert inner.stdin is not None
+        assert inner.stdout is not None
+        waits: set[asyncio.Task[Any]] = {asyncio.create_task(stop.wait()), asyncio.create_task(inner.wait())}
         if attached:
             waits.add(asyncio.create_task(_end_of_input()))
         try:
@@ -250,7 +265,9 @@ class Outside:
         port = api.sockets[0].getsockname()[1]
         scheme = "https" if plane["ca"] else "http"
         path = self._state / "kubeconfig"
-        write_kubeconfig(path, f"{scheme}://127.0.0.1:{port}", plane["token"], Path(plane["ca"]) if plane["ca"] else None)
+        write_kubeconfig(
+            path, f"{scheme}://127.0.0.1:{port}", plane["token"], Path(plane["ca"]) if plane["ca"] else None
+        )
         children = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
         description = {
             "kubeconfig": str(path),
@@ -278,6 +295,11 @@ async def _end_of_input() -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     while await reader.read(4096):
         pass
+
+
+async def _is_old(api: Api) -> bool:
+    """Whether the API server is older than 1.24."""
+    return int((await api.get("/version"))["minor"].rstrip("+")) < 24
 
 
 def _say(message: dict[str, Any]) -> None:

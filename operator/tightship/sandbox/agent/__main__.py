@@ -64,7 +64,7 @@ def resolver(config: Config) -> ImageResolver:
     """The table of images, plus the image that is the machine itself."""
 
     def resolve(image: str, node: str) -> images.ImageEnvironment | None:
-        if image.split(":")[0] == HOST_IMAGE:
+        if image.split(":", maxsplit=1)[0] == HOST_IMAGE:
             return images.ImageEnvironment(list(_HOST_PATH), {})
         settings = images.ImageSettings(
             state=Path(config.state),

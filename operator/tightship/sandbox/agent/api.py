@@ -118,7 +118,7 @@ class Reflector:
         """List and watch until cancelled."""
         while True:
             try:
-                version = await self._list()
+                version: str | None = await self._list()
                 while version is not None:
                     version = await self._watch(version)
             except (ApiError, aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:

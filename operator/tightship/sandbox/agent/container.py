@@ -172,7 +172,11 @@ class Container:
 
     def _base(self, pod: Object) -> dict[str, str]:
         links = pod["spec"].get("enableServiceLinks", True)
-        values = {"HOME": "/root", "LANG": "C.UTF-8", "HOSTNAME": pod["spec"].get("hostname") or pod["metadata"]["name"]}
+        values = {
+            "HOME": "/root",
+            "LANG": "C.UTF-8",
+            "HOSTNAME": pod["spec"].get("hostname") or pod["metadata"]["name"],
+        }
         values |= env.service_variables(self._host.services, pod["metadata"]["namespace"], links)
         values |= self._host.variables
         if self._grant.gpus:
@@ -196,7 +200,9 @@ class Container:
 
     async def _run_once(self, spec: ContainerSpec) -> None:
         if not spec.argv:
-            self._ended(Exit(128, "StartError"), None, "no command: the sandbox's images have no entry point of their own")
+            self._ended(
+                Exit(128, "StartError"), None, "no command: the sandbox's images have no entry point of their own"
+            )
             return
         try:
             running = await self._host.runtime.start(spec)
@@ -257,7 +263,9 @@ class Container:
         if (readiness := self.spec.get("readinessProbe")) is not None:
             tasks.append(self._watch("Readiness", readiness, running, self._set_ready))
         if (liveness := self.spec.get("livenessProbe")) is not None:
-            tasks.append(self._watch("Liveness", liveness, running, lambda ok: self._judge("liveness", liveness, ok, running)))
+            tasks.append(
+                self._watch("Liveness", liveness, running, lambda ok: self._judge("liveness", liveness, ok, running))
+            )
         await asyncio.gather(*tasks)
 
     async def _start_up(self, probe: Object, running: Running) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from tightship.sandbox.agent import quantity
@@ -59,7 +60,7 @@ class Grant:
     cpus: tuple[int, ...] = ()
 
 
-def requests(container: Object, resource: str) -> quantity.Fraction:
+def requests(container: Object, resource: str) -> Fraction:
     """What a container requests of a resource; a limit alone counts as its request."""
     resources = container.get("resources") or {}
     value = (resources.get("requests") or {}).get(resource, (resources.get("limits") or {}).get(resource, 0))
@@ -109,7 +110,9 @@ class Stock:
         if uid in self._grants:
             return self._grants[uid]
         if len(self._grants) >= self.pods:
-            raise Refused("OutOfpods", f"Node didn't have enough resource: pods, requested: 1, used: {len(self._grants)}")
+            raise Refused(
+                "OutOfpods", f"Node didn't have enough resource: pods, requested: 1, used: {len(self._grants)}"
+            )
         gpus = self._free(self._taken_gpus(), [uuid for uuid in self.gpus if uuid not in self.missing])
         cpus = self._free(self._taken_cpus(), list(range(self.reserved_cpus, self.cpus)))
         pinned = qos_class(pod) == "Guaranteed"

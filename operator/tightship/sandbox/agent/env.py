@@ -84,7 +84,9 @@ def resolve(
     """
     values = dict(base)
     for source in container.get("envFrom") or []:
-        kind, reference = ("configmap", source["configMapRef"]) if "configMapRef" in source else ("secret", source["secretRef"])
+        kind, reference = (
+            ("configmap", source["configMapRef"]) if "configMapRef" in source else ("secret", source["secretRef"])
+        )
         data = _data(lookup, kind, reference)
         values.update({str(source.get("prefix", "")) + key: value for key, value in data.items()})
     for entry in container.get("env") or []:

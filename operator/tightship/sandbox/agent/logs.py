@@ -63,7 +63,9 @@ async def read(path: Path, selection: Selection, running: asyncio.Event) -> Asyn
         chunk = await asyncio.to_thread(_read_from, path, position)
         whole = chunk.rfind(b"\n") + 1
         position += whole
-        lines = [line for line in chunk[:whole].splitlines() if line[: len(selection.since)].decode() >= selection.since]
+        lines = [
+            line for line in chunk[:whole].splitlines() if line[: len(selection.since)].decode() >= selection.since
+        ]
         if first and selection.tail is not None:
             lines = lines[max(0, len(lines) - selection.tail) :]
         first = False

@@ -49,7 +49,10 @@ class PodWorker:
         self._removed = False
         self._dirty = asyncio.Event()
         self._written: Object | None = None
-        earlier = (pod.get("status") or {}).get("initContainerStatuses"), (pod.get("status") or {}).get("containerStatuses")
+        earlier = (
+            (pod.get("status") or {}).get("initContainerStatuses"),
+            (pod.get("status") or {}).get("containerStatuses"),
+        )
         policy = pod["spec"].get("restartPolicy", "Always")
         self._inits = [_state(c, earlier[0] or [], "Always") for c in pod["spec"].get("initContainers") or []]
         self._mains = [_state(c, earlier[1] or [], policy) for c in pod["spec"]["containers"]]
@@ -104,7 +107,9 @@ class PodWorker:
         life = asyncio.create_task(self._containers())
         leaving = asyncio.create_task(self._leaving.wait())
         try:
-            done, _ = await asyncio.wait({life, leaving}, timeout=self._time_left(), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                {life, leaving}, timeout=self._time_left(), return_when=asyncio.FIRST_COMPLETED
+            )
             if life in done:
                 life.result()
                 return
@@ -128,7 +133,9 @@ class PodWorker:
         self._changed()
         await self._connect()
         self._changed()
-        volumes = Volumes(self._host.api, self.pod, self.directory, self._host.directory / "root", self._host.allocatable)
+        volumes = Volumes(
+            self._host.api, self.pod, self.directory, self._host.directory / "root", self._host.allocatable
+        )
         await self._set_up(volumes)
         self._tasks.append(asyncio.create_task(self._refresh(volumes)))
         inits = self.pod["spec"].get("initContainers") or []
@@ -260,7 +267,9 @@ class PodWorker:
         self._changed()
 
     def _event(self, kind: str, reason: str, message: str) -> None:
-        self._host.recorder.emit(self._host.name, {"kind": "Pod", "metadata": self.pod["metadata"]}, kind, reason, message)
+        self._host.recorder.emit(
+            self._host.name, {"kind": "Pod", "metadata": self.pod["metadata"]}, kind, reason, message
+        )
 
     # -- status ---------------------------------------------------------------------------------------------------
 

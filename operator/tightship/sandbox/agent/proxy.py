@@ -86,9 +86,7 @@ class Proxy:
                     found += [(entry["ip"], int(port["port"])) for entry in subset.get("addresses") or []]
         return found
 
-    async def _pass_on(
-        self, key: str, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _pass_on(self, key: str, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         targets = self.targets(key, name)
         first = next(self._turn)
         for number in range(len(targets)):

@@ -38,7 +38,9 @@ class _Point:
 def base_mounts() -> list[Mount]:
     """The mounts every container has before its pod's own; a pod's mount of the same target replaces one."""
     mounts = [Mount("/run", None), Mount("/dev", None), Mount("/dev/shm", None)]
-    mounts += [Mount(f"/dev/{name}", f"/dev/{name}", is_file=True) for name in DEVICES if os.path.exists(f"/dev/{name}")]
+    mounts += [
+        Mount(f"/dev/{name}", f"/dev/{name}", is_file=True) for name in DEVICES if os.path.exists(f"/dev/{name}")
+    ]
     if os.path.isdir("/dev/pts"):
         mounts.append(Mount("/dev/pts", "/dev/pts"))
     return mounts

@@ -15,10 +15,12 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x00020000, 0x04000000, 0x08000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_REC, MS_UNBINDABLE, MS_PRIVATE = 4096, 16384, 1 << 17, 1 << 18
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -52,6 +54,7 @@ def build_root(root: str, operations: list[list[str]]) -> None:
     """Carry out a plan of rootfs.py below the fresh tmpfs `root`, then make it this process's root."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tightship", root, "tmpfs", 0, "mode=755")
+    mount("none", root, None, MS_UNBINDABLE)  # a bind of the directory that the root is built in leaves the root out
     for name, *arguments in operations:
         OPERATIONS[name](root, *arguments)
     os.chdir(root)
@@ -59,6 +62,7 @@ def build_root(root: str, operations: list[list[str]]) -> None:
     check(libc.syscall(SYS_PIVOT_ROOT[machine], b".", b"."), "pivot_root")
     check(libc.umount2(b".", MNT_DETACH), "umount of the old root")
     os.chdir("/")
+    mount("none", "/", None, MS_PRIVATE)
 
 
 def _make_dir(root: str, path: str) -> None:
@@ -84,7 +88,13 @@ def _bind(root: str, source: str, path: str, mode: str) -> None:
     bind(source, root + path, mode == "ro")
 
 
-OPERATIONS = {"dir": _make_dir, "file": _make_file, "link": _make_link, "tmpfs": _mount_tmpfs, "bind": _bind}
+OPERATIONS: dict[str, Callable[..., None]] = {
+    "dir": _make_dir,
+    "file": _make_file,
+    "link": _make_link,
+    "tmpfs": _mount_tmpfs,
+    "bind": _bind,
+}
 
 
 def enter(spec: dict[str, Any]) -> None:

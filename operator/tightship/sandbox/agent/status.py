@@ -102,7 +102,9 @@ def conditions(
     waiting_inits = [c.name for c in inits if c.terminated is None or c.terminated.exit_code != 0]
     unready = [c.name for c in containers if not c.ready]
     initialized = _condition("Initialized", not waiting_inits, "ContainersNotInitialized", _incomplete(waiting_inits))
-    ready = _condition("ContainersReady", not unready, "ContainersNotReady", f"containers with unready status: {_names(unready)}")
+    ready = _condition(
+        "ContainersReady", not unready, "ContainersNotReady", f"containers with unready status: {_names(unready)}"
+    )
     if done:
         initialized = {"type": "Initialized", "status": "True", "reason": "PodCompleted"}
         ready = {"type": "ContainersReady", "status": "False", "reason": "PodCompleted"}
@@ -113,7 +115,9 @@ def conditions(
     gates = [gate["conditionType"] for gate in pod["spec"].get("readinessGates") or []]
     closed = [gate for gate in gates if have.get(gate, {}).get("status") != "True"]
     if closed and whole["status"] == "True":
-        message = "; ".join(f'corresponding condition of pod readiness gate "{gate}" does not exist.' for gate in closed)
+        message = "; ".join(
+            f'corresponding condition of pod readiness gate "{gate}" does not exist.' for gate in closed
+        )
         whole = {"type": "Ready", "status": "False", "reason": "ReadinessGatesNotReady", "message": message}
     for condition in (initialized, whole, ready):
         old = have.get(condition["type"])

@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tightship.sandbox.agent import env, rootfs
 from tightship.sandbox.agent.api import Api, ApiError, Object
@@ -154,7 +153,9 @@ class Volumes:
 
     async def _claim(self, source: Object) -> Source:
         try:
-            claim = await self._api.get(f"/api/v1/namespaces/{self.namespace}/persistentvolumeclaims/{source['claimName']}")
+            claim = await self._api.get(
+                f"/api/v1/namespaces/{self.namespace}/persistentvolumeclaims/{source['claimName']}"
+            )
             name = claim["spec"].get("volumeName")
             if not name:
                 raise VolumeError(f"PersistentVolumeClaim {source['claimName']} is not bound")

@@ -43,7 +43,7 @@ def settings() -> kopf.OperatorSettings:
     made.posting.enabled = False
     made.scanning.disabled = True  # the kinds are checked at the start; watching CRDs would need more rights
     made.peering.standalone = True  # the lease decides who leads
-    made.watching.server_timeout = 300.0
+    made.watching.server_timeout = 300  # whole seconds: the API server refuses "300.0"
     made.watching.reconnect_backoff = 1.0
     made.process.ultimate_exiting_timeout = 30.0
     for name in WATCHED_BY_LABEL:

@@ -33,8 +33,8 @@ _SERIES_REMEMBERED = 1000
 _SILENT = frozenset({names.RECONCILING, names.STALLED})
 #: Conditions that are bad news when True.
 _NEGATIVE = frozenset({names.FAILED, names.STALLED, names.PROFILE_STALE})
-#: Reasons of a False condition that say "not yet", which is nothing to warn about.
-_WAITING = frozenset(
+#: Reasons of a False condition that are nothing to warn about: "not yet", or the good news of another condition.
+_QUIET = frozenset(
     {
         names.Reason.WAITING,
         names.Reason.MEASURING,
@@ -49,6 +49,8 @@ _WAITING = frozenset(
         names.Reason.BUDGET_EXCEEDED,
     }
 )
+#: Reasons that are worth a warning also while things still go on.
+_LOUD = frozenset({names.Reason.UNSCHEDULABLE, names.Reason.IMAGE_PULL_FAILED, names.Reason.NAME_CONFLICT})
 
 
 @dataclass(frozen=True)
@@ -61,25 +63,27 @@ class Turn:
 
 
 def turns(old: Iterable[Mapping[str, Any]], new: Iterable[Mapping[str, Any]]) -> list[Turn]:
-    """What is worth an event when conditions `old` became `new`, in the order of `new`.
+    """What is worth an event when conditions `old` became `new`.
 
-    A condition counts when its status or reason changed and it is known now. `Ready` counts only when it comes or goes:
-    its reason repeats that of the gate that failed.
+    A condition counts when its status or reason changed and it is known now. `Ready` counts only when it comes or goes: its
+    reason repeats that of the gate that failed. What several conditions say in the same words is told once.
     """
     old = list(old)
-    told = []
+    told: dict[tuple[str, str], Turn] = {}
     for condition in transitions(old, new):
         kind, status, reason = condition["type"], condition["status"], condition["reason"]
         was = find(old, kind) or {}
         if status == "Unknown" or kind in _SILENT:
             continue
-        if kind == names.READY and not (status == "True" or was.get("status") == "True"):
+        if kind == names.READY and "True" not in (status, was.get("status")):
             continue
         if kind in _NEGATIVE and status == "False" and not was:
             continue
-        bad = status == "True" if kind in _NEGATIVE else status == "False" and reason not in _WAITING
-        told.append(Turn(reason, f"{kind} is {status}: {condition.get('message', '')}", bad))
-    return told
+        bad = status == "True" if kind in _NEGATIVE else status == "False" and reason not in _QUIET
+        message = condition.get("message", "")
+        known = told.get((reason, message))
+        told[reason, message] = Turn(reason, message, (bad or reason in _LOUD) or (known is not None and known.warning))
+    return list(told.values())
 
 
 class Events:

@@ -188,5 +188,7 @@ def _closure(distributions: Iterable[str]) -> list[str]:
             # A requirement of another platform or Python version; what is really missing fails at import, by name.
             continue
         found[name] = None
-        wanted += [match.group() for text in requires if "extra ==" not in text and (match := re.match(r"[\w.-]+", text))]
+        wanted += [
+            match.group() for text in requires if "extra ==" not in text and (match := re.match(r"[\w.-]+", text))
+        ]
     return list(found)

@@ -184,10 +184,19 @@ MODELS: Mapping[str, Model] = MappingProxyType(
 
 
 def estimate(
-    *, layers: int, hidden: int, intermediate: int, kv_hidden: int, vocabulary: int, max_model_len: int, architecture: str
+    *,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    kv_hidden: int,
+    vocabulary: int,
+    max_model_len: int,
+    architecture: str,
 ) -> Model:
     """Return a model for a shape nobody published runs of; see the module's docstring."""
-    parameters = vocabulary * hidden * 2 + layers * (2 * hidden * hidden + 2 * hidden * kv_hidden + 3 * hidden * intermediate)
+    parameters = vocabulary * hidden * 2 + layers * (
+        2 * hidden * hidden + 2 * hidden * kv_hidden + 3 * hidden * intermediate
+    )
     reference = OPT_1_3B.costs
     scale = parameters / _OPT_PARAMETERS
     knots = []

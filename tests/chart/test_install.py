@@ -147,7 +147,7 @@ def test_a_service_goes_all_the_way_under_the_chart_s_own_grants(installed: Clus
     assert not refused, "\n".join(refused[:10])
     answered = re.findall(r"^tightship_operator_api_requests_total\{(.*)\}", installed.metrics(), re.MULTILINE)
     assert answered, "the operator counts its requests to the API"
-    assert not [request for request in answered if 'status="403"' in request]
+    assert not [request for request in answered if 'code="403"' in request]
 
 
 def test_the_operator_may_do_no_more_than_it_says(installed: Cluster) -> None:

@@ -12,8 +12,8 @@ from typing import Final
 from tightship.profiler.clock import Clock
 
 LEVEL_MOST: Final = 20.0
-CONFIRM_SHARE: Final = 0.4
-CONFIRM_LEAST: Final = 12.0
+CONFIRM_SHARE: Final = 0.6
+CONFIRM_LEAST: Final = 15.0
 
 
 class Budget:
@@ -46,7 +46,7 @@ class Budget:
     @property
     def for_sweep(self) -> float:
         """Seconds the sweep may still take: what is left, less an engine start and a measurement for the confirmation run."""
-        keep = self._start_cost + max(CONFIRM_LEAST, 0.1 * self._seconds)
+        keep = self._start_cost + max(CONFIRM_LEAST, 0.15 * self._seconds)
         return self.left - min(keep, CONFIRM_SHARE * self._seconds)
 
     def for_level(self, batch: int, top: int) -> float:

@@ -127,9 +127,9 @@ async def worst_step(engine: Engine, plan: ReplicaPlan, budget: int, prompts: Pr
     """
     channel = engine.channel()
     longest = max(plan.max_model_len, 2 * WORST_OUTPUT)
-    long = min(longest - WORST_OUTPUT, budget)
+    fill = math.ceil(budget / longest) if budget > longest else 0  # else the longest prompt alone fills a step
     bursts: Sequence[list[Completion]] = (
-        [Completion(prompts.draw(long), WORST_OUTPUT) for _ in range(min(plan.batch, math.ceil(budget / long) + 1))],
+        [Completion(prompts.draw(longest - WORST_OUTPUT), WORST_OUTPUT) for _ in range(min(plan.batch, fill))],
         [Completion(prompts.draw(longest - 2), 2)],
         [Completion(prompts.draw(16), WORST_OUTPUT, WORST_SAMPLING) for _ in range(plan.batch)],
     )
@@ -172,9 +172,8 @@ class _Answer:
             self.done.set_exception(LoadError(reason))
 
 
-def ledger(plan: ReplicaPlan, device_total: int, replica: int, info: EngineInfo) -> api.ProfileMemory:
+def ledger(plan: ReplicaPlan, device_total: int, replica: int) -> api.ProfileMemory:
     """The memory ledger from what the device showed: `replica` is bytes used at the worst less bytes used before the start."""
-    kv_cache = (info.kv_tokens or plan.kv_tokens) * plan.kv_bytes_per_token
     return api.ProfileMemory(
         confirmed_batch=plan.batch,
         device_total=format_quantity(device_total),
@@ -183,7 +182,7 @@ def ledger(plan: ReplicaPlan, device_total: int, replica: int, info: EngineInfo)
         kv_cache_tokens=plan.kv_tokens,
         kv_cache=format_quantity(plan.kv_bytes),
         replica=format_quantity(replica),
-        non_kv=format_quantity(max(0, replica - min(kv_cache, plan.kv_bytes))),
+        non_kv=format_quantity(max(0, replica - plan.kv_bytes)),
         context_mean=points.decimal(plan.context.mean),
         context_std=points.decimal(plan.context.std),
         basis="Assumed" if plan.context.assumed else "Measured",

@@ -74,6 +74,11 @@ class ClosedLoop:
         """Whether exactly `size` requests are in flight and each has had a token since it was added."""
         return not self._waiting and len(self._slots) == self._size
 
+    @property
+    def silent(self) -> float:
+        """Seconds since the last token came."""
+        return self._clock.now() - self._progress
+
     def resize(self, size: int) -> None:
         """Keep `size` requests in flight: what runs goes on, new ones start in the steady state, spare ones end by themselves."""
         self._size = size
@@ -103,9 +108,8 @@ class ClosedLoop:
             raise LoadError(self._broken)
         if self._row >= FAILURES_IN_A_ROW:
             raise EngineError(f"{self._row} requests failed in a row, the last because {self._last_failure}")
-        silent = self._clock.now() - self._progress
-        if self._size and silent > STALL_SECONDS:
-            raise EngineError(f"no token has come for {silent:.0f} s with {self._in_flight} requests in flight")
+        if self._size and self.silent > STALL_SECONDS:
+            raise EngineError(f"no token has come for {self.silent:.0f} s with {self._in_flight} requests in flight")
 
     async def close(self) -> None:
         """Drop everything in flight."""

@@ -34,6 +34,7 @@ WARMUP_STEPS: Final = 10
 POLL_SECONDS: Final = 0.05
 SAMPLES_PER_WINDOW: Final = 4
 TOP_UPS: Final = 2
+SILENCE_SECONDS: Final = 3.0
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _STUDENT: Final = (
@@ -111,6 +112,11 @@ class Meter:
         self._clock = clock
         self._factor = 1.0 + input_per_output
         self._itl = 0.02  # the last level's, to size the first windows of the next
+        self._surplus = 0.0  # what the last level needed in flight beyond its batch, relative
+
+    def least_seconds(self, batch: int) -> float:
+        """The least time that a level can take, if tokens come as fast as at the last one."""
+        return max(WARMUP_SECONDS, WARMUP_STEPS * self._itl) + WINDOWS_LEAST * self._window_seconds(batch)
 
     async def measure(self, batch: int, seconds: float, limit: float, mean_output: float) -> Reading | None:
         """Measure one level.
@@ -126,7 +132,7 @@ class Meter:
             LoadError: the engine refuses the load's requests.
         """
         began = self._clock.now()
-        self._load.resize(batch)
+        self._load.resize(batch + round(batch * self._surplus))
         for top_up in range(TOP_UPS + 1):
             if not await self._settle(began + limit):
                 return None
@@ -140,6 +146,7 @@ class Meter:
                 return self._reading(batch, tally, recording, mean_output)
             log.info("batch %d: %.1f ran on average; %d more in flight", batch, _mean(tally.running), missing)
             self._load.resize(self._load.size + missing)
+            self._surplus = self._load.size / batch - 1
         raise AssertionError("the last round always ends the level")
 
     async def _settle(self, deadline: float) -> bool:
@@ -163,15 +170,16 @@ class Meter:
             count, now = len(tally.rates), self._clock.now()
             if may_top_up and count == 2 and self._missing(batch, tally):
                 return tally
-            if count >= WINDOWS_LEAST:
+            alive = self._load.silent < max(SILENCE_SECONDS, STEPS_PER_WINDOW * self._itl)
+            if count >= WINDOWS_LEAST and alive:
                 width = half_width(tally.rates)
-                if now - began >= seconds or (width is not None and width <= PRECISION):
+                if now - began >= min(seconds, limit) or (width is not None and width <= PRECISION):
                     return tally
-            if now - began >= limit and count < WINDOWS_LEAST:
+            elif now - began >= limit:
                 return None
 
     async def _window(self, batch: int, tally: _Tally) -> None:
-        length = max(0.5 if batch <= 8 else 1.0, STEPS_PER_WINDOW * self._itl)
+        length = self._window_seconds(batch)
         start = tally.last
         for part in range(1, SAMPLES_PER_WINDOW + 1):
             await self._pause(max(0.0, start.at + length * part / SAMPLES_PER_WINDOW - self._clock.now()))
@@ -184,6 +192,9 @@ class Meter:
             tally.memory += [busy.memory] if busy.memory is not None else []
         tally.last = sample
         tally.rates.append((sample.generation_tokens - start.generation_tokens) / (sample.at - start.at))
+
+    def _window_seconds(self, batch: int) -> float:
+        return max(0.5 if batch <= 8 else 1.0, STEPS_PER_WINDOW * self._itl)
 
     async def _pause(self, seconds: float) -> None:
         await self._clock.sleep(seconds)
@@ -203,7 +214,8 @@ class Meter:
         rate = (tally.last.generation_tokens - tally.first.generation_tokens) / seconds
         if batch == 1:  # the gaps between requests are the client's, not the engine's
             rate /= min(1.0, max(0.5, recording.busy / seconds))
-        width = half_width(tally.rates) or 1.0
+        width = half_width(tally.rates)
+        width = 1.0 if width is None else width
         itl = recording.itl.mean or self._itl
         point = api.Point(
             batch=batch,

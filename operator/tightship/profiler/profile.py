@@ -191,7 +191,7 @@ class Profiler:
                 step = next_batch(curve.points if curve else [], top)
                 if step.batch is None:
                     return _Ended(step.reason)
-                if self._budget.for_sweep <= 0:
+                if self._budget.for_sweep < meter.least_seconds(step.batch):
                     return _Ended(self._spent(step.batch), exceeded=True)
                 reading = await self._level(meter, step.batch, top)
                 if reading is None:
@@ -258,13 +258,17 @@ class Profiler:
                 prompts = confirm.make_prompts(self._vocabulary(), SEED)
                 tokens = budget or DEFAULT_BUDGETED_TOKENS
                 await confirm.worst_step(engine, plan, tokens, prompts, WORST_STEP_SECONDS)
+                self._ledger(plan, watch.peak - before)  # at once: the budget may cut what follows
                 reading = await self._measure_alone(engine, batch)
-            self._report.memory = confirm.ledger(plan, self._device.identity.memory, watch.peak - before, engine.info)
+            self._ledger(plan, watch.peak - before)
             if reading is not None:
                 self._report.confirmation = confirm.compare(reading, sweep, plan)
-            self._progress("Confirming", batch, f"a replica of batch {batch} takes {self._report.memory.replica} bytes")
         finally:
             await engine.stop()
+
+    def _ledger(self, plan: confirm.ReplicaPlan, replica: int) -> None:
+        self._report.memory = confirm.ledger(plan, self._device.identity.memory, replica)
+        self._progress("Confirming", plan.batch, f"a replica of batch {plan.batch} takes {replica / GIB:.2f} GiB")
 
     async def _measure_alone(self, engine: Engine, batch: int) -> Reading | None:
         load = self._load(engine)

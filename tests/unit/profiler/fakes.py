@@ -1,0 +1,302 @@
+"""Virtual time, and an engine, a device and a sink that live in it: a whole profile runs in milliseconds, the same every time."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.profiler.engine import EngineInfo, EngineSettings
+from tightship.profiler.errors import EngineError
+from tightship.profiler.gpu import GIB, DeviceIdentity, Utilization
+from tightship.profiler.metrics import EngineSample
+from tightship.profiler.wire import Completion, Listener
+
+T = TypeVar("T")
+
+
+class _NoWait(selectors.DefaultSelector):
+    """Never sleeps: what would be waited for is added to the loop's time instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = 1000.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready and timeout:
+            self.time += timeout
+        if not ready and timeout is None:
+            raise RuntimeError("deadlock: nothing is scheduled and nobody will wake the loop")
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose seconds pass at once."""
+
+    def __init__(self) -> None:
+        self._virtual = _NoWait()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.time
+
+
+class VirtualClock:
+    """The profiler's clock, on the loop's time."""
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(max(0.0, seconds))
+
+
+def in_virtual_time(story: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a story to its end in virtual time."""
+    loop = VirtualLoop()
+    try:
+        return loop.run_until_complete(story())
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+@dataclass
+class Running:
+    """A request in the fake engine."""
+
+    request: Completion
+    listener: Listener
+    context: int
+    left: int
+
+
+@dataclass
+class FakeModel:
+    """How the fake engine behaves: a step takes `host + per_request * running` seconds and brings each request a token."""
+
+    host: float = 0.010
+    per_request: float = 0.0002
+    kv_tokens: int = 400_000
+    weights: int = 10 * GIB
+    activations: int = 2 * GIB
+    kv_bytes_per_token: int = 100_000
+    dies_after: float | None = None
+    """Seconds after its start at which an engine dies."""
+    hangs_after: float | None = None
+    fails_to_start: str | None = None
+    start_seconds: float = 30.0
+    slower_as_replica: float = 1.0
+    """How much longer a step takes in an engine with a fixed KV cache."""
+
+
+class FakeEngine:
+    """Continuous batching without KV blocks' detail: enough to show rise, plateau and preemption."""
+
+    def __init__(self, model: FakeModel, settings: EngineSettings, device: FakeDevice) -> None:
+        self.model = model
+        self.settings = settings
+        self.device = device
+        self.tokens = self.prompt_tokens = self.preemptions = 0.0
+        self.running: list[Running] = []
+        self.waiting: deque[Running] = deque()
+        self.born = asyncio.get_running_loop().time()
+        self.dead: str | None = None
+        capacity = model.kv_tokens
+        if settings.kv_cache_bytes is not None:
+            capacity = settings.kv_cache_bytes // model.kv_bytes_per_token
+        self.info = EngineInfo(
+            version="0.0",
+            block_size=16,
+            blocks=capacity // 16,
+            kv_tokens=capacity,
+            kv_bytes=capacity * model.kv_bytes_per_token,
+            max_model_len=2048,
+            max_num_batched_tokens=8192,
+            capture_sizes=(1, 2, 4, 8),
+        )
+        self.cost = model.slower_as_replica if settings.kv_cache_bytes is not None else 1.0
+        device.engine = model.weights + model.activations + capacity * model.kv_bytes_per_token
+        self._task = asyncio.get_running_loop().create_task(self._serve())
+
+    def channel(self) -> FakeChannel:
+        return FakeChannel(self)
+
+    def check(self) -> None:
+        if self.dead:
+            raise EngineError(f"the engine died: {self.dead}")
+
+    async def sample(self) -> EngineSample:
+        self.check()
+        return EngineSample(
+            at=asyncio.get_running_loop().time(),
+            generation_tokens=self.tokens,
+            prompt_tokens=self.prompt_tokens,
+            preemptions=self.preemptions,
+            running=len(self.running),
+            waiting=len(self.waiting),
+            kv_usage=min(1.0, self.used / (self.info.kv_tokens or 1)),
+        )
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        self.device.engine = 0
+        self.device.stopped += 1
+
+    @property
+    def used(self) -> int:
+        return sum(one.context for one in self.running)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.settings.max_num_seqs:
+            if self.used + self.waiting[0].context >= (self.info.kv_tokens or 0):
+                return
+            self.running.append(self.waiting.popleft())
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            age = loop.time() - self.born
+            if self.model.dies_after is not None and age > self.model.dies_after:
+                self.dead = "ValueError: the last words"
+                for one in self.running:
+                    one.listener.failed("connection lost", final=False)
+                self.running.clear()
+                return
+            self._admit()
+            if not self.running or (self.model.hangs_after is not None and age > self.model.hangs_after):
+                await asyncio.sleep(0.001)
+                continue
+            await asyncio.sleep(self.cost * (self.model.host + self.model.per_request * len(self.running)))
+            self._step()
+
+    def _step(self) -> None:
+        while self.used + len(self.running) > (self.info.kv_tokens or 0):
+            youngest = self.running.pop()
+            self.waiting.appendleft(youngest)
+            self.preemptions += 1
+        done = []
+        for one in self.running:
+            one.context += 1
+            one.left -= 1
+            self.tokens += 1
+            if not one.left:
+                done.append(one)
+        stepped = list(self.running)
+        self.running = [one for one in self.running if one.left]
+        for one in stepped:
+            one.listener.tokens(1)
+        for one in done:
+            one.listener.finished()
+
+
+class FakeChannel:
+    """Requests straight into a fake engine."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.closed = False
+
+    def submit(self, request: Completion, listener: Listener) -> None:
+        tokens = request.prompt.count(b",") + 1
+        if self.engine.dead:
+            listener.failed("no connection", final=False)
+            return
+        self.engine.prompt_tokens += tokens
+        self.engine.waiting.append(Running(request, listener, tokens, request.output))
+
+    async def close(self) -> None:
+        self.closed = True
+        self.engine.running.clear()
+        self.engine.waiting.clear()
+
+
+@dataclass
+class FakeDevice:
+    """A device whose memory is what the fake engine took."""
+
+    memory: int = 80 * GIB
+    idle: int = GIB // 2
+    engine: int = 0
+    stopped: int = 0
+    kind: str = "cuda"
+    product: str = "NVIDIA H100 80GB HBM3"
+
+    @property
+    def identity(self) -> DeviceIdentity:
+        return DeviceIdentity(self.kind, self.product, self.memory, uuid="GPU-1", driver="580")
+
+    def used(self) -> int:
+        return self.idle + self.engine
+
+    def utilization(self) -> Utilization:
+        return Utilization(0.5, 0.25)
+
+
+@dataclass
+class FakeLauncher:
+    """Starts fake engines, each by the next of `models`; the last serves for all further starts."""
+
+    device: FakeDevice
+    models: list[FakeModel] = field(default_factory=lambda: [FakeModel()])
+    launched: list[EngineSettings] = field(default_factory=list)
+    engines: list[FakeEngine] = field(default_factory=list)
+
+    async def launch(self, settings: EngineSettings, *, timeout: float) -> FakeEngine:
+        model = self.models[min(len(self.launched), len(self.models) - 1)]
+        self.launched.append(settings)
+        await asyncio.sleep(model.start_seconds)
+        if model.fails_to_start:
+            raise EngineError(f"the engine did not start: exit status 1; its last words: {model.fails_to_start}")
+        engine = FakeEngine(replace(model), settings, self.device)
+        self.engines.append(engine)
+        return engine
+
+
+class MemorySink:
+    """Keeps every status that was written."""
+
+    def __init__(self, profile: api.BatchProfile) -> None:
+        self.profile = profile
+        self.written: list[dict[str, Any]] = []
+        self.errors: list[Exception] = []
+        """Raised by the next writes, one each."""
+
+    async def read(self) -> api.BatchProfile:
+        return self.profile
+
+    async def write(self, status: Mapping[str, Any]) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.written.append(dict(status))
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def make_profile(
+    *, budget: str = "10m", itl: str | None = "30ms", status: Mapping[str, Any] | None = None, **measurement: Any
+) -> api.BatchProfile:
+    """A profile of a model on a GPU."""
+    objectives = [{"metric": "InterTokenLatency", "statistic": "mean", "max": itl}] if itl else []
+    return api.BatchProfile.model_validate(
+        {
+            "metadata": {"name": "opt", "namespace": "default"},
+            "spec": {
+                "key": {
+                    "hash": "0" * 64,
+                    "model": {"source": "hf://facebook/opt-1.3b"},
+                    "engine": {"image": "vllm", "args": ["--dtype=float16"], "maxModelLen": 2048},
+                    "accelerator": {"device": "cuda", "product": "NVIDIA-H100-80GB-HBM3"},
+                    "workload": {"inputTokens": 111, "outputTokens": 292},
+                },
+                "measurement": {"budget": budget, "objectives": objectives, **measurement},
+            },
+            "status": dict(status or {}),
+        }
+    )

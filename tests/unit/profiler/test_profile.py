@@ -1,0 +1,271 @@
+"""Whole profiles in virtual time: what is measured, what is reported, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from unit.profiler.fakes import (
+    FakeDevice,
+    FakeLauncher,
+    FakeModel,
+    MemorySink,
+    VirtualClock,
+    in_virtual_time,
+    make_profile,
+)
+
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.profiler.gpu import GIB
+from tightship.profiler.profile import Profiler, largest_batch, make_job
+from tightship.profiler.report import Away, Report
+
+
+class Run:
+    """A profile that was run, and what can be seen of it afterwards."""
+
+    def __init__(self, *models: FakeModel, device: FakeDevice | None = None, **profile: Any) -> None:
+        self.device = device or FakeDevice()
+        self.launcher = FakeLauncher(self.device, list(models) or [FakeModel()])
+        self.sink = MemorySink(make_profile(**profile))
+        self.seconds = 0.0
+
+    def go(self) -> api.BatchProfileStatus:
+        return in_virtual_time(self._story)
+
+    async def _story(self) -> api.BatchProfileStatus:
+        profile, clock = await self.sink.read(), VirtualClock()
+        report = Report(self.sink, profile.status)
+        job = make_job(profile, "facebook/opt-1.3b", self.device, {})
+        began = clock.now()
+        await Profiler(
+            job, launcher=self.launcher, device=self.device, report=report, clock=clock, environ={"HF_HOME": "/nowhere"}
+        ).run()
+        self.seconds = clock.now() - began
+        assert await report.flush(1000)
+        await report.close()
+        return self.status
+
+    @property
+    def status(self) -> api.BatchProfileStatus:
+        return api.BatchProfileStatus.model_validate(self.sink.written[-1])
+
+
+def batches(status: api.BatchProfileStatus) -> list[int]:
+    return sorted(point.batch for point in status.points)
+
+
+def point(status: api.BatchProfileStatus, batch: int) -> api.Point:
+    return next(one for one in status.points if one.batch == batch)
+
+
+def test_a_whole_profile() -> None:
+    run = Run()
+    status = run.go()
+
+    assert status.outcome is not None
+    assert (status.outcome.state, status.outcome.reason) == ("Completed", "Completed")
+    assert batches(status) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    # The model's own figures: a step of 10 ms + 0.2 ms a request, each request a token; in/out = 111/292.
+    for batch, step in ((1, 0.0102), (64, 0.0228), (256, 0.0612)):
+        total = float(point(status, batch).total_tokens_per_second or 0)
+        assert total == pytest.approx(batch / step * (1 + 111 / 292), rel=0.02), batch
+        assert float(
+            (point(status, batch).inter_token_latency or api.Latency()).mean.removesuffix("ms")
+        ) == pytest.approx(  # type: ignore[union-attr]
+            1000 * step, rel=0.02
+        )
+    # 30 ms hold up to batch 100: the sweep's 64 is confirmed, as a replica would run.
+    assert len(run.launcher.launched) == 2
+    assert run.device.stopped == 2
+    replica = run.launcher.launched[1]
+    assert replica.max_num_seqs == 64
+    assert replica.max_num_batched_tokens == 8192
+    assert replica.capture_sizes == (1, 2, 4, 8)
+    memory = status.memory
+    assert memory is not None
+    assert memory.confirmed_batch == 64
+    assert memory.kv_cache_tokens == replica.kv_cache_bytes // 100_000  # type: ignore[operator]
+    assert int(memory.replica or 0) == pytest.approx(12 * GIB + memory.kv_cache_tokens * 100_000, abs=16 * 100_000)
+    assert status.confirmation is not None
+    assert status.confirmation.agrees is True
+
+
+def test_kv_cache_of_a_replica_covers_what_was_seen_and_the_method_asks() -> None:
+    memory = Run().go().memory
+    assert memory is not None
+    # 64 (111 + 292 + 8) + 4 sqrt(64) hypot(111, 292) = 26,304 + 9,996, rounded up to blocks of 16
+    assert memory.kv_cache_tokens == pytest.approx(36_300, abs=16)
+    assert memory.basis == "Assumed"
+
+
+def test_every_point_is_reported_at_once_and_with_all_others() -> None:
+    run = Run()
+    run.go()
+    counts = [len(status["points"]) for status in run.sink.written]
+    assert counts == sorted(counts)
+    assert set(range(1, 12)) <= set(counts)
+
+
+def test_a_restarted_profiler_measures_nothing_twice() -> None:
+    first = Run().go()
+    known = [one.to_dict() for one in first.points if one.batch <= 64]
+    run = Run(status={"points": known, "gpuSeconds": "100"})
+    status = run.go()
+    assert batches(status) == batches(first)
+    assert [one.to_dict() for one in status.points if one.batch <= 64] == known
+    assert float(status.gpu_seconds or 0) > 100
+    progress = [status["progress"] for status in run.sink.written]
+    assert {one["batch"] for one in progress if one["stage"] == "Sweeping"} == {128, 256, 512, 1024}
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (FakeModel(host=0.0, per_request=0.001), [1, 2]),  # no gain at all from batching
+        (FakeModel(kv_tokens=20_000), [1, 2, 4, 8, 16, 32, 64, 128]),  # 128 requests need 32,900 tokens
+        (FakeModel(host=0.001, per_request=0.0005), [1, 2, 4, 8, 16, 32, 64]),  # 64 / 33 ms is 0.045 of 64 / 1.5 ms
+    ],
+    ids=["no-gain", "kv-full", "plateau"],
+)
+def test_the_ladder_ends_where_more_cannot_be_learned(model: FakeModel, expected: list[int]) -> None:
+    status = Run(model, itl=None).go()
+    assert batches(status) == expected
+    assert status.outcome is not None
+    assert status.outcome.state == "Completed"
+
+
+def test_a_full_kv_cache_shows_as_preemptions() -> None:
+    status = Run(FakeModel(kv_tokens=20_000), itl=None).go()
+    assert batches(status)[-1] == 128
+    assert (point(status, 128).preemptions or 0) > 3
+    assert "KV cache is full" in (status.outcome.message if status.outcome else "") or ""
+
+
+def test_the_budget_ends_the_sweep_and_still_confirms() -> None:
+    run = Run(budget="80s")
+    status = run.go()
+    assert status.outcome is not None
+    assert status.outcome.state == "BudgetExceeded"
+    assert "budget of 80 s" in (status.outcome.message or "")
+    assert 3 <= len(status.points) < 11
+    assert status.memory is not None
+    # The first start is free, the second counts.
+    assert run.seconds - 30 <= 80 + 2
+    assert float(status.gpu_seconds or 0) == pytest.approx(run.seconds - 30, abs=2)
+
+
+def test_a_budget_too_small_for_one_point_is_a_failure_that_says_so() -> None:
+    status = Run(budget="2s").go()
+    assert status.outcome is not None
+    assert (status.outcome.state, status.outcome.reason) == ("Failed", "NoPointInBudget")
+    assert "raise profiling.budget" in (status.outcome.message or "")
+
+
+def test_an_engine_that_does_not_start_is_a_failure_with_its_last_words() -> None:
+    run = Run(FakeModel(fails_to_start="api_server.py: error: unrecognized arguments: --nope"))
+    status = run.go()
+    assert status.outcome is not None
+    assert (status.outcome.state, status.outcome.reason) == ("Failed", "EngineFailed")
+    assert "unrecognized arguments: --nope" in (status.outcome.message or "")
+
+
+def test_an_engine_that_dies_once_is_started_again_and_nothing_is_measured_twice() -> None:
+    run = Run(FakeModel(dies_after=20), FakeModel())
+    status = run.go()
+    assert status.outcome is not None
+    assert status.outcome.state == "Completed"
+    assert "restarted once" in (status.outcome.message or "")
+    assert len(run.launcher.launched) == 3
+    measuring = [status["progress"]["message"] for status in run.sink.written]
+    again = [
+        message
+        for message in dict.fromkeys(measuring)
+        if message.startswith("measuring") and measuring.count(message) > 1
+    ]
+    assert len(again) <= 1  # only the level that the engine died in
+    assert len(status.points) == 11
+
+
+def test_an_engine_that_dies_again_fails_with_its_last_words_and_keeps_its_points() -> None:
+    status = Run(FakeModel(dies_after=20)).go()
+    assert status.outcome is not None
+    assert (status.outcome.state, status.outcome.reason) == ("Failed", "EngineFailed")
+    assert "the last words" in (status.outcome.message or "")
+    assert status.points
+
+
+def test_an_engine_that_hangs_is_no_engine() -> None:
+    run = Run(FakeModel(hangs_after=5), budget="20m")
+    status = run.go()
+    assert status.outcome is not None
+    assert status.outcome.state == "Failed"
+    assert "no token has come for" in (status.outcome.message or "")
+
+
+def test_no_batch_meets_the_objective_memory_is_still_read() -> None:
+    status = Run(itl="1ms").go()
+    assert status.memory is not None
+    assert status.memory.confirmed_batch is not None
+    assert status.outcome is not None
+    assert status.outcome.state == "Completed"
+
+
+def test_a_confirmation_that_disagrees_says_by_how_much() -> None:
+    status = Run(FakeModel(slower_as_replica=1.3)).go()
+    assert status.confirmation is not None
+    assert status.confirmation.agrees is False
+    assert "1.3" in (status.confirmation.message or "")
+    assert status.outcome is not None
+    assert status.outcome.state == "Completed"
+
+
+def test_the_api_server_is_away_while_points_are_reported() -> None:
+    run = Run()
+    run.sink.errors = [Away("connection refused")] * 8
+    status = run.go()
+    assert len(status.points) == 11
+    assert status.outcome is not None
+    assert status.outcome.state == "Completed"
+
+
+def test_stopping_in_the_middle_keeps_the_points_and_stops_the_engine() -> None:
+    run = Run()
+
+    async def story() -> None:
+        profile, clock = await run.sink.read(), VirtualClock()
+        report = Report(run.sink, profile.status)
+        job = make_job(profile, "m", run.device, {})
+        profiler = Profiler(
+            job, launcher=run.launcher, device=run.device, report=report, clock=clock, environ={"HF_HOME": "/nowhere"}
+        )
+        task = asyncio.get_running_loop().create_task(profiler.run())
+        while len(report.points) < 3:
+            await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await report.flush(5)
+        await report.close()
+
+    in_virtual_time(story)
+    assert len(run.status.points) == 3
+    assert run.status.outcome is None
+    assert float(run.status.gpu_seconds or 0) > 5
+    assert run.device.stopped == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "args", "expected"),
+    [
+        (FakeDevice(), (), 1024),
+        (FakeDevice(memory=80 * GIB, product="NVIDIA A100-SXM4-80GB"), (), 256),
+        (FakeDevice(memory=24 * GIB, product="NVIDIA L4"), (), 256),
+        (FakeDevice(kind="cpu", product="cpu", memory=8 * GIB), (), 128),
+        (FakeDevice(), ("--max-num-batched-tokens=512",), 512),
+        (FakeDevice(), ("--max_num_batched_tokens", "600"), 600),
+    ],
+)
+def test_the_ladders_top_is_the_engines_default(device: FakeDevice, args: tuple[str, ...], expected: int) -> None:
+    assert largest_batch(device, args) == expected

@@ -1,0 +1,99 @@
+"""GPUPack and BatchProfile objects: what the placement pass opens, and what a service has measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from tightship.api import units
+from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.batchprofile import ProfileKey
+from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.core import placement
+
+_SLUG_LIMIT = 30
+_HASH_DIGITS = 10
+# A label's value holds 63 characters, one fewer than a SHA-256 in hex.
+_LABEL_DIGITS = 63
+
+
+def profile_name(key: ProfileKey) -> str:
+    """`<model slug, at most 30>-<first 10 hex of the key hash>`."""
+    slug = re.sub(r"[^a-z0-9]+", "-", key.model.source.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-")
+    return f"{slug[:_SLUG_LIMIT].strip('-') or 'model'}-{key.hash[:_HASH_DIGITS]}"
+
+
+def batch_profile(service: LLMService, key: ProfileKey) -> dict[str, Any]:
+    """The BatchProfile of a service's key: without an owner, since a measurement outlives the service that asked for it."""
+    spec, name = service.spec, profile_name(key)
+    measurement = {
+        "budget": spec.profiling.budget,
+        "objectives": [each.to_dict() for each in spec.slo.objectives],
+        "efficiencyFloor": spec.advisor.efficiency_floor,
+        "memoryReserve": spec.packing.memory_reserve,
+        "template": spec.template.to_dict(),
+    }
+    if spec.model.cache:
+        measurement["cache"] = spec.model.cache.to_dict()
+    if spec.profiling.rerun is not None:
+        measurement["rerun"] = spec.profiling.rerun
+    return {
+        "apiVersion": labels.API_VERSION,
+        "kind": "BatchProfile",
+        "metadata": {
+            "name": name,
+            "namespace": service.metadata.namespace,
+            "labels": labels.common(
+                name, labels.COMPONENT_PROFILER, {labels.PROFILE_KEY: key.hash[:_LABEL_DIGITS]}
+            ),
+        },
+        "spec": {"key": key.to_dict(), "measurement": measurement},
+    }
+
+
+def assignments(planned: Iterable[placement.Assignment]) -> list[dict[str, Any]]:
+    """A pack's assignments as they stand in the API."""
+    return [
+        {
+            "service": each.service.name,
+            "uid": each.uid,
+            "replicas": each.replicas,
+            "batch": each.shape.batch,
+            "kvCache": units.format_quantity(each.shape.kv_cache),
+            "memoryPerReplica": units.format_quantity(each.shape.memory),
+            "profile": each.shape.profile,
+        }
+        for each in planned
+    ]
+
+
+def gpu_pack(planned: placement.Pack, service: LLMService) -> dict[str, Any]:
+    """The GPUPack that a plan opens for a service."""
+    accelerator = service.spec.accelerator
+    spec: dict[str, Any] = {
+        "namespace": planned.owner.namespace,
+        "device": planned.device,
+        "mode": "CPUSet" if planned.device == "cpu" else "Reservation",
+        "runAsUser": service.spec.template.spec.run_as_user,
+        "assignments": assignments(planned.assignments),
+    }
+    if planned.device == "cpu":
+        spec |= {"node": planned.node, "cores": planned.units, "memory": accelerator.memory}
+    else:
+        spec["product"] = planned.product
+    if planned.excluded:
+        spec["excludedNodes"] = sorted(planned.excluded)
+    return {
+        "apiVersion": labels.API_VERSION,
+        "kind": "GPUPack",
+        "metadata": {
+            "name": planned.name,
+            "labels": labels.common(
+                planned.name,
+                labels.COMPONENT_HOLDER,
+                {labels.SERVICE: planned.owner.name, labels.SERVICE_NAMESPACE: planned.owner.namespace},
+            ),
+        },
+        "spec": spec,
+    }

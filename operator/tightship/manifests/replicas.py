@@ -1,0 +1,281 @@
+"""The StatefulSet of one service on one pack: replicas of vLLM that share a GPU, or a set of cores.
+
+What must always hold:
+
+- every replica is pinned to the pack's node by name, through the scheduler;
+- no replica requests a GPU: the holder has it, and the replica is told its UUID;
+- batch, KV cache and memory are the assignment's, and token budget and capture sizes are those the engine was measured with,
+  all passed explicitly: a smaller batch would otherwise change the engine's own defaults;
+- the pod template depends on nothing that scaling changes (replica counts least of all), so that scaling restarts nobody;
+- pods start in parallel and are replaced only when somebody deletes them (OnDelete): the start lock on the node serialises
+  engine starts, and the pack's reconciler decides the order of a roll-out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tightship.api import units
+from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.batchprofile import ProfileEngine
+from tightship.api.v1alpha1.gpupack import Assignment, GPUPack
+from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.manifests import packdir
+from tightship.manifests.podparts import (
+    ENGINE_CONTAINER,
+    INJECT_CONTAINER,
+    LIBRARY,
+    OperatorImage,
+    inject_container,
+    inject_mount,
+    inject_volume,
+    model_argument,
+    model_env,
+    model_mounts,
+    model_volumes,
+    node_affinity,
+    owned_metadata,
+)
+from tightship.manifests.service import replica_selector
+
+PORT = 8000
+START_SECONDS = 600
+DRAIN_SECONDS = 30
+GRACE_SECONDS = 60
+STARTS_IN_A_ROW = 48  # of one GPU: as many as MPS takes clients; a bound that scaling doesn't change
+PROBE_PERIOD = 5
+MEMORY_VARIABLE = "TIGHTSHIP_MEMORY_BYTES"
+ANNOTATION_TEMPLATE = f"{labels.GROUP}/template"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a pack is: its node, and for a GPU its UUID; `memory` is the bytes of the whole GPU or CPU set."""
+
+    node: str
+    gpu: str | None
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that the replicas of one service on one pack are made from.
+
+    `engine` is what the measured engine said of itself, `image` the operator's own.
+    """
+
+    service: LLMService
+    pack: GPUPack
+    assignment: Assignment
+    place: Place
+    engine: ProfileEngine
+    image: OperatorImage
+
+    @property
+    def cpu(self) -> bool:
+        """Whether the pack is a set of cores."""
+        return self.pack.spec.device == "cpu"
+
+
+def set_name(service: str, pack: str) -> str:
+    """Name of the StatefulSet of a service on a pack."""
+    return f"{service}-{hashlib.sha256(pack.encode()).hexdigest()[:8]}"
+
+
+def statefulset(setup: Setup, replicas: int) -> dict[str, Any]:
+    """The StatefulSet that runs `replicas` replicas (at most what is assigned).
+
+    The annotation `tightship.dev/template` fingerprints the pod template without the operator's image, so that an upgrade of the operator
+    alone can be told from a change that concerns the replicas.
+    """
+    service, pack = setup.service, setup.pack
+    template = _pod_template(setup)
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "metadata": owned_metadata(
+            set_name(service.metadata.name, pack.metadata.name),
+            service.metadata.namespace,
+            _labels(setup),
+            service,
+            {ANNOTATION_TEMPLATE: _fingerprint(template)},
+        ),
+        "spec": {
+            "serviceName": service.metadata.name,
+            "replicas": replicas,
+            "podManagementPolicy": "Parallel",
+            "updateStrategy": {"type": "OnDelete"},
+            "revisionHistoryLimit": 2,
+            "selector": {"matchLabels": {**replica_selector(service), labels.PACK: pack.metadata.name}},
+            "template": template,
+        },
+    }
+
+
+def _labels(setup: Setup) -> dict[str, str]:
+    name = setup.service.metadata.name
+    extra = {labels.SERVICE: name, labels.PACK: setup.pack.metadata.name}
+    return labels.common(name, labels.COMPONENT_REPLICA, extra)
+
+
+def inject_image(statefulset: Mapping[str, Any]) -> str | None:
+    """The operator image that a StatefulSet's pods are injected from."""
+    containers = statefulset["spec"]["template"]["spec"].get("initContainers") or []
+    return next((each["image"] for each in containers if each["name"] == INJECT_CONTAINER), None)
+
+
+def memory_of(pod_or_template: Mapping[str, Any]) -> int:
+    """Bytes that the ledger grants a replica pod; 0 where it doesn't say."""
+    for container in pod_or_template["spec"].get("containers") or []:
+        for variable in container.get("env") or []:
+            if variable["name"] == MEMORY_VARIABLE:
+                return int(variable.get("value") or 0)
+    return 0
+
+
+def _fingerprint(template: Mapping[str, Any]) -> str:
+    spec = template["spec"]
+    bare = [{k: v for k, v in each.items() if k not in ("image", "imagePullPolicy")} for each in spec["initContainers"]]
+    text = json.dumps({**template, "spec": {**spec, "initContainers": bare}}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _pod_template(setup: Setup) -> dict[str, Any]:
+    user = setup.service.spec.template.metadata
+    metadata: dict[str, Any] = {"labels": {**user.labels, **_labels(setup)}}
+    if user.annotations:
+        metadata["annotations"] = dict(user.annotations)
+    return {"metadata": metadata, "spec": _pod_spec(setup)}
+
+
+def _pod_spec(setup: Setup) -> dict[str, Any]:
+    service, pack, cpu = setup.service, setup.pack, setup.cpu
+    user = service.spec.template.spec
+    init = [inject_container(setup.image)]
+    if cpu and pack.spec.run_as_user:
+        # No holder prepares a CPU pack's directory, and the kubelet makes it for root alone.
+        init.insert(0, packdir.prepare_container(setup.image, pack.spec.run_as_user))
+    spec: dict[str, Any] = {
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "automountServiceAccountToken": bool(user.service_account_name),
+        "enableServiceLinks": False,
+        "securityContext": {**(user.security_context or {}), "runAsUser": pack.spec.run_as_user},
+        "affinity": node_affinity(user.affinity, node=setup.place.node),
+        "nodeSelector": dict(user.node_selector),
+        "tolerations": [each.to_dict() for each in user.tolerations],
+        "initContainers": init,
+        "containers": [_engine_container(setup)],
+        "volumes": [
+            inject_volume(),
+            *packdir.volumes(pack, create=cpu),
+            *model_volumes(service.spec.model),
+            *user.volumes,
+        ],
+    }
+    for field, value in (
+        ("imagePullSecrets", list(user.image_pull_secrets)),
+        ("serviceAccountName", user.service_account_name),
+        ("priorityClassName", user.priority_class_name),
+        ("runtimeClassName", user.runtime_class_name),
+    ):
+        if value:
+            spec[field] = value
+    return spec
+
+
+def _engine_container(setup: Setup) -> dict[str, Any]:
+    service, cpu = setup.service, setup.cpu
+    user = service.spec.template.spec.engine
+    health = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": PROBE_PERIOD, "timeoutSeconds": 5}
+    return {
+        "name": ENGINE_CONTAINER,
+        "image": service.spec.engine.image,
+        "command": ["python3", "-m", "tightship.replica", "--"],
+        "args": engine_command(setup),
+        "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
+        "env": [*(each.to_dict() for each in user.env), *_environment(setup)],
+        **({"envFrom": list(user.env_from)} if user.env_from else {}),
+        "resources": _cpu_resources(setup) if cpu else user.resources.to_dict(),
+        "volumeMounts": [
+            inject_mount(),
+            *packdir.mounts(mps=not cpu),
+            *model_mounts(service.spec.model),
+            *(each.to_dict() for each in user.volume_mounts),
+        ],
+        # The supervisor bounds each start itself; this only must not end a wait for the start lock.
+        "startupProbe": {**health, "failureThreshold": STARTS_IN_A_ROW * START_SECONDS // PROBE_PERIOD},
+        "readinessProbe": {**health, "failureThreshold": 2},
+        "livenessProbe": {**health, "failureThreshold": 6},
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+
+
+def _environment(setup: Setup) -> list[dict[str, Any]]:
+    def downward(name: str, path: str) -> dict[str, Any]:
+        return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
+
+    pack, place = setup.pack, setup.place
+    values = {
+        "PYTHONPATH": LIBRARY,
+        "TIGHTSHIP_DEVICE": pack.spec.device,
+        "TIGHTSHIP_PACK_DIR": packdir.PATH,
+        "TIGHTSHIP_PACK_UID": pack.metadata.uid or "",
+        MEMORY_VARIABLE: str(units.parse_quantity(setup.assignment.memory_per_replica)),
+        "TIGHTSHIP_START_TIMEOUT": str(START_SECONDS),
+        "TIGHTSHIP_DRAIN_TIMEOUT": str(DRAIN_SECONDS),
+    }
+    if place.gpu:
+        values |= {"TIGHTSHIP_GPU_UUID": place.gpu, "NVIDIA_VISIBLE_DEVICES": place.gpu}
+    return [
+        *({"name": name, "value": value} for name, value in values.items()),
+        downward("TIGHTSHIP_POD_UID", "metadata.uid"),
+        downward("TIGHTSHIP_POD_NAME", "metadata.name"),
+        *(packdir.mps_env() if pack.spec.device == "cuda" else []),
+        *model_env(setup.service.spec.model),
+    ]
+
+
+def _cpu_resources(setup: Setup) -> dict[str, Any]:
+    """Whole cores and memory, Guaranteed. Each replica gets its share of the reserve too: what was read is no cap."""
+    service, place = setup.service, setup.place
+    cores = service.spec.accelerator.cores_per_replica or 1
+    memory = units.parse_quantity(setup.assignment.memory_per_replica)
+    reserve = service.spec.packing.memory_reserve
+    if place.memory:
+        kept = (
+            place.memory * float(reserve[:-1]) / 100 if reserve.endswith("%") else units.parse_quantity(reserve)
+        )
+        memory = max(memory, int(memory * place.memory / max(1.0, place.memory - kept)))
+    others = service.spec.template.spec.engine.resources
+    amount = {"cpu": str(cores), "memory": str(memory)}
+    return {"requests": {**others.requests, **amount}, "limits": {**others.limits, **amount}}
+
+
+def engine_command(setup: Setup) -> list[str]:
+    """The engine's command line: the user's arguments and, after them, what was decided and measured."""
+    spec, assignment, engine = setup.service.spec, setup.assignment, setup.engine
+    command = ["python3", "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", model_argument(spec.model), "--served-model-name", spec.model.name, "--port", str(PORT)]
+    revision = (engine.model_commit or spec.model.revision) if spec.model.source.startswith("hf://") else None
+    if revision:
+        command += ["--revision", revision]
+    if spec.engine.max_model_len:
+        command += ["--max-model-len", str(spec.engine.max_model_len)]
+    command += spec.engine.args
+    command += ["--max-num-seqs", str(assignment.batch)]
+    command += ["--kv-cache-memory-bytes", str(units.parse_quantity(assignment.kv_cache))]
+    if engine.max_num_batched_tokens and not _given(spec.engine.args, "max-num-batched-tokens"):
+        command += ["--max-num-batched-tokens", str(engine.max_num_batched_tokens)]
+    if engine.capture_sizes and not setup.cpu and not _given(spec.engine.args, "cudagraph", "compilation-config", "enforce-eager"):
+        command += ["--cudagraph-capture-sizes", *(str(size) for size in engine.capture_sizes)]
+    return command
+
+
+def _given(args: Sequence[str], *beginnings: str) -> bool:
+    """Whether the user's arguments already say something about one of these options."""
+    return any(re.sub("_", "-", each).lstrip("-").startswith(beginnings) for each in args if each.startswith("-"))

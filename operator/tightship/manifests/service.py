@@ -1,0 +1,51 @@
+"""The Service in front of a service's replicas: one stable address, OpenAI-compatible, over whatever packs there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.manifests.podparts import owned_metadata
+
+PORT = 80
+
+
+def replica_selector(service: LLMService) -> dict[str, str]:
+    """Labels that all replica pods of a service have, and nothing else has."""
+    return {
+        labels.INSTANCE: service.metadata.name,
+        labels.COMPONENT: labels.COMPONENT_REPLICA,
+        labels.SERVICE: service.metadata.name,
+    }
+
+
+def selector_text(service: LLMService) -> str:
+    """The same as the text that the scale subresource shows."""
+    return ",".join(f"{key}={value}" for key, value in sorted(replica_selector(service).items()))
+
+
+def url(service: LLMService) -> str:
+    """Address of the OpenAI-compatible API inside the cluster."""
+    return f"http://{service.metadata.name}.{service.metadata.namespace}.svc/v1"
+
+
+def service_object(service: LLMService) -> dict[str, Any]:
+    """The ClusterIP Service of an LLMService, owned by it; port 80 leads to the engines' port `http`."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": owned_metadata(
+            service.metadata.name,
+            service.metadata.namespace,
+            labels.common(
+                service.metadata.name, labels.COMPONENT_SERVICE, {labels.SERVICE: service.metadata.name}
+            ),
+            service,
+        ),
+        "spec": {
+            "type": "ClusterIP",
+            "selector": replica_selector(service),
+            "ports": [{"name": "http", "port": PORT, "targetPort": "http", "protocol": "TCP"}],
+        },
+    }

@@ -1,0 +1,230 @@
+"""The reconciler of a GPUPack: hold one GPU (or one set of cores), and run on it what the placement pass assigned.
+
+    gather   the pack, its holder, its StatefulSets and pods, the services on it
+    decide   pure functions over that view (`packview`, `core.rollout`)
+    apply    holder, StatefulSets, and the one pod that is to be replaced next
+    report   one status write, from a fresh look
+
+What must always hold: no replica is started before the holder has said which GPU it holds; a pack never moves to another node
+or GPU; a holder that dies is made anew on the same node, and until its daemon is back the replicas stop by themselves (fencing is
+theirs); nothing is deleted but pods and StatefulSets of this pack, and the pack itself once it is empty.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.batchprofile import BatchProfile, ProfileEngine
+from tightship.api.v1alpha1.conditions import Reason
+from tightship.api.v1alpha1.gpupack import Assignment
+from tightship.core import rollout
+from tightship.kube.errors import Conflict, Forbidden, Invalid, KubeError, NameConflict, OutlivedOwner
+from tightship.kube.kinds import Ref
+from tightship.kube.store import Object
+from tightship.manifests import holder as holder_manifests
+from tightship.manifests import replicas as replica_manifests
+from tightship.manifests.podparts import OperatorImage
+from tightship.reconcile import packstatus, podstate, snapshot
+from tightship.reconcile.context import Context
+from tightship.reconcile.packview import Problem, View, gather, holding, replica_pods, rollout_pods
+from tightship.reconcile.queue import Key, Result
+from tightship.reconcile.verdict import Verdict, examine
+
+log = logging.getLogger(__name__)
+
+
+async def reconcile(ctx: Context, key: Key) -> Result:
+    """Bring one pack nearer to its spec."""
+    obj = ctx.store.get("GPUPack", "", key.name)
+    if obj is None:
+        await _clear(ctx, key.name)
+        return Result()
+    if obj["metadata"].get("deletionTimestamp"):
+        return Result()
+    view = gather(ctx.store, obj)
+    if view.finished:
+        await ctx.cluster.delete(Ref.of(obj), uid=view.pack.metadata.uid)
+        return Result()
+    problems = await _apply(ctx, view)
+    view = gather(ctx.store, obj)
+    status = packstatus.status(view, problems, ctx.clock.now())
+    await ctx.report(obj, status)
+    return Result(requeue_after=packstatus.next_look(view, problems, ctx.clock.now(), ctx.settings.retry_seconds))
+
+
+async def _clear(ctx: Context, name: str) -> None:
+    """A pack that somebody deleted leaves StatefulSets of services behind, which nobody else would miss."""
+    for found in ctx.store.list("StatefulSet", label=(labels.PACK, name)):
+        await ctx.cluster.delete(Ref.of(found), uid=found["metadata"]["uid"])
+
+
+async def _apply(ctx: Context, view: View) -> list[Problem]:
+    """Holder, StatefulSets, roll-out: each on its own, so that trouble with one does not hide the others."""
+    problems: list[Problem] = []
+    for step in (_hold, _run, _relieve, _roll):
+        try:
+            problems += await step(ctx, view)
+        except (NameConflict, OutlivedOwner, Invalid, Forbidden, Conflict) as error:
+            problems.append(_problem(error))
+    return problems
+
+
+def _problem(error: KubeError) -> Problem:
+    if isinstance(error, NameConflict):
+        return Problem(Reason.NAME_CONFLICT, str(error))
+    if isinstance(error, Forbidden | Invalid):
+        return Problem(Reason.SHARING_UNAVAILABLE, str(error))
+    return Problem(Reason.REPLICAS_STARTING, str(error))
+
+
+async def _hold(ctx: Context, view: View) -> list[Problem]:
+    """One holder for a pack that has somebody on it; one that has ended is cleared away and made anew."""
+    pack = view.pack
+    if view.cpu or (not pack.spec.assignments and view.holder is None):
+        return []
+    if view.holder is not None:
+        if podstate.is_over(view.holder) and not podstate.is_going(view.holder):
+            await ctx.cluster.delete(Ref.of(view.holder), uid=view.holder["metadata"]["uid"])
+        return []
+    if view.opener is None:
+        return [Problem(Reason.HOLDER_LOST, "the service that opened this pack cannot be read: see its conditions")]
+    settings = ctx.settings
+    for obj in holder_manifests.holder_access(pack, settings.operator_namespace):
+        await ctx.cluster.apply(obj)
+    await ctx.cluster.apply(
+        holder_manifests.holder_pod(
+            pack, view.opener.spec.template.spec, _image(ctx), settings.operator_namespace, pack.status.node
+        )
+    )
+    return []
+
+
+async def _run(ctx: Context, view: View) -> list[Problem]:
+    """One StatefulSet for each assignment; those of nobody go."""
+    wanted = {each.service: each for each in view.pack.spec.assignments if each.replicas}
+    problems = []
+    for found in view.sets:
+        if found["metadata"]["labels"].get(labels.SERVICE) not in wanted and not podstate.is_going(found):
+            await ctx.cluster.delete(Ref.of(found), uid=found["metadata"]["uid"])
+    for assignment in wanted.values():
+        try:
+            problems += await _run_service(ctx, view, assignment)
+        except (NameConflict, OutlivedOwner, Invalid, Forbidden) as error:
+            problems.append(_problem(error))
+    return problems
+
+
+async def _run_service(ctx: Context, view: View, assignment: Assignment) -> list[Problem]:
+    namespace = view.pack.spec.namespace
+    service = ctx.store.get("LLMService", namespace, assignment.service)
+    if service is None or service["metadata"]["uid"] != assignment.uid:
+        return []  # the placement pass is about to drop it
+    live = ctx.store.get(
+        "StatefulSet", namespace, replica_manifests.set_name(assignment.service, view.pack.metadata.name)
+    )
+    verdict = examine(service, ctx.store)
+    if not verdict.matches(assignment, ctx.store):
+        return await _scale_only(ctx, assignment, live)
+    setup = _setup(ctx, view, assignment, verdict)
+    if setup is None:
+        return await _scale_only(ctx, assignment, live) if live is not None else []
+    capacity = snapshot.capacity_of(view.pack, setup.service.spec.packing.memory_reserve)
+    desired = replica_manifests.statefulset(setup, assignment.replicas)
+    if live is not None and _same_but_for_us(desired, live):
+        # An upgrade of the operator restarts no replica: what it injects stays as it is.
+        kept = OperatorImage(replica_manifests.inject_image(live) or setup.image.name, ctx.settings.image_pull_policy)
+        desired = replica_manifests.statefulset(replica_manifests.Setup(**{**vars(setup), "image": kept}), assignment.replicas)
+    step = rollout.step(
+        assignment.replicas,
+        None if live is None else int(live["spec"].get("replicas", 1)),
+        rollout_pods(view, assignment.service, live),
+        replica_manifests.memory_of(desired["spec"]["template"]),
+        capacity,
+    )
+    if not step.template:
+        return await _scale_only(ctx, assignment, live, step.replicas)
+    desired["spec"]["replicas"] = step.replicas
+    await ctx.cluster.apply(desired)
+    return []
+
+
+async def _scale_only(
+    ctx: Context, assignment: Assignment, live: Object | None, replicas: int | None = None
+) -> list[Problem]:
+    """Change nothing but the count: the manifest has changed since what runs was measured, or the template must wait."""
+    if live is None:
+        return [Problem(Reason.REPLICAS_STARTING, "the manifest changed before these replicas were made: measuring anew")]
+    count = assignment.replicas if replicas is None else replicas
+    if count < int(live["spec"].get("replicas", 1)):
+        patch = {"metadata": {"uid": live["metadata"]["uid"]}, "spec": {"replicas": count}}
+        await ctx.cluster.merge_patch(Ref.of(live), patch)
+    return []
+
+
+def _setup(ctx: Context, view: View, assignment: Assignment, verdict: Verdict) -> replica_manifests.Setup | None:
+    """What replicas are made from; None until the pack's device is known."""
+    held = holding(view)
+    profile = ctx.store.get("BatchProfile", view.pack.spec.namespace, assignment.profile)
+    if held.place is None or verdict.service is None or profile is None:
+        return None
+    return replica_manifests.Setup(
+        verdict.service, view.pack, assignment, held.place, _engine_of(profile), _image(ctx)
+    )
+
+
+def _engine_of(profile: Object) -> ProfileEngine:
+    parsed = BatchProfile.model_validate(profile)
+    return parsed.status.engine or (parsed.spec.results.engine if parsed.spec.results else None) or ProfileEngine()
+
+
+def _same_but_for_us(desired: Object, live: Object) -> bool:
+    name = replica_manifests.ANNOTATION_TEMPLATE
+    return bool(desired["metadata"]["annotations"][name] == (live["metadata"].get("annotations") or {}).get(name))
+
+
+async def _relieve(ctx: Context, view: View) -> list[Problem]:
+    """After a fatal fault the MPS server takes nobody until its last client has left: all of them go."""
+    held = holding(view)
+    if held.mps is None or held.mps.state != "FAULT":
+        return []
+    for pod in replica_pods(view):
+        if pod["metadata"]["uid"] in held.mps.pods and not podstate.is_going(pod):
+            await ctx.cluster.delete(Ref.of(pod), uid=pod["metadata"]["uid"])
+    return []
+
+
+async def _roll(ctx: Context, view: View) -> list[Problem]:
+    """Replace outdated pods, one at a time over the whole service."""
+    for assignment in view.pack.spec.assignments:
+        live = ctx.store.get(
+            "StatefulSet", view.pack.spec.namespace, replica_manifests.set_name(assignment.service, view.pack.metadata.name)
+        )
+        pods = rollout_pods(view, assignment.service, live)
+        chosen = rollout.next_to_replace(pods, _others_down(ctx, view, assignment))
+        if chosen is None or live is None:
+            continue
+        name = f"{live['metadata']['name']}-{chosen.ordinal}"
+        pod = ctx.store.get("Pod", view.pack.spec.namespace, name)
+        if pod is not None:
+            log.info("rolling %s: replacing %s", view.pack.metadata.name, name)
+            await ctx.cluster.delete(Ref.of(pod), uid=pod["metadata"]["uid"])
+    return []
+
+
+def _others_down(ctx: Context, view: View, assignment: Assignment) -> int:
+    """Wanted replicas of the service on other packs that do not serve."""
+    down = 0
+    for found in ctx.store.list("StatefulSet", view.pack.spec.namespace, (labels.SERVICE, assignment.service)):
+        pack = found["metadata"]["labels"].get(labels.PACK)
+        if pack == view.pack.metadata.name:
+            continue
+        pods = ctx.store.list("Pod", view.pack.spec.namespace, (labels.PACK, str(pack)))
+        down += max(0, int(found["spec"].get("replicas", 1)) - sum(podstate.is_ready(pod) for pod in pods))
+    return down
+
+
+def _image(ctx: Context) -> OperatorImage:
+    return OperatorImage(ctx.settings.operator_image, ctx.settings.image_pull_policy)
+
+

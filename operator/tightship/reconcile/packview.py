@@ -1,0 +1,241 @@
+"""One pack as it is observed: the objects that belong to it, and what its holder says of the device. Pure over the store.
+
+The holder's annotations are the only word on which GPU it is; the pack's own status remembers the first one, and a later
+holder that says otherwise does not move the pack, it makes it unusable (`GPUMismatch`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from tightship.api import units
+from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.conditions import Reason
+from tightship.api.v1alpha1.gpupack import GPUPack, PackGPU
+from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.core.rollout import Replica
+from tightship.kube.store import Object, Store, labels_of
+from tightship.manifests import holder as holder_manifests
+from tightship.manifests.replicas import Place, memory_of
+from tightship.reconcile import podstate
+from tightship.reconcile.snapshot import owner_of
+
+_REVISION = "controller-revision-hash"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that could not be done: a reason and a message for the pack's conditions."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class View:
+    """The pack and what belongs to it. `opener` is the service that opened it, as far as its manifest can be read."""
+
+    obj: Object
+    pack: GPUPack
+    holder: Object | None
+    sets: tuple[Object, ...]
+    pods: tuple[Object, ...]
+    node: Object | None
+    opener: LLMService | None
+
+    @property
+    def cpu(self) -> bool:
+        """Whether the pack is a set of cores, which needs no holder."""
+        return self.pack.spec.device == "cpu"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nobody is assigned, and nothing of anybody is left."""
+        return not self.pack.spec.assignments and not self.sets and not replica_pods(self)
+
+
+@dataclass(frozen=True)
+class Mps:
+    """What the holder's watcher published: the server's state, its clients' number, and the UIDs of their pods."""
+
+    state: str
+    server: int | None
+    clients: int
+    pods: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """How it stands with the device: a condition (status, reason, message), and what is known of it.
+
+    `place` is there only while replicas may be made: the device is held and is the one it always was.
+    """
+
+    status: str
+    reason: str
+    message: str
+    place: Place | None = None
+    node: str | None = None
+    gpu: PackGPU | None = None
+    mps: Mps | None = None
+
+
+def gather(store: Store, obj: Object) -> View:
+    """Collect what belongs to a pack."""
+    pack = GPUPack.model_validate(store.get("GPUPack", "", obj["metadata"]["name"]) or obj)
+    mine = (labels.PACK, pack.metadata.name)
+    pods = store.list("Pod", label=mine)
+    uid = pack.metadata.uid
+    holders = [pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_HOLDER and _owned(pod, uid)]
+    owner = owner_of(pack)
+    name = pack.spec.node or pack.status.node
+    return View(
+        obj,
+        pack,
+        next((pod for pod in holders if pod["metadata"]["name"] == holder_manifests.holder_name(pack)), None),
+        tuple(store.list("StatefulSet", label=mine)),
+        tuple(pods),
+        store.get("Node", "", name) if name else None,
+        _readable(store.get("LLMService", owner.namespace, owner.name)),
+    )
+
+
+def replica_pods(view: View) -> list[Object]:
+    """The replica pods on the pack, those that are going included."""
+    return [pod for pod in view.pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA]
+
+
+def pods_of(view: View, service: str) -> list[Object]:
+    """The replica pods of one service on the pack."""
+    return [pod for pod in replica_pods(view) if labels_of(pod).get(labels.SERVICE) == service]
+
+
+def rollout_pods(view: View, service: str, live: Object | None) -> list[Replica]:
+    """The same as the roll-out sees them. No pod is outdated as long as the StatefulSet's status is behind its spec."""
+    revision = current_revision(live)
+    return [
+        Replica(
+            ordinal=int(pod["metadata"]["name"].rpartition("-")[2]),
+            memory=memory_of(pod),
+            ready=podstate.is_ready(pod),
+            going=podstate.is_going(pod),
+            outdated=revision is not None and labels_of(pod).get(_REVISION) not in (None, revision),
+        )
+        for pod in pods_of(view, service)
+        if pod["metadata"]["name"].rpartition("-")[2].isdigit()
+    ]
+
+
+def current_revision(live: Object | None) -> str | None:
+    """The revision that pods should have; None while the StatefulSet's controller has not seen its newest spec."""
+    status = (live or {}).get("status") or {}
+    if live is None or status.get("observedGeneration") != live["metadata"].get("generation"):
+        return None
+    return status.get("updateRevision")
+
+
+def holding(view: View) -> Holding:
+    """How it stands with the pack's device."""
+    return _core_set(view) if view.cpu else _gpu(view)
+
+
+def _core_set(view: View) -> Holding:
+    spec = view.pack.spec
+    memory = units.parse_quantity(spec.memory) if spec.memory else None
+    gpu = PackGPU(memory=spec.memory) if spec.memory else None
+    if view.node is None or not spec.node:
+        text = f"node {spec.node} is gone; the placement pass replaces this pack"
+        return Holding("False", Reason.HOLDER_LOST, text, node=spec.node, gpu=gpu)
+    text = f"{spec.cores} cores and {spec.memory} of node {spec.node}"
+    return Holding("True", Reason.CPU_SET, text, Place(spec.node, None, memory), spec.node, gpu)
+
+
+def _gpu(view: View) -> Holding:
+    recorded, holder = view.pack.status.gpu, view.holder
+    node = (podstate.node_of(holder) if holder else None) or view.pack.status.node
+    if holder is None or podstate.is_going(holder) or podstate.is_over(holder):
+        return _without_holder(view, node)
+    published, mps = _published(holder), _mps(holder)
+    if recorded and recorded.uuid and published and published.uuid and published.uuid != recorded.uuid:
+        text = (
+            f"{holder['metadata']['name']} now holds {published.uuid}, the pack was made for {recorded.uuid}: "
+            "a pack never moves, so the placement pass replaces it"
+        )
+        return Holding("False", Reason.GPU_MISMATCH, text, node=node, gpu=recorded)
+    gpu = published or recorded
+    trouble = podstate.trouble(holder)
+    running = podstate.is_running(holder, holder_manifests.MPS_CONTAINER)
+    name = holder["metadata"]["name"]
+    if published and published.uuid and node and running:
+        memory = units.parse_quantity(published.memory) if published.memory else None
+        text = f"{published.uuid} ({published.product}, {published.memory}) on node {node}, held by {name}"
+        return Holding("True", Reason.GPU_HELD, text, Place(node, published.uuid, memory), node, gpu, mps)
+    if trouble:
+        return Holding("False", trouble.reason, f"holder {name}: {trouble.message}", node=node, gpu=gpu, mps=mps)
+    if published:
+        text = f"container {holder_manifests.MPS_CONTAINER} of holder {name} does not run; its replicas stop until it does"
+        return Holding("False", Reason.HOLDER_LOST, text, node=node, gpu=gpu, mps=mps)
+    return Holding("Unknown", Reason.NOT_YET_KNOWN, f"holder {name} is starting", node=node, gpu=gpu)
+
+
+def _without_holder(view: View, node: str | None) -> Holding:
+    recorded, name = view.pack.status.gpu, holder_manifests.holder_name(view.pack)
+    if not view.pack.spec.assignments:
+        return Holding("False", Reason.NOT_ASSIGNED, "nobody is assigned; the GPU is given back", node=node, gpu=recorded)
+    if recorded is None:
+        return Holding("Unknown", Reason.NOT_YET_KNOWN, f"holder {name} is being made", node=node)
+    ended = ": " + text if view.holder and (text := (view.holder.get("status") or {}).get("message")) else ""
+    text = f"holder {name} is gone{ended}; it is made anew on node {node}, and the replicas stop until then"
+    return Holding("False", Reason.HOLDER_LOST, text, node=node, gpu=recorded)
+
+
+def _published(holder: Object) -> PackGPU | None:
+    said = _annotation(holder, labels.ANNOTATION_GPU)
+    if not said.get("uuid"):
+        return None
+    memory = said.get("memory")
+    return PackGPU(
+        uuid=str(said["uuid"]),
+        product=str(said["product"]) if said.get("product") else None,
+        memory=units.format_quantity(int(memory)) if isinstance(memory, int) else None,
+        driver=str(said["driver"]) if said.get("driver") else None,
+    )
+
+
+def _mps(holder: Object) -> Mps | None:
+    said = _annotation(holder, labels.ANNOTATION_MPS)
+    if said.get("state") not in ("ACTIVE", "IDLE", "FAULT", "DOWN"):
+        return None
+    clients = [each for each in said.get("clients") or [] if isinstance(each, Mapping)]
+    server = said.get("server")
+    return Mps(
+        str(said["state"]),
+        server if isinstance(server, int) else None,
+        len(clients),
+        frozenset(str(each["podUID"]) for each in clients if each.get("podUID")),
+    )
+
+
+def _annotation(holder: Object, name: str) -> dict[str, Any]:
+    """What the holder wrote under a name; empty when that isn't there, or isn't an object (the next write mends it)."""
+    try:
+        said = json.loads((holder["metadata"].get("annotations") or {}).get(name, "{}"))
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _readable(obj: Object | None) -> LLMService | None:
+    try:
+        return LLMService.model_validate(obj) if obj is not None else None
+    except ValidationError:
+        return None
+
+
+def _owned(obj: Object, uid: str | None) -> bool:
+    return any(each.get("uid") == uid for each in obj["metadata"].get("ownerReferences") or ())

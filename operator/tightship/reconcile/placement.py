@@ -1,0 +1,77 @@
+"""The placement pass: one at a time, over a snapshot of the whole cluster; the planner decides, this writes.
+
+Every write carries what it was decided on: a new pack is POSTed under its deterministic name, a changed one is PUT with the
+resourceVersion that was read. When either is refused the cluster was not as it looked: the pass is abandoned, and the next one
+starts from a new look. What was written before stays, and is right, because each step of a plan stands alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service
+from tightship.core import placement
+from tightship.core.placement import Assignment, Pack, Plan
+from tightship.kube.errors import AlreadyExists, Conflict, NotFound
+from tightship.manifests import packs as manifests
+from tightship.reconcile import snapshot
+from tightship.reconcile.context import Context
+from tightship.reconcile.queue import Key, Result
+
+log = logging.getLogger(__name__)
+
+_SOON = 0.5
+
+
+async def reconcile(ctx: Context, key: Key) -> Result:
+    """One pass: gather, decide, apply."""
+    now = ctx.clock.now()
+    gathered = snapshot.take(ctx.store, now)
+    plan = placement.plan(gathered)
+    try:
+        await apply(ctx, plan)
+    except (Conflict, AlreadyExists, NotFound) as error:
+        log.info("placement: the cluster changed during the pass, looking again: %s", error)
+        return Result(requeue_after=_SOON)
+    # Their reconcilers say with numbers what found no place; nobody else tells them that the numbers changed.
+    for shortfall in plan.shortfalls:
+        ctx.queue.add(Key("LLMService", shortfall.service.namespace, shortfall.service.name))
+    return Result(requeue_after=snapshot.next_look(ctx.store, now))
+
+
+async def apply(ctx: Context, plan: Plan) -> None:
+    """Write a plan. Devices are given back before others are taken.
+
+    Raises Conflict, NotFound or AlreadyExists when the cluster is not what the plan was made for.
+    """
+    for name, assignments in plan.update:
+        await _update(ctx, name, assignments)
+    for pack in plan.create:
+        await _create(ctx, pack)
+
+
+async def _update(ctx: Context, name: str, assignments: Sequence[Assignment]) -> None:
+    shown = ctx.store.get("GPUPack", "", name)
+    if shown is None:
+        return
+    changed: Mapping[str, Any] = {**shown, "spec": {**shown["spec"], "assignments": manifests.assignments(assignments)}}
+    await ctx.cluster.replace(changed)
+    log.info("placement: %s now has %s", name, _in_words(assignments))
+
+
+async def _create(ctx: Context, pack: Pack) -> None:
+    shown = ctx.store.get("LLMService", pack.owner.namespace, pack.owner.name)
+    if shown is None:
+        return
+    try:
+        service = parse_service(shown)
+    except InvalidSpecError:
+        return
+    await ctx.cluster.create(manifests.gpu_pack(pack, service))
+    log.info("placement: opened %s with %s", pack.name, _in_words(pack.assignments))
+
+
+def _in_words(assignments: Sequence[Assignment]) -> str:
+    return ", ".join(f"{each.replicas} of {each.service}" for each in assignments) or "nothing"

@@ -1,0 +1,253 @@
+"""The cluster as the placement planner sees it: demands, packs and devices, taken from the watch cache at one moment.
+
+Reading the store is enough, because it shows this process's own writes at once: what one pass assumed, the next one sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from tightship.api import units
+from tightship.api.v1alpha1 import conditions as names
+from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.conditions import Reason
+from tightship.api.v1alpha1.gpupack import GPUPack
+from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.core import placement
+from tightship.core.conditions import find, is_true
+from tightship.core.placement import Demand, Devices, Health, Pack, ServiceRef, Shape, Snapshot
+from tightship.decide import parse_reserve
+from tightship.kube.clock import parse_timestamp
+from tightship.kube.store import Object, Store, labels_of
+from tightship.reconcile import podstate
+from tightship.reconcile.verdict import Verdict, examine
+
+NODE_GONE_SECONDS = 300.0
+"""A node that has not been ready for so long is treated as gone: as Kubernetes does by default when it evicts pods."""
+
+UNFIT_SECONDS = 60.0
+"""A replica without a place on its pack's node for so long gives the pack back."""
+
+CPU_PRODUCT = "cpu"
+_UNKNOWN_COUNT = 10**6
+
+
+def take(store: Store, now: datetime) -> Snapshot:
+    """Everything that placement goes by."""
+    services = [obj for obj in store.list("LLMService") if not obj["metadata"].get("deletionTimestamp")]
+    verdicts = {_ref(obj): examine(obj, store) for obj in services}
+    packs = [GPUPack.model_validate(obj) for obj in store.list("GPUPack")]
+    return Snapshot(
+        demands=tuple(demand_of(obj, verdicts[_ref(obj)], packs, store) for obj in services),
+        packs=tuple(pack_of(pack, verdicts.get(owner_of(pack)), store, now) for pack in packs),
+        devices=tuple(devices_of(store.list("Node"))),
+    )
+
+
+def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: Store) -> Demand:
+    """What one service wants. Without a decision that may be applied it has no shape: it keeps what it has."""
+    ref, uid, since = _ref(obj), obj["metadata"]["uid"], obj["metadata"].get("creationTimestamp") or ""
+    service = verdict.service
+    if service is None:
+        # Nobody can tell how many an unreadable manifest wants: nothing is taken away for it.
+        return Demand(ref, uid, _UNKNOWN_COUNT, "", "", "", since=since)
+    accelerator = service.spec.accelerator
+    shape = verdict.shape if accepted(obj) and approved(service, verdict, packs) else None
+    cpu = accelerator.device == "cpu"
+    return Demand(
+        ref,
+        uid,
+        service.spec.replicas,
+        accelerator.device,
+        CPU_PRODUCT if cpu else accelerator.product or "",
+        _sharing(cpu, service.spec.template.spec.run_as_user, accelerator.memory),
+        shape,
+        verdict.per_device,
+        (accelerator.cores or 1) if cpu else 1,
+        frozenset(node["metadata"]["name"] for node in store.list("Node") if _usable(node, service, packs)),
+        since,
+    )
+
+
+def accepted(obj: Object) -> bool:
+    """Whether the service's own reconciler found nothing in the way (what only it can see: a Service that isn't ours)."""
+    return is_true(_conditions(obj), names.ACCEPTED)
+
+
+def approved(service: LLMService, verdict: Verdict, packs: Iterable[GPUPack]) -> bool:
+    """Whether the decision may be applied: by itself, or because it is what already runs."""
+    if service.spec.auto_apply:
+        return True
+    running = {shape_of(each) for pack in packs for each in pack.spec.assignments if each.uid == service.metadata.uid}
+    return running == {verdict.shape}
+
+
+def shape_of(assignment: Any) -> Shape:
+    """The shape that an assignment in the API stands for."""
+    return Shape(
+        assignment.profile,
+        assignment.batch,
+        units.parse_quantity(assignment.kv_cache),
+        units.parse_quantity(assignment.memory_per_replica),
+    )
+
+
+def owner_of(pack: GPUPack) -> ServiceRef:
+    """The service that a pack was opened for."""
+    name = pack.metadata.labels.get(labels.SERVICE) or next((each.service for each in pack.spec.assignments), "")
+    return ServiceRef(pack.spec.namespace, name)
+
+
+def pack_of(pack: GPUPack, verdict: Verdict | None, store: Store, now: datetime) -> Pack:
+    """A pack as the planner sees it."""
+    spec, cpu = pack.spec, pack.spec.device == "cpu"
+    owner = owner_of(pack)
+    reserve = verdict.service.spec.packing.memory_reserve if verdict and verdict.service else "0"
+    return Pack(
+        name=pack.metadata.name,
+        owner=owner,
+        ordinal=placement.ordinal_of(pack.metadata.name),
+        device=spec.device,
+        product=CPU_PRODUCT if cpu else spec.product or "",
+        mode=_sharing(cpu, spec.run_as_user, spec.memory),
+        units=(spec.cores or 1) if cpu else 1,
+        node=spec.node if cpu else pack.status.node,
+        capacity=capacity_of(pack, reserve),
+        health=health_of(pack, store, now),
+        assignments=tuple(
+            placement.Assignment(ServiceRef(spec.namespace, each.service), each.uid, each.replicas, shape_of(each))
+            for each in sorted(spec.assignments, key=lambda each: each.service)
+        ),
+        excluded=frozenset(spec.excluded_nodes),
+    )
+
+
+def capacity_of(pack: GPUPack, reserve: str) -> int | None:
+    """Bytes that the replicas of a pack may use together; None until its device is known."""
+    memory = pack.spec.memory if pack.spec.device == "cpu" else pack.status.gpu.memory if pack.status.gpu else None
+    if memory is None:
+        return None
+    total = units.parse_quantity(memory)
+    return max(0, total - parse_reserve(reserve).of(total))
+
+
+def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
+    """What a pack is still good for."""
+    if pack.metadata.deletion_timestamp:
+        return Health.LEAVING
+    node = pack.spec.node or pack.status.node
+    # A cluster without nodes is one whose nodes have not been listed yet.
+    if node and store.list("Node") and node_gone(store.get("Node", "", node), now):
+        return Health.LOST
+    held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
+    if held is not None and held.status == "False" and held.reason == Reason.GPU_MISMATCH:
+        return Health.LOST
+    since = _homeless_since(pack, store)
+    if since is not None and (now - since).total_seconds() >= UNFIT_SECONDS:
+        return Health.UNFIT
+    return Health.SOUND
+
+
+def node_gone(node: Object | None, now: datetime) -> bool:
+    """Whether a node is gone, or has not been heard of for so long that it counts as gone."""
+    since = not_ready_since(node) if node else None
+    return node is None or (since is not None and (now - since).total_seconds() >= NODE_GONE_SECONDS)
+
+
+def not_ready_since(node: Object) -> datetime | None:
+    """Since when a node has not been ready; None while it is (or never said)."""
+    condition = find(_conditions(node), "Ready")
+    if condition is None or condition.get("status") == "True" or not condition.get("lastTransitionTime"):
+        return None
+    return parse_timestamp(condition["lastTransitionTime"])
+
+
+def next_look(store: Store, now: datetime) -> float | None:
+    """Seconds until a wait that placement counts ends: of a silent node, or of a replica that finds no place."""
+    waits = [
+        (since, NODE_GONE_SECONDS)
+        for pack in map(GPUPack.model_validate, store.list("GPUPack"))
+        if (name := pack.spec.node or pack.status.node)
+        and (node := store.get("Node", "", name))
+        and (since := not_ready_since(node))
+    ]
+    waits += [
+        (since, UNFIT_SECONDS)
+        for pack in map(GPUPack.model_validate, store.list("GPUPack"))
+        if (since := _homeless_since(pack, store))
+    ]
+    left = [limit - (now - since).total_seconds() for since, limit in waits]
+    return min((seconds + 1 for seconds in left if seconds > 0), default=None)
+
+
+def devices_of(nodes: Iterable[Object]) -> Iterable[Devices]:
+    """GPUs by product, and cores, of the nodes that take pods."""
+    for node in nodes:
+        if (node.get("spec") or {}).get("unschedulable") or not_ready_since(node) is not None:
+            continue
+        name, there = node["metadata"]["name"], (node.get("status") or {}).get("allocatable") or {}
+        product = labels_of(node).get(labels.NODE_GPU_PRODUCT)
+        if product and labels.GPU_RESOURCE in there:
+            yield Devices(name, "cuda", product, units.parse_quantity(there[labels.GPU_RESOURCE]))
+        if "cpu" in there:
+            yield Devices(name, "cpu", CPU_PRODUCT, units.parse_cpu(there["cpu"]) // 1000)
+
+
+def _homeless_since(pack: GPUPack, store: Store) -> datetime | None:
+    """Since when a replica of the pack has found no room on the pack's node."""
+    pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
+    waits = [
+        since
+        for pod in pods
+        if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA
+        and (since := podstate.unschedulable_since(pod))
+    ]
+    return min(waits, default=None)
+
+
+def _usable(node: Object, service: LLMService, packs: Iterable[GPUPack]) -> bool:
+    """Whether a pack of this service may be on a node, as far as can be told without the scheduler."""
+    template, accelerator = service.spec.template.spec, service.spec.accelerator
+    carried = labels_of(node)
+    if any(carried.get(key) != value for key, value in template.node_selector.items()):
+        return False
+    taints = (node.get("spec") or {}).get("taints") or []
+    if not all(_tolerated(taint, template.tolerations) for taint in taints):
+        return False
+    if accelerator.device == "cuda" or accelerator.memory is None:
+        return True
+    memory = ((node.get("status") or {}).get("allocatable") or {}).get("memory", "0")
+    held = sum(
+        units.parse_quantity(pack.spec.memory)
+        for pack in packs
+        if pack.spec.device == "cpu" and pack.spec.node == node["metadata"]["name"] and pack.spec.memory
+    )
+    return units.parse_quantity(memory) - held >= units.parse_quantity(accelerator.memory)
+
+
+def _tolerated(taint: Mapping[str, Any], tolerations: Iterable[Any]) -> bool:
+    if taint.get("effect") == "PreferNoSchedule":
+        return True
+    return any(
+        each.effect in (None, taint.get("effect"))
+        and (
+            (each.operator == "Exists" and each.key in (None, "", taint["key"]))
+            or (each.operator != "Exists" and each.key == taint["key"] and (each.value or "") == (taint.get("value") or ""))
+        )
+        for each in tolerations
+    )
+
+
+def _sharing(cpu: bool, user: int, memory: str | None) -> str:
+    """What must agree for a replica to be put on a pack: the planner calls it the mode."""
+    return f"CPUSet of {units.parse_quantity(memory or '0')} bytes as {user}" if cpu else f"Reservation as {user}"
+
+
+def _ref(obj: Object) -> ServiceRef:
+    return ServiceRef(obj["metadata"].get("namespace", ""), obj["metadata"]["name"])
+
+
+def _conditions(obj: Object) -> list[Mapping[str, Any]]:
+    return (obj.get("status") or {}).get("conditions") or []

@@ -1,0 +1,166 @@
+"""What is to be thought of one LLMService: is it valid, which profile answers it, what does the advisor say.
+
+Worked out from the objects alone, each time anew. The service's own reconciler reports it and the placement pass acts on it, so
+the two cannot disagree, and neither waits for a status that the other has still to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tightship.api.v1alpha1 import conditions as names
+from tightship.api.v1alpha1.batchprofile import ProfileKey
+from tightship.api.v1alpha1.conditions import Reason
+from tightship.api.v1alpha1.gpupack import Assignment
+from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service, profile_key
+from tightship.core.advisor import Recommendation
+from tightship.core.conditions import find, is_true
+from tightship.core.placement import Shape
+from tightship.decide import ProfileError, decision_from_profile, objectives_from_api
+from tightship.kube.store import Object, Store
+from tightship.manifests.packs import profile_name
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One service, examined.
+
+    `service` is None when the manifest can't be read at all. `profile` is the BatchProfile that answers the service's key (None:
+    there is none yet), `profile_name` its name or the one it will get. `decision` is there once the profile is complete and readable;
+    `unreadable` says why it isn't.
+    """
+
+    service: LLMService | None
+    problems: tuple[str, ...] = ()
+    key: ProfileKey | None = None
+    profile: Object | None = None
+    profile_name: str | None = None
+    decision: Recommendation | None = None
+    unreadable: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the profile has been measured (or imported)."""
+        return self.profile is not None and is_complete(self.profile)
+
+    @property
+    def shape(self) -> Shape | None:
+        """What every replica should run with; None where there is no answer, or memory was not measured."""
+        decision = self.decision
+        if self.problems or decision is None or not decision.feasible or decision.batch is None:
+            return None
+        if decision.kv_cache is None or decision.memory_per_replica is None or self.profile_name is None:
+            return None
+        return Shape(self.profile_name, decision.batch, decision.kv_cache, decision.memory_per_replica)
+
+    @property
+    def per_device(self) -> int:
+        """Replicas on one GPU or CPU set; 0 where there is no answer."""
+        return (self.decision.replicas or 0) if self.decision else 0
+
+    def matches(self, assignment: Assignment, store: Store) -> bool:
+        """Whether the profile behind an assignment is complete and of this service's key.
+
+        Only then can replicas be made from the manifest as it stands: otherwise it says what has not been measured yet.
+        """
+        if self.problems or self.service is None or self.key is None:
+            return False
+        profile = store.get("BatchProfile", self.service.metadata.namespace or "", assignment.profile)
+        return profile is not None and key_hash(profile) == self.key.hash and is_complete(profile)
+
+
+def examine(obj: Object, store: Store) -> Verdict:
+    """Examine an LLMService as the store shows it."""
+    try:
+        service = parse_service(obj)
+    except InvalidSpecError as error:
+        return Verdict(None, tuple(error.problems))
+    key = profile_key(service.spec)
+    profile, name = _profile(service, key, store)
+    problem = _reference_problem(service, key, profile)
+    if problem:
+        return Verdict(service, (problem,), key, None, name)
+    verdict = Verdict(service, (), key, profile, name)
+    return _decide(verdict, service, profile) if verdict.complete and profile is not None else verdict
+
+
+def is_complete(profile: Object) -> bool:
+    """Whether a profile can be decided from."""
+    return is_true(_conditions(profile), names.COMPLETE)
+
+
+def failure_of(profile: Object) -> Mapping[str, Any] | None:
+    """The condition that says why a measurement failed for good."""
+    condition = find(_conditions(profile), names.FAILED)
+    return condition if condition is not None and condition["status"] == "True" else None
+
+
+def key_hash(profile: Object) -> str:
+    """The hash of a profile's key."""
+    return str(profile["spec"]["key"]["hash"])
+
+
+def wanted_by(profile: Object, services: Iterable[Object]) -> list[str]:
+    """Names of the services (of the profile's namespace) that a measurement is for: those of its key, or that name it."""
+    names_found = []
+    for obj in services:
+        if obj["metadata"].get("deletionTimestamp"):
+            continue
+        try:
+            service = parse_service(obj)
+        except InvalidSpecError:
+            continue
+        reference = service.spec.profile_ref
+        own = profile_key(service.spec).hash == key_hash(profile)
+        if own and (reference is None or reference.name == profile["metadata"]["name"]):
+            names_found.append(service.metadata.name)
+    return names_found
+
+
+def _profile(service: LLMService, key: ProfileKey, store: Store) -> tuple[Object | None, str]:
+    namespace, own_name = service.metadata.namespace or "", profile_name(key)
+    if service.spec.profile_ref is not None:
+        name = service.spec.profile_ref.name
+        return store.get("BatchProfile", namespace, name), name
+    found = [each for each in store.list("BatchProfile", namespace) if key_hash(each) == key.hash]
+    # What is complete comes first, then our own name: a profile from Git may have any name.
+    found.sort(key=lambda each: (not is_complete(each), each["metadata"]["name"] != own_name, each["metadata"]["name"]))
+    return (found[0], found[0]["metadata"]["name"]) if found else (None, own_name)
+
+
+def _reference_problem(service: LLMService, key: ProfileKey, profile: Object | None) -> str | None:
+    reference = service.spec.profile_ref
+    if reference is None or profile is None or key_hash(profile) == key.hash:
+        return None
+    return (
+        f"spec.profileRef: BatchProfile {reference.name} was measured for key {key_hash(profile)[:10]}, this manifest's key is "
+        f"{key.hash[:10]}: model, engine, accelerator, workload, environment or resources differ; leave profileRef out to "
+        "have this manifest measured, or change the manifest to what the profile measured"
+    )
+
+
+def _decide(verdict: Verdict, service: LLMService, profile: Object) -> Verdict:
+    spec, decision, unreadable = service.spec, None, None
+    try:
+        decision = decision_from_profile(
+            profile,
+            objectives_from_api(spec.slo.objectives),
+            efficiency_floor=float(spec.advisor.efficiency_floor),
+            minimum_gain=float(spec.packing.minimum_gain),
+            memory_reserve=spec.packing.memory_reserve,
+            max_replicas=spec.packing.max_replicas_per_gpu,
+        )
+    except ProfileError as error:
+        unreadable = f"BatchProfile {verdict.profile_name}: {error}"
+    return Verdict(service, (), verdict.key, profile, verdict.profile_name, decision, unreadable)
+
+
+def _conditions(obj: Object) -> list[Mapping[str, Any]]:
+    return (obj.get("status") or {}).get("conditions") or []
+
+
+WAITING_REASONS = frozenset({Reason.WAITING, Reason.MEASURING, Reason.UNSCHEDULABLE})
+"""What a profile that is not complete may say of itself in a service's `Profiled`."""

@@ -1,0 +1,141 @@
+"""The reconciler of an LLMService: have it measured, give it a Service, and report how far it is.
+
+    gather   the service, its verdict (validity, profile, decision), packs, pods, and what the planner would do
+    decide   the chains of checks in `servicestatus`
+    apply    the Service, then the BatchProfile: nothing is measured for a manifest that could not be served
+    report   one status write
+
+Placement is not done here. This only asks for a pass when the planner would change something, and says with numbers what found no
+place. What must always hold: objects that aren't ours are never written; a profile that is complete for the key is used, not
+measured again; replicas that run are left alone by everything that goes wrong with a newer manifest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.conditions import Reason
+from tightship.api.v1alpha1.gpupack import GPUPack
+from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service, profile_key
+from tightship.core import placement
+from tightship.core.placement import Devices, ServiceRef
+from tightship.kube.errors import AlreadyExists, Conflict, Forbidden, Invalid, NameConflict, OutlivedOwner
+from tightship.kube.kinds import Ref
+from tightship.kube.store import Object, Store, labels_of
+from tightship.manifests import packs as pack_manifests
+from tightship.manifests import service as service_manifests
+from tightship.reconcile import servicestatus, snapshot
+from tightship.reconcile.context import Context
+from tightship.reconcile.queue import PLACEMENT, Key, Result
+from tightship.reconcile.servicestatus import View
+from tightship.reconcile.verdict import Verdict, examine, key_hash
+
+log = logging.getLogger(__name__)
+
+Refusals = tuple[tuple[str, str], ...]
+
+
+async def reconcile(ctx: Context, key: Key) -> Result:
+    """Bring one service nearer to its manifest."""
+    obj = ctx.store.get("LLMService", key.namespace, key.name)
+    if obj is None or obj["metadata"].get("deletionTimestamp"):
+        ctx.queue.add(PLACEMENT)
+        return Result()
+    refusals = await _apply(ctx, gather(ctx, obj, ()))
+    view = gather(ctx, obj, refusals)
+    await ctx.report(obj, servicestatus.status(view, ctx.clock.now()))
+    if not placement.plan(snapshot.take(ctx.store, ctx.clock.now())).empty:
+        ctx.queue.add(PLACEMENT)
+    return Result(requeue_after=ctx.settings.retry_seconds if refusals else None)
+
+
+def gather(ctx: Context, obj: Object, refusals: Refusals) -> View:
+    """Collect what the service's status speaks of."""
+    store, uid = ctx.store, obj["metadata"]["uid"]
+    namespace, name = obj["metadata"]["namespace"], obj["metadata"]["name"]
+    packs = [GPUPack.model_validate(each) for each in store.list("GPUPack")]
+    mine = [pack for pack in packs if servicestatus.assigned_to(pack, uid)]
+    verdict = examine(obj, store)
+    planned = placement.plan(snapshot.take(store, ctx.clock.now()))
+    devices = list(snapshot.devices_of(store.list("Node")))
+    pods = store.list("Pod", namespace, (labels.SERVICE, name))
+    return View(
+        obj=obj,
+        verdict=verdict,
+        products=_products(devices, store),
+        largest_cores=max((each.units for each in devices if each.device == "cpu"), default=0),
+        refusals=refusals,
+        packs=tuple(sorted(mine, key=lambda pack: (placement.ordinal_of(pack.metadata.name), pack.metadata.name))),
+        pods=tuple(pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA),
+        shortfall=planned.shortfall_of(ServiceRef(namespace, name)),
+        approved=verdict.service is not None and snapshot.approved(verdict.service, verdict, packs),
+    )
+
+
+async def _apply(ctx: Context, view: View) -> Refusals:
+    """The Service, then the profile. Returns what stands in the way of serving at all."""
+    verdict = view.verdict
+    if servicestatus.first(view, servicestatus.ACCEPTED).status != "True" or verdict.service is None:
+        return ()
+    try:
+        await ctx.cluster.apply(service_manifests.service_object(verdict.service))
+    except NameConflict as error:
+        return ((Reason.NAME_CONFLICT, str(error)),)
+    except (Invalid, Forbidden) as error:
+        return ((Reason.INVALID_SPEC, f"the Service was refused: {error}"),)
+    except (OutlivedOwner, Conflict) as error:
+        log.info("%s: %s", verdict.service.metadata.name, error)
+        return ((Reason.NAME_CONFLICT, f"waits for an object of an earlier service of this name to go: {error}"),)
+    return await _profile(ctx, verdict)
+
+
+async def _profile(ctx: Context, verdict: Verdict) -> Refusals:
+    """Have the manifest measured, unless a profile of its key is there; pass a new `rerun` on."""
+    service, key = verdict.service, verdict.key
+    if service is None or key is None or service.spec.profile_ref is not None:
+        return ()
+    if verdict.profile is None:
+        try:
+            await ctx.cluster.create(pack_manifests.batch_profile(service, key))
+        except AlreadyExists:
+            there = await ctx.cluster.get(
+                Ref("BatchProfile", service.metadata.namespace or "", pack_manifests.profile_name(key))
+            )
+            if key_hash(there) != key.hash:
+                text = f"BatchProfile {there['metadata']['name']} exists with another key: delete or rename it"
+                return ((Reason.NAME_CONFLICT, text),)
+        except (Invalid, Forbidden) as error:
+            return ((Reason.INVALID_SPEC, f"the BatchProfile was refused: {error}"),)
+        return ()
+    rerun = _rerun(ctx.store, verdict.profile)
+    current = (verdict.profile["spec"].get("measurement") or {}).get("rerun")
+    if rerun is not None and rerun != current:
+        patch = {"metadata": {"uid": verdict.profile["metadata"]["uid"]}, "spec": {"measurement": {"rerun": rerun}}}
+        await ctx.cluster.merge_patch(Ref.of(verdict.profile), patch)
+    return ()
+
+
+def _rerun(store: Store, profile: Object) -> str | None:
+    """The `rerun` of a profile that several services may share: of those that give one, the first by name decides."""
+    for obj in store.list("LLMService", profile["metadata"]["namespace"]):
+        try:
+            service = parse_service(obj)
+        except InvalidSpecError:
+            continue
+        if service.spec.profiling.rerun is not None and profile_key(service.spec).hash == key_hash(profile):
+            return service.spec.profiling.rerun
+    return None
+
+
+def _products(devices: list[Devices], store: Store) -> tuple[tuple[str, int, int], ...]:
+    """The GPU products of the cluster with their nodes and GPUs. Nodes that are down for the moment still count."""
+    nodes = Counter(
+        product for node in store.list("Node") if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT))
+    )
+    gpus: Counter[str] = Counter()
+    for each in devices:
+        if each.device == "cuda":
+            gpus[each.product] += each.units
+    return tuple((product, nodes[product], gpus[product]) for product in sorted(nodes))

@@ -1,0 +1,506 @@
+"""The status of an LLMService: its gates in order, each an ordered chain of named checks, the first hit wins. Pure.
+
+    Accepted -> Profiled -> Recommended -> Packed -> Available -> Ready
+
+A gate that cannot be judged yet is Unknown and says what it waits for. `Ready` copies the first gate that is not True, also while the
+replicas of an earlier manifest still serve; those keep `Available` True. `Stalled` appears when that gate waits for the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tightship.api import units
+from tightship.api.v1alpha1 import conditions as names
+from tightship.api.v1alpha1.conditions import Reason
+from tightship.api.v1alpha1.gpupack import GPUPack
+from tightship.api.v1alpha1.llmservice import GPUCount, LLMServiceStatus, PackStatus, ProfileStatus, Recommendation
+from tightship.core import conditions
+from tightship.core.conditions import Condition, find
+from tightship.core.placement import Shortfall
+from tightship.kube.store import Object
+from tightship.manifests import service as service_manifests
+from tightship.reconcile import podstate
+from tightship.reconcile.snapshot import shape_of
+from tightship.reconcile.verdict import WAITING_REASONS, Verdict, failure_of
+
+_STALLING = frozenset(
+    {
+        Reason.INVALID_SPEC,
+        Reason.UNSUPPORTED_ACCELERATOR,
+        Reason.NAME_CONFLICT,
+        Reason.ENGINE_FAILED,
+        Reason.NO_POINT_IN_BUDGET,
+        Reason.JOB_FAILED,
+        Reason.SLO_INFEASIBLE,
+        Reason.EFFICIENCY_FLOOR_NOT_MET,
+        Reason.INSUFFICIENT_MEMORY,
+        Reason.AWAITING_APPROVAL,
+    }
+)
+
+_PHASES = {
+    names.ACCEPTED: "Rejected",
+    names.PROFILED: "Profiling",
+    names.RECOMMENDED: "Infeasible",
+    names.PACKED: "Packing",
+    names.AVAILABLE: "Starting",
+    names.READY: "Starting",
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """One service and everything its status speaks of.
+
+    `refusals` are reason and message of what only the apply step could find out (a Service that isn't ours); `packs` are those
+    with replicas of it; `pods` its replica pods; `shortfall` what the planner found no place for; `approved` whether the
+    decision may be applied; `seen_waiting` whether an earlier status of this service already named the profile, unfinished.
+    """
+
+    obj: Object
+    verdict: Verdict
+    products: tuple[tuple[str, int, int], ...]  # product, nodes, GPUs
+    largest_cores: int
+    refusals: tuple[tuple[str, str], ...]
+    packs: tuple[GPUPack, ...]
+    pods: tuple[Object, ...]
+    shortfall: Shortfall | None
+    approved: bool
+
+    @property
+    def generation(self) -> int:
+        """The generation this view was taken of."""
+        return int(self.obj["metadata"].get("generation") or 0)
+
+    @property
+    def uid(self) -> str:
+        """The service's UID."""
+        return str(self.obj["metadata"]["uid"])
+
+    @property
+    def wanted(self) -> int:
+        """Replicas asked for; what an unreadable manifest asked for counts as nothing."""
+        return self.verdict.service.spec.replicas if self.verdict.service else 0
+
+    @property
+    def assigned(self) -> int:
+        """Replicas that packs hold for it."""
+        return sum(assigned_to(pack, self.uid) for pack in self.packs)
+
+    @property
+    def ready(self) -> int:
+        """Replicas that serve."""
+        return sum(podstate.is_ready(pod) for pod in self.pods)
+
+    @property
+    def existing(self) -> int:
+        """Replica pods, without those that are going."""
+        return sum(not podstate.is_going(pod) for pod in self.pods)
+
+
+Check = Callable[[View], "Condition | None"]
+
+
+def assigned_to(pack: GPUPack, uid: str) -> int:
+    """Replicas of one service on a pack."""
+    return sum(each.replicas for each in pack.spec.assignments if each.uid == uid)
+
+
+def status(view: View, now: Any) -> dict[str, Any]:
+    """The whole status to write."""
+    gates = [first(view, checks) for checks in GATES]
+    realised = _realised(view)
+    summary = conditions.ready([*gates, realised], reason=Reason.FULLY_REALISED, message=realised.message)
+    extra, absent = _kstatus(summary)
+    existing = (view.obj.get("status") or {}).get("conditions") or []
+    merged = conditions.merge(
+        existing, [*gates, summary, *extra], generation=view.generation, now=now, absent=absent
+    )
+    return _fields(view, gates, summary) | {"conditions": merged}
+
+
+def first(view: View, checks: Sequence[Check]) -> Condition:
+    """The answer of the first check that has one; the last check of a chain always has."""
+    for check in checks:
+        found = check(view)
+        if found is not None:
+            return found
+    raise AssertionError("a chain of checks ends with one that always answers")
+
+
+# Accepted
+
+
+def _unreadable(view: View) -> Condition | None:
+    problems = view.verdict.problems
+    if not problems:
+        return None
+    return Condition(names.ACCEPTED, "False", Reason.INVALID_SPEC, "; ".join(problems))
+
+
+def _unsupported(view: View) -> Condition | None:
+    service = view.verdict.service
+    if service is None:
+        return None
+    accelerator, reason = service.spec.accelerator, Reason.UNSUPPORTED_ACCELERATOR
+    if accelerator.device == "cpu":
+        if (accelerator.cores or 1) <= view.largest_cores:
+            return None
+        text = f"no node has {accelerator.cores} cores; the largest has {view.largest_cores}: lower spec.accelerator.cores"
+        return Condition(names.ACCEPTED, "False", reason, text)
+    if any(product == accelerator.product for product, _, _ in view.products):
+        return None
+    there = ", ".join(f"{name} ({gpus} GPUs on {nodes} nodes)" for name, nodes, gpus in view.products)
+    have = f"this cluster has {there}" if there else "no node of this cluster carries the label nvidia.com/gpu.product"
+    text = f"no node has GPU product {accelerator.product}; {have}: change spec.accelerator.product or add a node"
+    return Condition(names.ACCEPTED, "False", reason, text)
+
+
+def _refused(view: View) -> Condition | None:
+    if not view.refusals:
+        return None
+    return Condition(names.ACCEPTED, "False", view.refusals[0][0], "; ".join(text for _, text in view.refusals))
+
+
+def _valid(view: View) -> Condition:
+    return Condition(names.ACCEPTED, "True", Reason.VALID, "the manifest is valid, and a GPU or CPU of its kind is in the cluster")
+
+
+# Profiled
+
+
+def _waits_for(kind: str, earlier: str) -> Condition:
+    return Condition(kind, "Unknown", Reason.NOT_YET_KNOWN, f"waits for {earlier}")
+
+
+def _not_accepted(kind: str) -> Check:
+    def check(view: View) -> Condition | None:
+        return _waits_for(kind, names.ACCEPTED) if first(view, ACCEPTED).status != "True" else None
+
+    return check
+
+
+def _no_profile(view: View) -> Condition | None:
+    if view.verdict.profile is not None:
+        return None
+    service, name = view.verdict.service, view.verdict.profile_name
+    if service is not None and service.spec.profile_ref is not None:
+        text = f"BatchProfile {name} of spec.profileRef does not exist: create it, or leave profileRef out"
+    else:
+        text = f"BatchProfile {name} is being created"
+    return Condition(names.PROFILED, "False", Reason.WAITING, text)
+
+
+def _measured(view: View) -> Condition | None:
+    profile = view.verdict.profile
+    if profile is None or not view.verdict.complete:
+        return None
+    complete = find(_conditions(profile), names.COMPLETE) or {}
+    reason = complete.get("reason", Reason.COMPLETED)
+    if reason == Reason.COMPLETED and not _waited(view):
+        reason = Reason.CACHE_HIT
+    return Condition(names.PROFILED, "True", reason, f"BatchProfile {view.verdict.profile_name}: {complete.get('message', '')}")
+
+
+def _waited(view: View) -> bool:
+    """Whether this service saw its profile unfinished before, and so caused or awaited the measurement."""
+    was = view.obj.get("status") or {}
+    same = (was.get("profile") or {}).get("name") == view.verdict.profile_name
+    before = find(was.get("conditions") or (), names.PROFILED)
+    return same and before is not None and before.get("reason") != Reason.CACHE_HIT
+
+
+def _failed(view: View) -> Condition | None:
+    failure = failure_of(view.verdict.profile) if view.verdict.profile is not None else None
+    if failure is None:
+        return None
+    text = f"BatchProfile {view.verdict.profile_name}: {failure.get('message', '')}"
+    return Condition(names.PROFILED, "False", failure.get("reason", Reason.JOB_FAILED), text)
+
+
+def _measuring(view: View) -> Condition:
+    profile = view.verdict.profile
+    progressing = (find(_conditions(profile), names.PROGRESSING) if profile is not None else None) or {}
+    reason = progressing.get("reason") if progressing.get("reason") in WAITING_REASONS else Reason.MEASURING
+    text = progressing.get("message") or "waits for its first look"
+    return Condition(names.PROFILED, "False", str(reason), f"BatchProfile {view.verdict.profile_name}: {text}")
+
+
+# Recommended
+
+
+def _not_profiled(view: View) -> Condition | None:
+    return None if view.verdict.complete else _waits_for(names.RECOMMENDED, names.PROFILED)
+
+
+def _undecidable(view: View) -> Condition | None:
+    text = view.verdict.unreadable
+    return Condition(names.RECOMMENDED, "False", Reason.INVALID_SPEC, text) if text else None
+
+
+def _infeasible(view: View) -> Condition | None:
+    decision = view.verdict.decision
+    if decision is None or decision.failure is None:
+        return None
+    return Condition(names.RECOMMENDED, "False", decision.failure.value, decision.message)
+
+
+def _recommended(view: View) -> Condition:
+    decision = view.verdict.decision
+    if decision is None:
+        return _waits_for(names.RECOMMENDED, names.PROFILED)
+    return Condition(names.RECOMMENDED, "True", decision.basis.value, " ".join((decision.message, *decision.notes)))
+
+
+# Packed
+
+
+def _nothing_to_pack(view: View) -> Condition | None:
+    return None if first(view, RECOMMENDED).status == "True" else _waits_for(names.PACKED, names.RECOMMENDED)
+
+
+def _unknown_memory(view: View) -> Condition | None:
+    if view.verdict.shape is not None:
+        return None
+    text = (
+        f"BatchProfile {view.verdict.profile_name} holds no memory ledger, so nobody can tell how many replicas share a GPU: "
+        "measure it (set spec.profiling.rerun), or import a profile with `memory`"
+    )
+    return Condition(names.PACKED, "False", Reason.SHARING_UNAVAILABLE, text)
+
+
+def _unapproved(view: View) -> Condition | None:
+    if view.approved:
+        return None
+    decision = view.verdict.decision
+    text = (
+        f"batch {decision.batch if decision else '?'} with {view.verdict.per_device} replicas per GPU is recommended; "
+        "set spec.autoApply to true to apply it"
+    )
+    return Condition(names.PACKED, "False", Reason.AWAITING_APPROVAL, text)
+
+
+def _too_few_gpus(view: View) -> Condition | None:
+    short = view.shortfall
+    if short is None:
+        return None
+    missing = short.wanted - short.placed
+    device = "cores" if short.device == "cpu" else f"{short.product} GPUs"
+    text = (
+        f"{missing} of {short.wanted} replicas have no place: they need {short.packs_needed * short.units_per_pack} more {device} "
+        f"({view.verdict.per_device} replicas to a pack of {short.units_per_pack}); of {short.total} that this service may use "
+        f"{short.free} are free"
+    )
+    if short.kept:
+        text += f"; {short.kept} replicas stay where they are until then"
+    text += ". Add a node, free a GPU, or lower spec.replicas"
+    return Condition(names.PACKED, "False", Reason.INSUFFICIENT_GPUS, text)
+
+
+def _unplaced(view: View) -> Condition | None:
+    shape = view.verdict.shape
+    current = sum(
+        each.replicas
+        for pack in view.packs
+        for each in pack.spec.assignments
+        if each.uid == view.uid and shape_of(each) == shape
+    )
+    if current == view.wanted == view.assigned:
+        return None
+    text = f"{current} of {view.wanted} replicas are placed with this recommendation; the placement pass goes on"
+    return Condition(names.PACKED, "Unknown", Reason.NOT_YET_KNOWN, text)
+
+
+def _not_held(view: View) -> Condition | None:
+    for pack in view.packs:
+        held = _pack_condition(pack, names.HELD)
+        if held is None or held.status == "Unknown":
+            text = f"pack {pack.metadata.name}: {held.message if held else 'waits for its first look'}"
+            return Condition(names.PACKED, "Unknown", Reason.NOT_YET_KNOWN, text)
+        if held.status == "False":
+            reason = Reason.INSUFFICIENT_GPUS if held.reason == Reason.UNSCHEDULABLE else Reason.SHARING_UNAVAILABLE
+            return Condition(names.PACKED, "False", reason, f"pack {pack.metadata.name}: {held.message}")
+    return None
+
+
+def _not_shared(view: View) -> Condition | None:
+    for pack in view.packs:
+        shared = _pack_condition(pack, names.SHARING_READY)
+        if shared is not None and shared.status == "False":
+            text = f"pack {pack.metadata.name}: {shared.reason}: {shared.message}"
+            return Condition(names.PACKED, "False", Reason.SHARING_UNAVAILABLE, text)
+    return None
+
+
+def _packed(view: View) -> Condition:
+    packs = len(view.packs)
+    text = f"{view.assigned} replicas on {packs} packs"
+    if view.packs:
+        text += " (" + ", ".join(f"{pack.metadata.name}: {assigned_to(pack, view.uid)}" for pack in view.packs) + ")"
+    if view.verdict.per_device == 1:
+        return Condition(names.PACKED, "True", Reason.EXCLUSIVE_NO_GAIN, f"{text}; one replica on each is the best")
+    return Condition(names.PACKED, "True", Reason.PLACED, text)
+
+
+# Available
+
+
+def _enough_serve(view: View) -> Condition | None:
+    # With more than one replica a roll-out, or a crash, may take one away.
+    least = view.wanted - 1 if view.wanted > 1 else view.wanted
+    if view.verdict.service is None:
+        least = max(1, view.assigned - 1)
+    if view.ready < least:
+        return None
+    text = f"{view.ready} of {view.wanted or view.assigned} replicas serve"
+    return Condition(names.AVAILABLE, "True", Reason.MINIMUM_REPLICAS_READY, text)
+
+
+def _too_few_serve(view: View) -> Condition:
+    text = f"{view.ready} of {view.wanted} replicas serve"
+    causes = [
+        f"pack {pack.metadata.name}: {found.reason}: {found.message}"
+        for pack in view.packs
+        if (found := _pack_condition(pack, names.REPLICAS_READY)) and found.status == "False"
+    ]
+    return Condition(names.AVAILABLE, "False", Reason.TOO_FEW_REPLICAS, "; ".join([text, *causes[:3]]))
+
+
+ACCEPTED: tuple[Check, ...] = (_unreadable, _refused, _unsupported, _valid)
+PROFILED: tuple[Check, ...] = (_not_accepted(names.PROFILED), _no_profile, _measured, _failed, _measuring)
+RECOMMENDED: tuple[Check, ...] = (
+    _not_accepted(names.RECOMMENDED),
+    _not_profiled,
+    _undecidable,
+    _infeasible,
+    _recommended,
+)
+PACKED: tuple[Check, ...] = (
+    _nothing_to_pack,
+    _unknown_memory,
+    _unapproved,
+    _too_few_gpus,
+    _unplaced,
+    _not_held,
+    _not_shared,
+    _packed,
+)
+AVAILABLE: tuple[Check, ...] = (_enough_serve, _too_few_serve)
+GATES = (ACCEPTED, PROFILED, RECOMMENDED, PACKED, AVAILABLE)
+
+
+def _realised(view: View) -> Condition:
+    """The last gate of Ready: this generation, all replicas, nothing left over."""
+    if view.ready == view.existing == len(view.pods) == view.wanted and all(_settled(pack) for pack in view.packs):
+        return Condition(names.READY, "True", Reason.FULLY_REALISED, f"{view.ready} replicas serve this manifest")
+    causes = [
+        f"pack {pack.metadata.name}: {found.message}"
+        for pack in view.packs
+        if (found := _pack_condition(pack, names.REPLICAS_READY)) and found.status != "True"
+    ]
+    text = "; ".join([f"{view.ready} of {view.wanted} replicas serve, {len(view.pods)} exist", *causes[:3]])
+    return Condition(names.READY, "False", Reason.PROGRESSING, text)
+
+
+def _settled(pack: GPUPack) -> bool:
+    ready = _pack_condition(pack, names.REPLICAS_READY)
+    return pack.status.observed_generation == pack.metadata.generation and ready is not None and ready.status == "True"
+
+
+def _kstatus(summary: Condition) -> tuple[list[Condition], list[str]]:
+    """Reconciling and Stalled, each present only while True; and those that are to be absent."""
+    if summary.status == "True":
+        return [], [names.RECONCILING, names.STALLED]
+    if summary.status == "False" and summary.reason in _STALLING:
+        return [Condition(names.STALLED, "True", summary.reason, summary.message)], [names.RECONCILING]
+    return [Condition(names.RECONCILING, "True", Reason.PROGRESSING, summary.message)], [names.STALLED]
+
+
+def _fields(view: View, gates: Sequence[Condition], summary: Condition) -> dict[str, Any]:
+    service, verdict = view.verdict.service, view.verdict
+    accepted = gates[0].status == "True"
+    was = view.obj.get("status") or {}
+    made = LLMServiceStatus(
+        observed_generation=view.generation,
+        phase=_phase(view, gates, summary),
+        replicas=view.existing,
+        ready_replicas=view.ready,
+        selector=service_manifests.selector_text(service) if service else was.get("selector"),
+        profile=ProfileStatus(name=verdict.profile_name, key=verdict.key.hash)
+        if verdict.profile_name and verdict.key
+        else None,
+        packs=[_pack(pack, view.uid) for pack in view.packs],
+        url=service_manifests.url(service) if service and accepted else was.get("url"),
+        gpus=_gpus(view),
+    ).to_dict()
+    recommendation = _recommendation(view)
+    return made | ({"recommendation": recommendation} if recommendation else {})
+
+
+def _recommendation(view: View) -> dict[str, Any] | None:
+    """What the advisor decided; while a new profile is measured, what the replicas still run with."""
+    decision, name = view.verdict.decision, view.verdict.profile_name
+    if decision is None:
+        kept = (view.obj.get("status") or {}).get("recommendation")
+        return dict(kept) if kept and view.assigned else None
+    if not decision.feasible or decision.batch is None or name is None:
+        return None
+    return Recommendation(
+        batch=decision.batch,
+        kv_cache=_bytes(decision.kv_cache),
+        memory_per_replica=_bytes(decision.memory_per_replica),
+        replicas_per_gpu=decision.replicas or 1,
+        expected_gain=None if decision.expected_gain is None else f"{decision.expected_gain:.2f}",
+        basis=decision.basis.value,
+        binding_limit=decision.binding_limit.value,
+        profile=name,
+    ).to_dict()
+
+
+def _bytes(amount: int | None) -> str | None:
+    return None if amount is None else units.format_quantity(amount)
+
+
+def _pack(pack: GPUPack, uid: str) -> PackStatus:
+    mine = {each.service for each in pack.spec.assignments if each.uid == uid}
+    return PackStatus(
+        name=pack.metadata.name,
+        node=pack.status.node,
+        gpu=pack.status.gpu.uuid if pack.status.gpu else None,
+        replicas=assigned_to(pack, uid),
+        ready=sum(each.ready for each in pack.status.replicas if each.service in mine),
+    )
+
+
+def _gpus(view: View) -> GPUCount | None:
+    """GPUs held, and those that one replica on each would have taken beyond them; none for CPUs."""
+    service = view.verdict.service
+    if service is not None and service.spec.accelerator.device == "cpu":
+        return None
+    return GPUCount(used=len(view.packs), saved=max(0, view.assigned - len(view.packs)))
+
+
+def _phase(view: View, gates: Iterable[Condition], summary: Condition) -> str:
+    if summary.status == "True":
+        return "Ready" if view.wanted else "Idle"
+    failing = next((gate for gate in gates if gate.status != "True"), summary)
+    if failing.type == names.PROFILED and failing.reason in _STALLING:
+        return "Failed"
+    if failing.reason == Reason.AWAITING_APPROVAL:
+        return "AwaitingApproval"
+    if failing.type == names.RECOMMENDED and failing.status == "Unknown":
+        return "Profiling"
+    if view.wanted and view.ready and failing.type in (names.AVAILABLE, names.READY):
+        return "Updating"
+    return _PHASES.get(failing.type, "Progressing")
+
+
+def _pack_condition(pack: GPUPack, kind: str) -> Any:
+    return next((each for each in pack.status.conditions if each.type == kind), None)
+
+
+def _conditions(obj: Object) -> list[Any]:
+    return (obj.get("status") or {}).get("conditions") or []

@@ -1,0 +1,28 @@
+"""`tightship node prepare`: the pack's directory, made for the user that daemon and replicas run as (MPS demands one user)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# The shared memory is like /dev/shm, whose place it takes.
+_MODES = {"": 0o755, "mps": 0o755, "mps/pipe": 0o755, "mps/log": 0o755, "shm": 0o1777}
+
+
+def prepare(directory: Path, uid: int) -> None:
+    """Make what is missing and give all of it to `uid`.
+
+    Raises:
+        OSError: not allowed; this runs as root.
+    """
+    for name, mode in _MODES.items():
+        path = directory / name
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(mode)
+        os.chown(path, uid, -1)
+    # An earlier holder of this pack may have had another GPU: nobody must read its identity as this one's.
+    (directory / "gpu.json").unlink(missing_ok=True)
+    # Left by an earlier container of another user, they could not be opened.
+    for name in ("holder.lock", "start.lock"):
+        if (directory / name).exists():
+            os.chown(directory / name, uid, -1)

@@ -1,0 +1,395 @@
+"""The holder pod: identity, daemon and lock, what is published, with real processes, locks and signals."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_nvidia import Fakes
+
+from tightship.node import control, daemon, gpu, prepare, watch
+from tightship.node.lock import HolderLock
+
+UID = "0a1b2c3d-1111-2222-3333-444455556666"
+HASH = "0123456789abcdef0123456789abcdef"
+
+
+def eventually(holds: Callable[[], object], timeout: float = 15) -> None:
+    give_up = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < give_up, "it did not come true"
+        time.sleep(0.02)
+
+
+def is_held(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+# Identity
+
+
+def test_identity_is_what_nvidia_smi_says_in_the_node_labels_words(fakes: Fakes) -> None:
+    assert gpu.identify({}) == gpu.GPU("GPU-1", "NVIDIA-H100-80GB-HBM3", 81559 << 20, "550.54.15")
+
+
+def test_of_several_visible_gpus_the_one_that_was_given_counts(fakes: Fakes) -> None:
+    fakes.show(smi="GPU-1, A, 1, 2\nGPU-2, B, 3, 4\n")
+    assert gpu.identify({"NVIDIA_VISIBLE_DEVICES": "GPU-2"}).product == "B"
+    with pytest.raises(gpu.GPUError, match="0 GPUs are this container's"):
+        gpu.identify({})
+
+
+@pytest.mark.parametrize(
+    ("smi", "words"), [(None, "No devices were found"), ("garbage", "printed 'garbage'"), ("", "0 GPUs")]
+)
+def test_no_gpu_is_named(fakes: Fakes, smi: str | None, words: str) -> None:
+    fakes.show(smi=smi)
+    with pytest.raises(gpu.GPUError, match=words):
+        gpu.identify({})
+
+
+def test_a_missing_nvidia_smi_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(gpu.GPUError, match="container toolkit"):
+        gpu.identify({})
+
+
+# What the daemon says
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({"down": True}, control.Health("DOWN")),
+        ({}, control.Health("IDLE")),
+        ({"servers": [44]}, control.Health("ACTIVE", 44)),
+        ({"servers": [44], "clients": [9, 7, 9]}, control.Health("ACTIVE", 44, (7, 9))),
+        ({"servers": [44, 45], "faulty": [45], "clients": [7]}, control.Health("FAULT", 45, (7,))),
+    ],
+)
+def test_health(fakes: Fakes, state: dict[str, Any], expected: control.Health) -> None:
+    fakes.show(**state)
+    assert control.health() == expected
+
+
+def test_without_the_program_mps_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert control.health().state == "DOWN"
+
+
+# From a PID to a pod
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "uid"),
+    [
+        (f"0::/kubepods/burstable/pod{UID}/abc\n", UID),
+        (f"0::/kubepods.slice/kubepods-pod{UID.replace('-', '_')}.slice/cri-containerd-ff.scope\n", UID),
+        (f"12:cpu:/kubepods/pod{UID}/abc\n11:memory:/kubepods/pod{UID}/abc\n", UID),
+        (f"0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{HASH}.slice/cri-o-ff.scope\n", HASH),
+        (f"0::/../../kubepods-burstable-pod{UID.replace('-', '_')}.slice/docker-ff.scope\n", UID),
+        ("0::/system.slice/ssh.service\n", None),
+        ("0::/kubepods/podman/abc\n", None),
+        (f"0::/kubepods/pod{HASH}ab/abc\n", None),
+        ("", None),
+    ],
+)
+def test_the_pod_is_read_from_the_cgroup(tmp_path: Path, cgroup: str, uid: str | None) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "cgroup").write_text(cgroup)
+    assert watch.pod_uid(7, tmp_path) == uid
+
+
+def test_a_process_that_has_ended_is_in_no_pod(tmp_path: Path) -> None:
+    assert watch.pod_uid(7, tmp_path) is None
+
+
+# What is published
+
+
+def test_observation(fakes: Fakes, tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "cgroup").write_text(f"0::/kubepods/pod{UID}/x")
+    fakes.show(servers=[44], clients=[7, 8])
+    seen = watch.observe(tmp_path, tmp_path)
+    assert list(seen) == [watch.ANNOTATION_MPS]
+    assert json.loads(seen[watch.ANNOTATION_MPS]) == {
+        "state": "ACTIVE",
+        "server": 44,
+        "clients": [{"pid": 7, "podUID": UID}, {"pid": 8, "podUID": None}],
+    }
+
+    gpu.write(tmp_path / "gpu.json", gpu.GPU("GPU-1", "H100", 5, "550"))
+    assert json.loads(watch.observe(tmp_path, tmp_path)[watch.ANNOTATION_GPU])["uuid"] == "GPU-1"
+    assert stat.S_IMODE((tmp_path / "gpu.json").stat().st_mode) == 0o644
+
+
+def test_only_changes_are_written_and_a_failed_write_is_tried_again() -> None:
+    looks = iter([{"a": "1"}, {"a": "1"}, {"a": "1", "b": "1"}, {"a": "2", "b": "1"}, {"a": "2", "b": "1"}])
+    written: list[Mapping[str, str]] = []
+    watcher = watch.Watcher(look=lambda: {}, write=lambda changed: None, interval=0.001, slowest=0.002)
+
+    def look() -> dict[str, str]:
+        seen = next(looks, None)
+        if seen is None:
+            watcher.stopped.set()
+            return {}
+        return seen
+
+    def write(changed: Mapping[str, str]) -> None:
+        written.append(changed)
+        if len(written) == 1:
+            raise httpx.ConnectError("not yet")
+
+    watcher.look, watcher.write = look, write
+    watcher.run()
+    assert written == [{"a": "1"}, {"a": "1"}, {"b": "1"}, {"a": "2"}]
+
+
+def make_pod(
+    tmp_path: Path, answer: Callable[[httpx.Request], httpx.Response], host: str = "10.96.0.1"
+) -> watch.OwnPod:
+    (tmp_path / "token").write_text("secret\n")
+    env = {
+        "KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": "6443", "TIGHTSHIP_TOKEN_FILE": str(tmp_path / "token"),
+        "TIGHTSHIP_POD_NAMESPACE": "tightship-system", "TIGHTSHIP_POD_NAME": "holder-x",
+    }  # fmt: skip
+    return watch.OwnPod(env, httpx.MockTransport(answer))
+
+
+@pytest.mark.parametrize(("host", "authority"), [("10.96.0.1", "10.96.0.1:6443"), ("fd00::1", "[fd00::1]:6443")])
+def test_annotations_go_to_the_own_pod_by_merge_patch(tmp_path: Path, host: str, authority: str) -> None:
+    requests: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        requests.append(request)
+        return httpx.Response(200)
+
+    make_pod(tmp_path, answer, host).annotate({"a": "1"})
+
+    (request,) = requests
+    assert str(request.url) == f"https://{authority}/api/v1/namespaces/tightship-system/pods/holder-x"
+    assert request.method == "PATCH"
+    assert request.headers["content-type"] == "application/merge-patch+json"
+    assert request.headers["authorization"] == "Bearer secret"
+    assert json.loads(request.content) == {"metadata": {"annotations": {"a": "1"}}}
+
+
+def test_a_refused_patch_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(httpx.HTTPStatusError):
+        make_pod(tmp_path, lambda request: httpx.Response(403)).annotate({"a": "1"})
+
+
+def test_the_watch_command_ends_on_sigterm(fakes: Fakes, tmp_path: Path) -> None:
+    env = {
+        **os.environ, "KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1", "TIGHTSHIP_POD_NAME": "p",
+        "TIGHTSHIP_POD_NAMESPACE": "n", "TIGHTSHIP_TOKEN_FILE": str(tmp_path / "none"),
+    }  # fmt: skip
+    process = start("watch", tmp_path, env, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    assert "publishing failed" in process.stderr.readline()
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+# Preparation
+
+
+def test_preparation_gives_everything_to_the_user_and_forgets_an_old_gpu(tmp_path: Path) -> None:
+    directory = tmp_path / "pack"
+    for _ in range(2):
+        prepare.prepare(directory, os.getuid())
+        (directory / "gpu.json").touch()
+        (directory / "holder.lock").touch()
+    prepare.prepare(directory, os.getuid())
+
+    assert {path.name for path in directory.iterdir()} == {"mps", "shm", "holder.lock"}
+    assert {path.name for path in (directory / "mps").iterdir()} == {"pipe", "log"}
+    assert stat.S_IMODE((directory / "shm").stat().st_mode) == 0o1777
+    assert all(path.stat().st_uid == os.getuid() for path in directory.rglob("*"))
+
+
+def test_preparation_without_the_right_to_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = start("prepare", tmp_path / "file" / "pack", dict(os.environ), "--uid", "1", stderr=subprocess.PIPE)
+    assert done.wait(10) == 1
+    assert done.stderr is not None
+    assert "can't be prepared for user 1" in done.stderr.read()
+
+
+# The daemon and the lock
+
+
+def start(
+    command: str, directory: Path, env: dict[str, str], *more: str, stderr: int | None = None
+) -> subprocess.Popen[str]:
+    code = "import sys; from tightship.__main__ import main; sys.exit(main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "node", command, "--dir", str(directory), *more], env=env, stderr=stderr, text=True
+    )
+
+
+class Running:
+    """A `tightship node mps` process on a pack's directory."""
+
+    def __init__(self, fakes: Fakes) -> None:
+        self.fakes = fakes
+        self.pack = fakes.folder / "pack"
+        prepare.prepare(self.pack, os.getuid())
+        self.lock = self.pack / "holder.lock"
+        self.message = fakes.folder / "message"
+        self.env = {
+            **os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(self.pack / "mps/pipe"), "TIGHTSHIP_PACK_UID": "pack-uid",
+            "TIGHTSHIP_TERMINATION_MESSAGE": str(self.message),
+        }  # fmt: skip
+        self.process = start("mps", self.pack, self.env)
+
+    def holds(self) -> bool:
+        return self.lock.exists() and is_held(self.lock) and bool(self.fakes.events("daemon"))
+
+
+@pytest.fixture
+def running(fakes: Fakes) -> Iterator[Running]:
+    made = Running(fakes)
+    yield made
+    fakes.show(deaf=False, crash=True)
+    made.process.kill()
+    made.process.wait()
+    for event in fakes.events("daemon"):
+        eventually(lambda pid=event["pid"]: not Path(f"/proc/{pid}").exists() or is_zombie(pid))
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+
+
+def test_it_holds_the_lock_while_the_daemon_lives_and_stops_it_when_asked(running: Running, fakes: Fakes) -> None:
+    eventually(running.holds)
+    assert json.loads(running.lock.read_text()) == {"pack": "pack-uid", "gpu": "GPU-1"}
+    assert json.loads((running.pack / "gpu.json").read_text())["product"] == "NVIDIA-H100-80GB-HBM3"
+    assert fakes.events("daemon")[0]["visible"] == "GPU-1"
+
+    running.process.terminate()
+    assert running.process.wait(20) == 0
+    assert fakes.events("quit")
+    assert not fakes.events("term")
+    assert not is_held(running.lock)
+
+
+def test_it_waits_for_the_clients_before_the_daemon_goes(running: Running, fakes: Fakes) -> None:
+    eventually(running.holds)
+    fakes.show(servers=[44], clients=[7])
+    running.process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.process.wait(2.5)
+    assert running.holds()
+    assert not fakes.events("quit")
+
+    fakes.show(clients=[])
+    assert running.process.wait(20) == 0
+
+
+def test_a_daemon_that_dies_ends_the_container_and_the_lock(running: Running, fakes: Fakes) -> None:
+    eventually(running.holds)
+    os.kill(fakes.events("daemon")[0]["pid"], signal.SIGKILL)
+    assert running.process.wait(20) == 1
+    assert "ended by itself with signal 9" in running.message.read_text()
+    assert not is_held(running.lock)
+
+
+def test_a_killed_holder_takes_the_daemon_along(running: Running, fakes: Fakes) -> None:
+    eventually(running.holds)
+    running.process.kill()
+    eventually(lambda: fakes.events("term"))
+    assert not is_held(running.lock)
+
+
+def test_a_second_holder_waits_for_the_first(running: Running, fakes: Fakes) -> None:
+    eventually(running.holds)
+    second = start("mps", running.pack, running.env)
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(1.5)
+    assert len(fakes.events("daemon")) == 1
+    second.terminate()
+    assert second.wait(10) == 0
+    assert running.holds()
+
+
+def test_no_gpu_ends_the_container_in_words(fakes: Fakes) -> None:
+    fakes.show(smi=None)
+    running = Running(fakes)
+    assert running.process.wait(20) == 1
+    assert "No devices were found" in running.message.read_text()
+    assert not running.lock.exists()
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_clients_that_stay_lose_the_lock_and_then_the_daemon(fakes: Fakes, deaf: bool) -> None:
+    """In this process, with short patience: what takes two minutes in a pod."""
+    directory = fakes.folder / "pack"
+    prepare.prepare(directory, os.getuid())
+    fakes.show(servers=[44], clients=[7], deaf=deaf)
+    pace = daemon.Pace(tick=0.02, clients=0.02, leave=0.3, fenced=0.3, quit=0.5)
+    holder = daemon.Holder(directory, dict(os.environ), pace)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    lock_seen_free_under_a_live_daemon = threading.Event()
+
+    def act() -> None:
+        eventually(lambda: fakes.events("daemon"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        eventually(lambda: not is_held(directory / "holder.lock"))
+        if not fakes.events("quit") and not fakes.events("term"):
+            lock_seen_free_under_a_live_daemon.set()
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    try:
+        assert holder.run() == 0
+    finally:
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert lock_seen_free_under_a_live_daemon.is_set()
+    assert fakes.events("term" if deaf else "quit")
+
+
+def test_what_a_killed_daemon_left_is_removed_before_a_new_one(running: Running, fakes: Fakes) -> None:
+    eventually(running.holds)
+    (running.pack / "mps/pipe/control").touch()
+    running.process.kill()
+    running.process.wait()
+    eventually(lambda: fakes.events("term"))
+    second = start("mps", running.pack, running.env)
+    eventually(lambda: not (running.pack / "mps/pipe/control").exists())
+    second.terminate()
+    assert second.wait(20) == 0
+
+
+def test_the_lock_is_exclusive(tmp_path: Path) -> None:
+    first, second = HolderLock(tmp_path / "lock"), HolderLock(tmp_path / "lock")
+    assert first.try_acquire("a")
+    assert not second.try_acquire("b")
+    assert (tmp_path / "lock").read_text() == "a"
+    first.release()
+    assert second.try_acquire("b")
+    second.release()

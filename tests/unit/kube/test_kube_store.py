@@ -1,0 +1,108 @@
+"""The watch cache: newest wins, the dead stay dead, and look-ups by label."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tightship.api.v1alpha1 import labels
+from tightship.kube.store import Store
+
+
+def make_pod(name: str, version: int, uid: str = "", namespace: str = "a", **carried: str) -> dict[str, Any]:
+    return {
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "uid": uid or name,
+            "resourceVersion": str(version),
+            "labels": {f"tightship.dev/{key}": value for key, value in carried.items()},
+        },
+    }
+
+
+def names(objects: list[Any]) -> list[str]:
+    return [obj["metadata"]["name"] for obj in objects]
+
+
+def test_an_older_version_that_arrives_late_changes_nothing() -> None:
+    store = Store()
+    assert store.observe(make_pod("p", 10, pack="new"))
+    assert not store.observe(make_pod("p", 9, pack="old"))
+    assert not store.observe(make_pod("p", 10, pack="same"))
+    assert names(store.list("Pod", label=(labels.PACK, "new"))) == ["p"]
+    assert store.list("Pod", label=(labels.PACK, "old")) == []
+
+
+def test_versions_are_numbers_not_texts() -> None:
+    store = Store()
+    store.observe(make_pod("p", 9))
+    assert store.observe(make_pod("p", 10))
+
+
+def test_a_deleted_object_does_not_come_back_by_a_late_answer() -> None:
+    store = Store()
+    pod = make_pod("p", 5)
+    store.observe(pod)
+    assert store.forget(make_pod("p", 7))
+    assert not store.observe(make_pod("p", 6))
+    assert store.get("Pod", "a", "p") is None
+
+
+def test_an_object_of_the_same_name_outlives_the_news_of_its_predecessors_end() -> None:
+    store = Store()
+    store.observe(make_pod("p", 5, uid="one"))
+    store.observe(make_pod("p", 9, uid="two"))
+    assert not store.forget(make_pod("p", 7, uid="one"))
+    found = store.get("Pod", "a", "p")
+    assert found is not None
+    assert found["metadata"]["uid"] == "two"
+
+
+@pytest.mark.parametrize(
+    ("namespace", "label", "expected"),
+    [
+        (None, None, ["p", "q", "p"]),
+        ("a", None, ["p", "q"]),
+        (None, (labels.PACK, "x"), ["p", "p"]),
+        ("b", (labels.PACK, "x"), ["p"]),
+        (None, ("other", "x"), []),
+    ],
+)
+def test_listing(namespace: str | None, label: tuple[str, str] | None, expected: list[str]) -> None:
+    store = Store()
+    store.observe(make_pod("p", 1, uid="1", pack="x"))
+    store.observe(make_pod("q", 2, uid="2", pack="y"))
+    store.observe(make_pod("p", 3, uid="3", namespace="b", pack="x"))
+    assert names(store.list("Pod", namespace, label)) == expected
+
+
+def test_a_label_that_changes_moves_the_object_in_the_index() -> None:
+    store = Store()
+    store.observe(make_pod("p", 1, pack="x"))
+    store.observe(make_pod("p", 2, pack="y"))
+    assert store.list("Pod", label=(labels.PACK, "x")) == []
+    assert names(store.list("Pod", label=(labels.PACK, "y"))) == ["p"]
+
+
+def test_a_listing_removes_what_it_lacks_but_not_what_was_written_after_it() -> None:
+    store = Store()
+    store.observe(make_pod("gone", 3))
+    store.observe(make_pod("kept", 4))
+    store.observe(make_pod("written-since", 12))
+    store.replace("Pod", [make_pod("kept", 8)], "10")
+    assert names(store.list("Pod")) == ["kept", "written-since"]
+
+
+def test_every_change_is_told_once_with_before_and_after() -> None:
+    told: list[tuple[Any, Any]] = []
+    version = lambda obj: obj and obj["metadata"]["resourceVersion"]  # noqa: E731
+    store = Store(lambda kind, before, after: told.append((version(before), version(after))))
+    store.observe(make_pod("p", 1))
+    store.observe(make_pod("p", 1))
+    store.observe(make_pod("p", 2))
+    store.forget(make_pod("p", 3))
+    store.forget(make_pod("p", 3))
+    assert told == [(None, "1"), ("1", "2"), ("2", None)]

@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "advise": ("tightship.advise", "decide batch and replicas from a BatchProfile manifest, without a cluster"),
     "inject": ("tightship.inject", "copy what runs in engine images into a directory (used by init containers)"),
     "node": ("tightship.node.main", "hold a GPU and run MPS on it (used by holder pods)"),
-    "sandbox": ("tightship.sandbox.main", "a cluster on this machine, to try and to test the operator"),
+    "sandbox": ("tightship.sandbox.cli", "a cluster on this machine, to try and to test the operator"),
 }
 """Command -> (module, one line of help)."""
 

@@ -27,7 +27,7 @@ def default_state() -> Path:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add `sandbox` to a command line; the chosen command is in `run` of the parsed arguments: `run(args) -> status`."""
+    """Add `sandbox` to a command line, whose arguments then go to `run`."""
     parser = subparsers.add_parser("sandbox", help="a cluster on this machine for trying Tightship out")
     add_commands(parser)
 
@@ -37,14 +37,21 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="sandbox_command", required=True, metavar="up|run|down")
     up = commands.add_parser("up", help="start a sandbox in the background")
     _options(up)
-    up.set_defaults(run=_up)
-    run = commands.add_parser("run", help="start a sandbox, run a command with KUBECONFIG set, end the sandbox")
-    _options(run)
-    run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the command and its arguments")
-    run.set_defaults(run=_run)
+    up.set_defaults(sandbox_run=_up)
+    foreground = commands.add_parser("run", help="start a sandbox, run a command with KUBECONFIG set, end the sandbox")
+    _options(foreground)
+    foreground.add_argument(
+        "argv", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="the command and its arguments"
+    )
+    foreground.set_defaults(sandbox_run=_run)
     down = commands.add_parser("down", help="end the sandbox")
     down.add_argument("--state", type=Path, default=default_state(), help="its directory (default: %(default)s)")
-    down.set_defaults(run=_down)
+    down.set_defaults(sandbox_run=_down)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the command that was parsed; returns the exit status."""
+    return int(args.sandbox_run(args))
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +111,7 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    command = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
     if not command:
         print("tightship sandbox run: name a command after --", file=sys.stderr)
         return 2
@@ -148,4 +155,4 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tightship sandbox", description="a cluster on this machine")
     add_commands(parser)
     args = parser.parse_args(argv)
-    return int(args.run(args))
+    return run(args)

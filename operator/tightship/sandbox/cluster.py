@@ -29,7 +29,6 @@ from tightship.sandbox.real import assets
 from tightship.sandbox.settings import PLANES, Settings
 from tightship.sandbox.supervisor import CONTROL_SOCKET
 
-START_LIMIT = 120.0
 _SOCKET_PATH_LIMIT = 80
 
 
@@ -238,6 +237,19 @@ class Sandbox:
         result = self.exec_in_namespace([sys.executable, "-c", script, url])
         if result.returncode:
             raise SandboxError(f"cannot kill {pod}/{container}: {result.stderr.strip()[-500:]}")
+
+    def kill_pod_processes(self, uid: str) -> None:
+        """SIGKILL every process of the pod with that UID, as a fault of its node would."""
+        mark = f"/pod{uid}/"
+        found = [
+            path.parent.name
+            for node in self._description["nodes"].values()
+            for path in Path(node, "proc").glob("*/cgroup")
+            if mark in path.read_text()
+        ]
+        if not found:
+            raise SandboxError(f"no process of a pod with UID {uid} runs")
+        self.exec_in_namespace(["kill", "-KILL", *found])
 
     def _control(self, method: str, path: str) -> int | None:
         connection = _UnixConnection(os.path.join(self._description["sockets"], CONTROL_SOCKET))

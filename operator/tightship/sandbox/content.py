@@ -41,9 +41,9 @@ async def wait_for_accounts(api: Api, namespaces: list[str], with_secret: bool) 
 
     Before Kubernetes 1.24 it also wants the account's token Secret (`with_secret`).
     """
-    for namespace in namespaces:
-        while not await _has_account(api, namespace, with_secret):
-            await asyncio.sleep(0.1)
+    waiting = list(namespaces)
+    while waiting := [name for name in waiting if not await _has_account(api, name, with_secret)]:
+        await asyncio.sleep(0.1)
 
 
 async def _has_account(api: Api, namespace: str, with_secret: bool) -> bool:

@@ -34,8 +34,9 @@ from tightship.sandbox.settings import Settings
 log = logging.getLogger("tightship.sandbox")
 
 API_SOCKET, GATEWAY_SOCKET, CONTROL_SOCKET, DEVICE_SOCKET = "api.sock", "gateway.sock", "control.sock", "devices.sock"
+OPERATOR_IMAGE = "tightship/operator:dev"
 SERVICE_ADDRESS = "10.96.0.1"
-START_LIMIT = 90.0
+START_LIMIT = 180.0
 NAMES = [
     "kubernetes.default.svc",
     "kubernetes",
@@ -168,7 +169,10 @@ class Inside:
         return Command("agent", [sys.executable, "-m", "tightship.sandbox.agent", str(path)], vital=False)
 
     def _operator_command(self, kubeconfig: Path) -> Command:
-        argv = [sys.executable, "-m", "tightship", "run", "--kubeconfig", str(kubeconfig)]
+        # Short lease times: one operator alone may take over from its killed self within seconds.
+        lease = ["--lease-duration=4", "--lease-renew-deadline=3", "--lease-retry=0.5"]
+        image = f"--image={OPERATOR_IMAGE}"
+        argv = [sys.executable, "-m", "tightship", "run", "--kubeconfig", str(kubeconfig), image, *lease]
         env = {"KUBECONFIG": str(kubeconfig), **self._settings.environment}
         return Command("operator", argv, env, vital=False, cores=self._other_cores())
 
@@ -268,13 +272,12 @@ class Outside:
         write_kubeconfig(
             path, f"{scheme}://127.0.0.1:{port}", plane["token"], Path(plane["ca"]) if plane["ca"] else None
         )
-        children = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
         description = {
             "kubeconfig": str(path),
             "server": f"{scheme}://127.0.0.1:{port}",
             "gateway": f"http://127.0.0.1:{services.sockets[0].getsockname()[1]}",
             "supervisor": os.getpid(),
-            "init": int(children[0]),
+            "init": _first_child(unshare),
             "sockets": self._settings.sockets,
             "nodes": {
                 self._settings.node_name(i): str(node_directory(self._state, self._settings.node_name(i)))
@@ -295,6 +298,11 @@ async def _end_of_input() -> None:
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     while await reader.read(4096):
         pass
+
+
+def _first_child(pid: int) -> int:
+    """The process that `unshare --fork` made: the first of the PID namespace."""
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
 async def _is_old(api: Api) -> bool:

@@ -11,13 +11,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tightship.sandbox.agent import env, logs, probes, rootfs
 from tightship.sandbox.agent.api import ApiError, Object
 from tightship.sandbox.agent.devices import Grant
-from tightship.sandbox.agent.events import now
+from tightship.sandbox.agent.events import Event, now
 from tightship.sandbox.agent.host import Host
 from tightship.sandbox.agent.netns import PodNetwork
 from tightship.sandbox.agent.runtime import ContainerSpec, Exit, Running, StartError
@@ -31,34 +32,33 @@ FALLBACK_LINES, FALLBACK_BYTES = 80, 2048
 IMAGE_DELAY = 1.0
 
 
-class Container:
-    """Runs one container of a pod. `changed` is called whenever `state` did."""
+@dataclass(frozen=True)
+class PodParts:
+    """What the containers of one pod have in common. `changed` is called whenever a container's state did."""
 
-    def __init__(
-        self,
-        host: Host,
-        pod: Callable[[], Object],
-        spec: Object,
-        state: ContainerState,
-        grant: Grant,
-        volumes: Volumes,
-        network: PodNetwork | None,
-        address: str,
-        directory: Path,
-        changed: Callable[[], None],
-        init: bool = False,
-    ) -> None:
-        self._host = host
-        self._pod = pod
+    host: Host
+    pod: Callable[[], Object]
+    volumes: Volumes
+    network: PodNetwork | None
+    address: str
+    changed: Callable[[], None]
+
+
+class Container:
+    """Runs one container of a pod; `state` says what it does."""
+
+    def __init__(self, parts: PodParts, spec: Object, state: ContainerState, grant: Grant, directory: Path) -> None:
+        self._host = parts.host
+        self._pod = parts.pod
         self.spec = spec
         self.state = state
         self._grant = grant
-        self._volumes = volumes
-        self._network = network
-        self._address = address
+        self._volumes = parts.volumes
+        self._network = parts.network
+        self._address = parts.address
         self._directory = directory
-        self._changed = changed
-        self._init = init
+        self._changed = parts.changed
+        self._init = spec in (parts.pod()["spec"].get("initContainers") or [])
         self._stopping = asyncio.Event()
         self.running: Running | None = None
         self.alive = asyncio.Event()
@@ -139,7 +139,8 @@ class Container:
     async def _resolve(self, image: ImageEnvironment) -> ContainerSpec:
         pod = self._pod()
         references = await self._references()
-        own = env.resolve(pod, self.spec, self._base(pod), lambda *key: references.get(key), self._host.allocatable)
+        scope = env.Scope(pod, self.spec, lambda *key: references.get(key), self._host.allocatable)
+        own = env.resolve(scope, self._base(pod))
         variables = image.merged(own)
         command = list(self.spec.get("command") or []) + list(self.spec.get("args") or [])
         directory = self._directory / f"run-{self.state.restarts}"
@@ -390,4 +391,5 @@ class Container:
     def _event(self, kind: str, reason: str, message: str) -> None:
         section = "initContainers" if self._init else "containers"
         about = {"kind": "Pod", "metadata": self._pod()["metadata"]}
-        self._host.recorder.emit(self._host.name, about, kind, reason, message, f"spec.{section}{{{self.state.name}}}")
+        field = f"spec.{section}{{{self.state.name}}}"
+        self._host.recorder.emit(Event(self._host.name, about, kind, reason, message, field))

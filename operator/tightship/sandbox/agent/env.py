@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tightship.sandbox.agent import quantity
@@ -74,23 +75,29 @@ def resource_value(pod: Object, container: Object, reference: Object, allocatabl
     return str(quantity.divide(value, str(reference.get("divisor") or "1")))
 
 
-def resolve(
-    pod: Object, container: Object, base: Mapping[str, str], lookup: Lookup, allocatable: Mapping[str, str]
-) -> dict[str, str]:
+@dataclass(frozen=True)
+class Scope:
+    """Where the references of a container point: its pod, itself, ConfigMaps and Secrets, what the node can give."""
+
+    pod: Object
+    container: Object
+    lookup: Lookup
+    allocatable: Mapping[str, str]
+
+
+def resolve(scope: Scope, base: Mapping[str, str]) -> dict[str, str]:
     """All variables of a container: `base`, then envFrom, then env in order.
 
     Raises:
         ConfigError: a ConfigMap, Secret or key that is not optional is missing.
     """
     values = dict(base)
-    for source in container.get("envFrom") or []:
-        kind, reference = (
-            ("configmap", source["configMapRef"]) if "configMapRef" in source else ("secret", source["secretRef"])
-        )
-        data = _data(lookup, kind, reference)
+    for source in scope.container.get("envFrom") or []:
+        kind = "configmap" if "configMapRef" in source else "secret"
+        data = _data(scope.lookup, kind, source["configMapRef" if kind == "configmap" else "secretRef"])
         values.update({str(source.get("prefix", "")) + key: value for key, value in data.items()})
-    for entry in container.get("env") or []:
-        value = _entry(pod, container, entry, values, lookup, allocatable)
+    for entry in scope.container.get("env") or []:
+        value = _entry(scope, entry, values)
         if value is not None:
             values[entry["name"]] = value
     return values
@@ -103,24 +110,17 @@ def _data(lookup: Lookup, kind: str, reference: Object) -> dict[str, str]:
     return data or {}
 
 
-def _entry(
-    pod: Object,
-    container: Object,
-    entry: Object,
-    values: Mapping[str, str],
-    lookup: Lookup,
-    allocatable: Mapping[str, str],
-) -> str | None:
+def _entry(scope: Scope, entry: Object, values: Mapping[str, str]) -> str | None:
     source = entry.get("valueFrom")
     if source is None:
         return expand(str(entry.get("value") or ""), values)
     if "fieldRef" in source:
-        return field_value(pod, source["fieldRef"]["fieldPath"])
+        return field_value(scope.pod, source["fieldRef"]["fieldPath"])
     if "resourceFieldRef" in source:
-        return resource_value(pod, container, source["resourceFieldRef"], allocatable)
+        return resource_value(scope.pod, scope.container, source["resourceFieldRef"], scope.allocatable)
     kind = "configmap" if "configMapKeyRef" in source else "secret"
     reference = source["configMapKeyRef" if kind == "configmap" else "secretKeyRef"]
-    data = _data(lookup, kind, reference)
+    data = _data(scope.lookup, kind, reference)
     if reference["key"] not in data:
         if reference.get("optional"):
             return None

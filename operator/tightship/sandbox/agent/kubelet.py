@@ -105,7 +105,9 @@ class Kubelet:
 async def _attach(socket: web.WebSocketResponse, running: Running, command: list[str]) -> None:
     """Run a command in a container with its streams on the channels of a WebSocket."""
     process = await running.open(command)
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
 
     async def send(channel: int, stream: asyncio.StreamReader) -> None:
         while data := await stream.read(2**15):

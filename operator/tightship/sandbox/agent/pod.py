@@ -16,10 +16,10 @@ import aiohttp
 
 from tightship.sandbox.agent import netns, status
 from tightship.sandbox.agent.api import ApiError, Object
-from tightship.sandbox.agent.container import Container
+from tightship.sandbox.agent.container import Container, PodParts
 from tightship.sandbox.agent.devices import Refused, qos_class
 from tightship.sandbox.agent.env import ConfigError
-from tightship.sandbox.agent.events import now
+from tightship.sandbox.agent.events import Event, now
 from tightship.sandbox.agent.host import Host
 from tightship.sandbox.agent.status import ContainerState, Terminated
 from tightship.sandbox.agent.volumes import VolumeError, Volumes
@@ -140,21 +140,11 @@ class PodWorker:
         self._tasks.append(asyncio.create_task(self._refresh(volumes)))
         inits = self.pod["spec"].get("initContainers") or []
         mains = self.pod["spec"]["containers"]
-        for is_init, specs, states in ((True, inits, self._inits), (False, mains, self._mains)):
-            for spec, state in zip(specs, states, strict=True):
-                self.containers[spec["name"]] = Container(
-                    self._host,
-                    lambda: self._seen(),
-                    spec,
-                    state,
-                    grants[spec["name"]],
-                    volumes,
-                    self._network,
-                    self.address,
-                    self.directory / "containers" / spec["name"],
-                    self._changed,
-                    init=is_init,
-                )
+        parts = PodParts(self._host, self._seen, volumes, self._network, self.address, self._changed)
+        for spec, state in zip([*inits, *mains], [*self._inits, *self._mains], strict=True):
+            name = spec["name"]
+            directory = self.directory / "containers" / name
+            self.containers[name] = Container(parts, spec, state, grants[name], directory)
         for spec, state in zip(inits, self._inits, strict=True):
             await self.containers[spec["name"]].run()
             if state.terminated is None or state.terminated.exit_code != 0:
@@ -267,9 +257,8 @@ class PodWorker:
         self._changed()
 
     def _event(self, kind: str, reason: str, message: str) -> None:
-        self._host.recorder.emit(
-            self._host.name, {"kind": "Pod", "metadata": self.pod["metadata"]}, kind, reason, message
-        )
+        about = {"kind": "Pod", "metadata": self.pod["metadata"]}
+        self._host.recorder.emit(Event(self._host.name, about, kind, reason, message))
 
     # -- status ---------------------------------------------------------------------------------------------------
 

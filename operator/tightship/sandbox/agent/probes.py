@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -54,9 +53,9 @@ class NetworkProber:
         url = f"{scheme}://{host}:{port_number(action['port'], container)}{path}"
         headers = {header["name"]: header["value"] for header in action.get("httpHeaders") or []}
         headers.setdefault("User-Agent", "kube-probe/sandbox")
-        context: ssl.SSLContext | bool = False if scheme == "https" else True
+        verified = scheme != "https"
         limit = aiohttp.ClientTimeout(total=timeout)
-        async with self.session.get(url, headers=headers, timeout=limit, ssl=context) as response:
+        async with self.session.get(url, headers=headers, timeout=limit, ssl=verified) as response:
             if 200 <= response.status < 400:
                 return None
             return f"HTTP probe failed with statuscode: {response.status}"

@@ -20,8 +20,7 @@ PERIOD = 0.3
 
 async def keep(directory: Path, workers: Mapping[str, PodWorker]) -> None:
     """Keep the files of one node below `directory` until cancelled."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    _clear(directory)
     known: dict[int, str] = {}
     while True:
         current = {
@@ -37,6 +36,11 @@ async def keep(directory: Path, workers: Mapping[str, PodWorker]) -> None:
                 _write(directory / str(pid), line)
         known = current
         await asyncio.sleep(PERIOD)
+
+
+def _clear(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
 
 
 def _line(worker: PodWorker, container: str) -> str:

@@ -165,9 +165,7 @@ class Volumes:
         place = volume["spec"].get("hostPath") or volume["spec"].get("local")
         if place is None:
             raise VolumeError(f"PersistentVolume {name}: the sandbox mounts hostPath and local volumes only")
-        if not os.path.isdir(place["path"]):
-            raise VolumeError(f"PersistentVolume {name}: {place['path']} is not a directory of this machine")
-        return Source(Path(place["path"]), bool(source.get("readOnly")))
+        return _machine_path(name, place["path"], bool(source.get("readOnly")))
 
     async def _projection(self, name: str, source: Object) -> dict[str, bytes]:
         if "configMap" in source:
@@ -232,6 +230,13 @@ class Volumes:
         token = str(answer["status"]["token"])
         self._tokens[volume, source["path"]] = (token, time.time() + 0.8 * seconds)
         return token
+
+
+def _machine_path(volume: str, path: str, read_only: bool) -> Source:
+    """The real directory that a PersistentVolume names."""
+    if not os.path.isdir(path):
+        raise VolumeError(f"PersistentVolume {volume}: {path} is not a directory of this machine")
+    return Source(Path(path), read_only)
 
 
 def _chosen(files: dict[str, bytes], source: Object, what: str) -> dict[str, bytes]:

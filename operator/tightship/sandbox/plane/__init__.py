@@ -4,6 +4,6 @@ Enough of Kubernetes for an operator and its users on one machine: unmodified ku
 against it. Everything is lost when it stops.
 """
 
-from tightship.sandbox.plane.plane import Plane
+from tightship.sandbox.plane.plane import Plane, Timing
 
-__all__ = ["Plane"]
+__all__ = ["Plane", "Timing"]

@@ -86,6 +86,10 @@ class Admission:
             raise invalid("Service", "", service["metadata"]["name"], [cause])
         spec["clusterIPs"] = [spec["clusterIP"]]
 
+    def first_address(self) -> str:
+        """The cluster IP that belongs to the API's own service."""
+        return str(next(iter(self.services.hosts())))
+
     def _used(self) -> set[str]:
         return {service["spec"].get("clusterIP", "") for service in self.store.all(("", "services"))}
 

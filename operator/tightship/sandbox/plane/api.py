@@ -98,12 +98,13 @@ class Api:
         """All objects of a kind, of one namespace when given."""
         return [self.present(resource, stored) for stored in self.store.all(resource.storage, namespace)]
 
-    def list(
+    def page(
         self,
         resource: Resource,
         namespace: str,
         labels: Callable[[Labels], bool],
         fields: Predicate,
+        *,
         limit: int = 0,
         token: str = "",
     ) -> Page:
@@ -205,7 +206,7 @@ class Api:
         return self._replace(resource, old, new, options)
 
     def patch(
-        self, resource: Resource, namespace: str, name: str, kind: str, body: Any, options: Options = SYSTEM
+        self, resource: Resource, namespace: str, name: str, kind: str, body: Any, *, options: Options = SYSTEM
     ) -> tuple[Obj, bool]:
         """Patches an object; ``kind`` is ``json``, ``merge``, ``strategic`` or ``apply``.
 

@@ -6,6 +6,7 @@ that mentions ``oldSelf`` is a transition rule: it runs on updates only, where a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ def _check(node: Node, value: Any, old: Any, path: str) -> Iterator[Cause]:
     for rule in node.raw.get("x-kubernetes-validations") or []:
         yield from _rule(rule, node, value, old, path)
     if isinstance(value, dict):
-        before = old if isinstance(old, dict) else {}
+        before: dict[str, Any] = old if isinstance(old, dict) else {}
         for name, item in value.items():
             if path or name not in ("metadata", "apiVersion", "kind"):
                 yield from _check(node.child(name), item, before.get(name), f"{path}.{name}" if path else name)
@@ -65,8 +66,8 @@ def _check(node: Node, value: Any, old: Any, path: str) -> Iterator[Cause]:
         items = old if isinstance(old, list) and node.list_type == "map" else []
         by_key = {element_of(node, item): item for item in items}
         for index, item in enumerate(value):
-            before = by_key.get(element_of(node, item)) if by_key else None
-            yield from _check(node.item(), item, before, f"{path}[{index}]")
+            counterpart = by_key.get(element_of(node, item)) if by_key else None
+            yield from _check(node.item(), item, counterpart, f"{path}[{index}]")
 
 
 def _rule(rule: dict[str, Any], node: Node, value: Any, old: Any, path: str) -> Iterator[Cause]:
@@ -83,8 +84,6 @@ def _rule(rule: dict[str, Any], node: Node, value: Any, old: Any, path: str) -> 
         return
     message = rule.get("message") or f"failed rule: {expression}"
     if rule.get("messageExpression"):
-        try:
+        with contextlib.suppress(celpy.CELEvalError):
             message = str(_evaluate(rule["messageExpression"], value, old))
-        except celpy.CELEvalError:
-            pass
     yield Cause(_REASONS.get(rule.get("reason", ""), "invalid"), where, message, shown)

@@ -7,7 +7,7 @@ Invariant: every refusal that leaves the plane is an ``ApiError``; its ``body`` 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 Obj = dict[str, Any]
 
@@ -108,7 +108,7 @@ class Cause:
     ``toomany``, ``type``.
     """
 
-    _REASONS = {
+    _REASONS: ClassVar[dict[str, tuple[str, str]]] = {
         "required": ("FieldValueRequired", "Required value"),
         "invalid": ("FieldValueInvalid", "Invalid value"),
         "unsupported": ("FieldValueNotSupported", "Unsupported value"),

@@ -140,10 +140,11 @@ def remove(node: Node, value: Any, paths: Paths, path: Path = ()) -> Any:
             if here in paths:
                 continue
             if any(other[: len(here)] == here for other in paths):
-                item = remove(node.child(name), item, paths, here)
-                if item is None:
-                    continue
-            out[name] = item
+                rest = remove(node.child(name), item, paths, here)
+                if rest is not None:
+                    out[name] = rest
+            else:
+                out[name] = item
         return out or None
     if isinstance(value, list) and node.granular:
         kept = []

@@ -130,4 +130,4 @@ def _compare(value: Any, operator: str, wanted: Any) -> bool:
         return bool(value != wanted)
     if isinstance(value, str) != isinstance(wanted, str):
         return False
-    return {"<": value < wanted, "<=": value <= wanted, ">": value > wanted, ">=": value >= wanted}[operator]
+    return bool({"<": value < wanted, "<=": value <= wanted, ">": value > wanted, ">=": value >= wanted}[operator])

@@ -12,7 +12,7 @@ import types
 import typing
 from typing import Any
 
-import kubernetes.client.models as models
+from kubernetes.client import models
 
 from tightship.sandbox.plane.errors import Obj
 from tightship.sandbox.plane.schema import reference

@@ -181,11 +181,11 @@ def _paths(resource: Resource) -> Obj:
     scoped = (
         f"{base}/namespaces/{{namespace}}/{resource.plural}" if resource.namespaced else f"{base}/{resource.plural}"
     )
-    parameters = [_in_path("namespace")] if resource.namespaced else []
+    parameters: list[Obj] = [_in_path("namespace")] if resource.namespaced else []
     creating = operation("create", "post", *_WRITE, body=("application/json",))
     if resource.virtual:
         return {scoped: {"parameters": parameters, "post": creating}}
-    listing = operation(
+    listing: Obj = operation(
         "list",
         "list",
         "continue",
@@ -196,13 +196,13 @@ def _paths(resource: Resource) -> Obj:
         "timeoutSeconds",
         "watch",
     )
-    collection = {
+    collection: Obj = {
         "parameters": parameters,
         "get": listing,
         "post": creating,
         "delete": operation("delete collection of", "deletecollection", "dryRun", "fieldSelector", "labelSelector"),
     }
-    item = {
+    item: Obj = {
         "parameters": [_in_path("name"), *parameters],
         "get": operation("read", "get"),
         "put": operation("replace", "put", *_WRITE, body=("application/json",)),

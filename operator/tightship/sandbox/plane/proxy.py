@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -163,10 +164,7 @@ class Proxy:
         down = web.WebSocketResponse(protocols=agreed, max_msg_size=0)
         await down.prepare(request)
 
-        async def copy(
-            source: aiohttp.ClientWebSocketResponse | web.WebSocketResponse,
-            sink: aiohttp.ClientWebSocketResponse | web.WebSocketResponse,
-        ) -> None:
+        async def copy(source: Any, sink: Any) -> None:
             async for message in source:
                 if message.type == aiohttp.WSMsgType.BINARY:
                     await sink.send_bytes(message.data)

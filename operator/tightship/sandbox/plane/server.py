@@ -226,7 +226,7 @@ class Server:
             return self._present(request, target.resource, self.api.update(*where, await _body(request), options))
         if method == "PATCH":
             kind, body = await self._patch_body(request, options)
-            changed, created = self.api.patch(*where, kind, body, options)
+            changed, created = self.api.patch(*where, kind, body, options=options)
             return self._present(request, target.resource, changed, 201 if created else 200)
         if method == "DELETE" and not target.subresource:
             return await self._delete(request, target)
@@ -273,13 +273,13 @@ class Server:
         if request.query.get("watch") in ("1", "true"):
             return await self._watch(request, target)
         resource, query = target.resource, request.query
-        page = self.api.list(
+        page = self.api.page(
             resource,
             target.namespace,
             parse_labels(query.get("labelSelector", "")),
             parse_fields(query.get("fieldSelector", ""), resource.kind, resource.selectable),
-            int(query.get("limit") or 0),
-            query.get("continue", ""),
+            limit=int(query.get("limit") or 0),
+            token=query.get("continue", ""),
         )
         meta: Obj = {"resourceVersion": page.version}
         if page.token:
@@ -354,7 +354,7 @@ class Server:
     async def _delete_collection(self, request: web.Request, target: _Target) -> web.Response:
         options = await self._delete_options(request)
         resource = target.resource
-        page = self.api.list(
+        page = self.api.page(
             resource,
             target.namespace,
             parse_labels(request.query.get("labelSelector", "")),
@@ -526,12 +526,7 @@ class _Watch:
     def begin(self) -> None:
         """Collects what is to be sent first, and subscribes. Raises ApiError 410."""
         storage = self.resource.storage
-        if self.version in ("", "0"):
-            for stored in self.api.store.all(storage, self.target.namespace):
-                self.queue.put_nowait(
-                    Change(int(stored["metadata"]["resourceVersion"]), "ADDED", storage, stored, None)
-                )
-        elif self.initial:
+        if self.version in ("", "0") or self.initial:
             for stored in self.api.store.all(storage, self.target.namespace):
                 self.queue.put_nowait(
                     Change(int(stored["metadata"]["resourceVersion"]), "ADDED", storage, stored, None)

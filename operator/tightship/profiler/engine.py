@@ -286,8 +286,9 @@ class ProcessEngine:
         return content if isinstance(content, dict) else {}
 
     def _logged_bytes(self) -> int | None:
+        """The cache's bytes from the log, which rounds to 0.01 GiB: the upper end, so that a replica's cache is not short of a block."""
         text = self._facts.get("kv_gib")
-        return int(float(text) * GIB) if text else None
+        return int((float(text) + 0.005) * GIB) if text else None
 
     async def _read_output(self) -> None:
         assert self._process.stdout is not None

@@ -79,8 +79,10 @@ class Reading:
     half_width: float
     itl: float
     """Mean inter-token latency, seconds."""
+    late: bool
+    """Whether the load ran late by more than a tenth of the time between tokens."""
     notes: tuple[str, ...]
-    """What a reader should know about it."""
+    """What else a reader should know about it."""
 
 
 @dataclass
@@ -234,7 +236,8 @@ class Meter:
             half_width=points.decimal(width),
             unresolved=points.unresolved(seconds / itl),
         )
-        return Reading(point, rate * self._factor, width, itl, tuple(_notes(batch, tally, recording, itl)))
+        late = (recording.lateness.quantile(0.95) or 0.0) > LATENESS * itl
+        return Reading(point, rate * self._factor, width, itl, late, tuple(_notes(batch, tally, recording, itl)))
 
 
 def _notes(batch: int, tally: _Tally, recording: Recording, itl: float) -> list[str]:

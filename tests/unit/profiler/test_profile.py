@@ -6,6 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
+
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.profiler.gpu import GIB
+from tightship.profiler.profile import Profiler, largest_batch, make_job
+from tightship.profiler.report import Away, Report
 from unit.profiler.fakes import (
     FakeDevice,
     FakeLauncher,
@@ -15,11 +20,6 @@ from unit.profiler.fakes import (
     in_virtual_time,
     make_profile,
 )
-
-from tightship.api.v1alpha1 import batchprofile as api
-from tightship.profiler.gpu import GIB
-from tightship.profiler.profile import Profiler, largest_batch, make_job
-from tightship.profiler.report import Away, Report
 
 
 class Run:
@@ -241,7 +241,7 @@ def test_stopping_in_the_middle_keeps_the_points_and_stops_the_engine() -> None:
             job, launcher=run.launcher, device=run.device, report=report, clock=clock, environ={"HF_HOME": "/nowhere"}
         )
         task = asyncio.get_running_loop().create_task(profiler.run())
-        while len(report.points) < 3:
+        while len(report.points) < 3:  # noqa: ASYNC110 (virtual time: it costs nothing)
             await asyncio.sleep(0.1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

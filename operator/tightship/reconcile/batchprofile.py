@@ -332,7 +332,7 @@ def _crowded(seen: Observed) -> Decision | None:
     if seen.busy < seen.slots:
         return None
     message = (
-        f"{seen.busy} profiling Jobs run, {seen.slots} may at the same time; this one starts when one of them ends"
+        f"{seen.busy} of {seen.slots} profiling Jobs are running; this one starts when one of them ends"
     )
     return Decision("waiting", Reason.WAITING, message)
 

@@ -6,8 +6,8 @@ import copy
 from typing import Any
 
 import pytest
-from fake_api import FakeApi, FakeClock
 
+from fake_api import FakeApi, FakeClock
 from tightship.api.v1alpha1 import labels
 from tightship.kube.cluster import Cluster, check_ours
 from tightship.kube.errors import (
@@ -113,7 +113,7 @@ async def test_after_a_restart_one_write_settles_the_doubt_and_changes_nothing(a
     ],
 )
 async def test_what_is_not_ours_is_never_applied_over(
-    cluster: Cluster, api: FakeApi, store: Store, owner: dict[str, Any] | None, words: str, watched: bool
+    api: FakeApi, store: Store, owner: dict[str, Any] | None, words: str, watched: bool
 ) -> None:
     foreign = make_service(7, owner)
     del foreign["metadata"]["labels"]
@@ -121,7 +121,7 @@ async def test_what_is_not_ours_is_never_applied_over(
     if watched:
         store.observe(theirs)
     with pytest.raises(NameConflict, match=words):
-        await cluster.apply(make_service())
+        await Cluster(api, store).apply(make_service())
     assert api.writes() == 0
     assert api.find("Service", "a", "opt") == theirs
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_api import FakeApi, FakeClock
 
+from fake_api import FakeApi, FakeClock
 from tightship.api.v1alpha1 import labels
 from tightship.kube.cluster import Cluster
 from tightship.kube.events import Events, turns

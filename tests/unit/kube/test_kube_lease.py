@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fake_api import FakeApi, FakeClock, settle
 
+from fake_api import FakeApi, FakeClock, settle
 from tightship.kube.cluster import Cluster
 from tightship.kube.kinds import Ref
 from tightship.kube.lease import Lease, LeaseLost, LeaseTimes

@@ -98,7 +98,10 @@ def test_a_listing_removes_what_it_lacks_but_not_what_was_written_after_it() -> 
 
 def test_every_change_is_told_once_with_before_and_after() -> None:
     told: list[tuple[Any, Any]] = []
-    version = lambda obj: obj and obj["metadata"]["resourceVersion"]  # noqa: E731
+
+    def version(obj: Any) -> Any:
+        return obj and obj["metadata"]["resourceVersion"]
+
     store = Store(lambda kind, before, after: told.append((version(before), version(after))))
     store.observe(make_pod("p", 1))
     store.observe(make_pod("p", 1))

@@ -8,10 +8,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from fake_api import FakeClock, settle
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fake_api import FakeClock, settle
 from tightship.kube.errors import Conflict, NamespaceTerminating, Unreachable
 from tightship.reconcile.queue import Closed, Key, Queue, Result, Workers
 
@@ -174,9 +174,11 @@ class StubContext:
         self.queue, self.clock = queue, clock
         self.outcomes: list[tuple[str, str]] = []
         self.metrics = self
+        self.reported = asyncio.Event()
 
     def reconciled(self, kind: str, outcome: str, seconds: float) -> None:
         self.outcomes.append((kind, outcome))
+        self.reported.set()
 
 
 def error(kind: type[Any]) -> Exception:
@@ -274,8 +276,7 @@ async def test_a_hung_reconcile_is_given_up_and_tried_again(queue: Queue, clock:
     context: Any = StubContext(queue, clock)
     workers = asyncio.create_task(Workers(context, {"LLMService": hangs}, timeout=0.01).run())
     queue.add(A)
-    while not context.outcomes:
-        await asyncio.sleep(0.005)
+    await context.reported.wait()
     assert context.outcomes == [("LLMService", "error")]
     await clock.advance(1)
     assert looks == 2

@@ -34,7 +34,9 @@ WARMUP_STEPS: Final = 10
 POLL_SECONDS: Final = 0.05
 SAMPLES_PER_WINDOW: Final = 4
 TOP_UPS: Final = 2
+TOP_UP_FROM: Final = 16  # below, one request more would be another batch
 SILENCE_SECONDS: Final = 3.0
+LATENESS: Final = 0.1
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _STUDENT: Final = (
@@ -207,7 +209,7 @@ class Meter:
         """Requests to put in flight besides, so that the engine runs `batch` of them; 0 when it does, queues or preempts."""
         running = _mean(tally.running)
         full = tally.last.preemptions > tally.first.preemptions or _mean(tally.waiting) > 0.02 * batch
-        if batch < 16 or full or running >= RUNNING_LEAST * batch or running <= 0:
+        if batch < TOP_UP_FROM or full or running >= RUNNING_LEAST * batch or running <= 0:
             return 0
         return max(1, min(math.ceil(batch - running), batch // 4))
 
@@ -244,13 +246,8 @@ def _notes(batch: int, tally: _Tally, recording: Recording, itl: float) -> list[
     """What is doubtful about a level, in words."""
     notes = []
     running = _mean(tally.running)
-    if running < RUNNING_LEAST * batch:
+    if running < RUNNING_LEAST * batch and batch >= TOP_UP_FROM:
         notes.append(f"batch {batch}: only {running:.1f} requests ran on average")
-    late = recording.lateness.quantile(0.95) or 0.0
-    if late > 0.1 * itl:
-        notes.append(
-            f"batch {batch}: the load ran {late * 1000:.1f} ms late (p95), more than a tenth of {itl * 1000:.1f} ms"
-        )
     counted = tally.last.itl_count - tally.first.itl_count
     if counted > 0:
         own = (tally.last.itl_sum - tally.first.itl_sum) / counted

@@ -115,6 +115,7 @@ class Profiler:
         self._budget = Budget(job.budget, report.gpu_seconds, clock)
         self._info = EngineInfo()
         self._notes: list[str] = []
+        self._late: list[int] = []
 
     async def run(self) -> api.Outcome:
         """Profile, and report an outcome.
@@ -153,7 +154,8 @@ class Profiler:
                 f"not one batch was measured within the budget of {self._job.budget:.0f} s ({ended.reason}): raise profiling.budget",
             )
         cut = await self._confirm_in_time(curve)
-        said = [ended.reason, *([cut] if cut else []), *self._notes]
+        late = f"the load ran late at batch {', '.join(map(str, self._late))}: latencies there are upper bounds"
+        said = [ended.reason, *([cut] if cut else []), *self._notes, *([late] if self._late else [])]
         state: Literal["BudgetExceeded", "Completed"] = "BudgetExceeded" if ended.exceeded or cut else "Completed"
         return self._outcome(state, state, "; ".join(said))
 
@@ -188,7 +190,7 @@ class Profiler:
         try:
             while True:
                 curve = self._curve()
-                step = next_batch(curve.points if curve else [], top)
+                step = next_batch(curve.points if curve else [], top, self._half_widths())
                 if step.batch is None:
                     return _Ended(step.reason)
                 if self._budget.for_sweep < meter.least_seconds(step.batch):
@@ -211,6 +213,7 @@ class Profiler:
         point = reading.point
         self._report.points[point.batch] = point
         self._notes += reading.notes
+        self._late += [point.batch] if reading.late else []
         self._progress("Sweeping", point.batch, f"batch {point.batch}: {reading.throughput:.0f} tokens/s")
         log.info(
             "batch %d: T %.1f tokens/s +- %.1f %%, ITL %.2f ms, %s running, %s preemptions, window %s",
@@ -308,6 +311,9 @@ class Profiler:
 
     def _curve(self) -> Curve | None:
         return points.curve(self._report.points.values())
+
+    def _half_widths(self) -> dict[int, float]:
+        return {batch: float(point.half_width or 0) for batch, point in self._report.points.items()}
 
     def _describe(self, info: EngineInfo) -> None:
         self._info = info

@@ -34,6 +34,9 @@ from .gpu import Gpu, Memory, OutOfMemoryError
 DRIVER_VERSION = "580.105.08"
 # What the driver keeps for itself on an idle GPU, so that "free" is never quite "total".
 DRIVER_RESERVED = 500 * 2**20
+# Work is queued this long before it is ready, so that a timer that fires a millisecond late can't leave the GPU idle or
+# change the order. Requests come with their host part ahead, which is longer than that.
+LOOKAHEAD = 0.002
 _DRIVER = "driver"
 _UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -222,7 +225,7 @@ class Connection(asyncio.Protocol):
         return {"free": memory.free, "total": memory.total}
 
     def _run(self, message: Message) -> None:
-        """Queue at the moment the work is ready, not before: others may be ready earlier and ask later."""
+        """Queue just before the work is ready, not when it is asked for: others may be ready earlier and ask later."""
         slot = self._bound()
         ready, mean = float(message["ready"]), float(message["gpu"]) * self._devices.time_scale
         share = float(message.get("memory", 0.0))
@@ -233,10 +236,10 @@ class Connection(asyncio.Protocol):
                 self._pending.discard(timer)
             self.send({"end": slot.gpu.serve(ready, mean, share)})
 
-        if ready <= self._loop.time():
+        if ready - LOOKAHEAD <= self._loop.time():
             serve()
         else:
-            timer = self._loop.call_at(ready, serve)
+            timer = self._loop.call_at(ready - LOOKAHEAD, serve)
             self._pending.add(timer)
 
     def _mps(self, message: Message) -> dict[str, Any]:

@@ -108,7 +108,9 @@ class Gpu:
         self._random = random.Random(self.seed)
         self._free_at = 0.0
         self._busy = 0.0
-        # (start, end, share of the interval in which memory was busy) of recent services, oldest first.
+        # Recent idle intervals (start, end), oldest first.
+        self._idle: deque[tuple[float, float]] = deque()
+        # (start, end, share of the interval in which memory was busy) of recent services, about oldest first.
         self._recent: deque[tuple[float, float, float]] = deque()
 
     @property
@@ -119,16 +121,22 @@ class Gpu:
     def serve(self, ready: float, mean: float, memory_share: float = 0.0) -> float:
         """Queue one GPU part that is ready at `ready` and takes `mean` seconds on average; return when it ends.
 
-        Requests must come in the order in which they become ready; a request that comes late is queued where it comes.
+        Requests should come in the order in which they become ready. One that comes late, behind others that were
+        ready after it, can't be put before them any more, but gets what time they left idle since it was ready: on a
+        busy machine messages are late, and the GPU must not be slower for it.
         `memory_share` is the part of its time in which memory is busy.
         """
-        start = max(ready, self._free_at)
         service = self._random.expovariate(1.0 / mean) if mean > 0 else 0.0
-        self._free_at = start + service
         self._busy += service
-        self._recent.append((start, self._free_at, memory_share))
         self._forget(ready - 2 * UTILIZATION_WINDOW)
-        return self._free_at
+        end, left = self._backfill(ready, service, memory_share) if ready < self._free_at else (ready, service)
+        if left > 0:
+            if ready > self._free_at:
+                self._idle.append((self._free_at, ready))
+            start = max(ready, self._free_at)
+            self._free_at = end = start + left
+            self._recent.append((start, end, memory_share))
+        return end
 
     def utilization(self, now: float, window: float = UTILIZATION_WINDOW) -> Utilization:
         """Return the shares of the last `window` seconds before `now`."""
@@ -139,6 +147,26 @@ class Gpu:
             memory += overlap * share
         return Utilization(gpu=busy / window, memory=memory / window)
 
+    def _backfill(self, ready: float, service: float, memory_share: float) -> tuple[float, float]:
+        """Use idle time since `ready`; return when the last of it ended, and the seconds of service still to do."""
+        end, left = ready, service
+        if not self._idle or self._idle[-1][1] <= ready:
+            return end, left
+        idle: deque[tuple[float, float]] = deque()
+        for start, stop in self._idle:
+            begin = max(start, ready)
+            used = min(left, stop - begin)
+            if used <= 0:
+                idle.append((start, stop))
+                continue
+            end, left = begin + used, left - used
+            self._recent.append((begin, end, memory_share))
+            idle.extend(piece for piece in ((start, begin), (end, stop)) if piece[0] < piece[1])
+        self._idle = idle
+        return end, left
+
     def _forget(self, before: float) -> None:
+        while self._idle and self._idle[0][1] < before:
+            self._idle.popleft()
         while self._recent and self._recent[0][1] < before:
             self._recent.popleft()

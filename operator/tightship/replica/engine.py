@@ -101,7 +101,8 @@ class Engine:
         for pump in self._pumps:
             pump.join(timeout=1)
         lines = [line for line in self._lines if line.strip()]
-        errors = list(dict.fromkeys(match.group() for line in lines if (match := _ERROR_LINE.search(line))))
+        serious = (line for line in lines if "WARNING" not in line)
+        errors = list(dict.fromkeys(match.group() for line in serious if (match := _ERROR_LINE.search(line))))
         causes = "\n".join(errors[:3])[: limit // 2]
         end = "\n".join(lines)[-(limit - len(causes) - 1) :] if lines else ""
         return f"{causes}\n{end}".strip() or "it printed nothing"

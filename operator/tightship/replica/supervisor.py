@@ -154,13 +154,18 @@ class Supervisor:
             self._pause(self._pace.memory_retry)
 
     def _engine_environment(self) -> dict[str, str]:
-        """The pod's environment; on a CPU the engine is bound to the cores this process may use, unless bound already.
+        """The pod's environment; on a CPU with what vLLM's back end there would else decide by itself.
 
-        Unbound, vLLM's CPU back end takes cores by its own rule, the same ones in every replica of a node.
+        Unbound, it takes cores by its own rule, the same ones in every replica of a node; so it is bound to the cores this
+        process may use, unless the pod binds it already. And it lets VLLM_CPU_KVCACHE_SPACE override the size on the
+        command line, which is the ledger's.
         """
         env = dict(self._env)
-        if not self._settings.cuda and not env.get("VLLM_CPU_OMP_THREADS_BIND"):
-            env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+        if not self._settings.cuda:
+            if not env.get("VLLM_CPU_OMP_THREADS_BIND"):
+                env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+            if option(self._command, "--kv-cache-memory-bytes") is not None:
+                env.pop("VLLM_CPU_KVCACHE_SPACE", None)
         return env
 
     def _wait_until_healthy(self, engine: Engine) -> None:

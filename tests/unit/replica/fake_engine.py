@@ -15,6 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--gpu-memory-utilization", default=None)
+    parser.add_argument("--kv-cache-memory-bytes", default=None)
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--healthy-after", type=float, default=0)
     parser.add_argument("--in-flight", type=Path)
@@ -27,10 +28,13 @@ def main() -> None:
         with args.journal.open("a") as journal:
             journal.write(json.dumps({"event": event, "pid": os.getpid(), "at": time.monotonic(), **more}) + "\n")
 
-    note("start", share=args.gpu_memory_utilization, bind=os.environ.get("VLLM_CPU_OMP_THREADS_BIND"))
+    environ = os.environ
+    bind, space = environ.get("VLLM_CPU_OMP_THREADS_BIND"), environ.get("VLLM_CPU_KVCACHE_SPACE")
+    note("start", share=args.gpu_memory_utilization, bind=bind, space=space)
     if args.child:
         note("child", child=subprocess.Popen(["sleep", "300"]).pid)
     if args.fail:
+        print("(EngineCore pid=7) WARNING 01-01 utils.py: OSError: too many open files", flush=True)
         print("ValueError: Free memory on device (3/80 GiB) is less than desired", flush=True)
         print("Traceback of something else", file=sys.stderr, flush=True)
         if args.fail == "kill":

@@ -256,7 +256,7 @@ def test_an_engine_that_ends_by_itself_leaves_its_last_words(pack: Pack, fail: s
     assert replica.ends() == status
     assert replica.message.startswith(f"EngineFailed: the engine ended with {'signal' if fail == 'kill' else 'status'}")
     assert words in replica.message
-    assert "ValueError: Free memory on device (3/80 GiB)" in replica.message
+    assert replica.message.splitlines()[1].startswith("ValueError: Free memory on device (3/80 GiB)")
     assert "Traceback of something else" in replica.message
 
 
@@ -335,6 +335,13 @@ def test_on_a_cpu_there_is_no_holder_and_the_engine_is_bound_to_its_cores(pack: 
     assert pack.events("start")[0]["share"] is None
     replica.process.terminate()
     assert replica.ends() == 0
+
+
+def test_the_ledgers_kv_cache_is_not_overridden_by_the_environment(pack: Pack) -> None:
+    """VLLM_CPU_KVCACHE_SPACE would win over the command line (vLLM's platforms/cpu.py)."""
+    pack.start("--kv-cache-memory-bytes", "1000", device="cpu", VLLM_CPU_KVCACHE_SPACE="4")
+    eventually(lambda: pack.events("start"))
+    assert pack.events("start")[0]["space"] is None
 
 
 def test_a_binding_given_by_the_user_stays(pack: Pack) -> None:

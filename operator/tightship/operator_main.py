@@ -17,7 +17,7 @@ import random
 import signal
 import socket
 import uuid
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -339,35 +339,35 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "run",
         help="run the operator",
-        description="Runs the operator until SIGTERM or SIGINT. Every option can also be set by the environment variable "
-        "in brackets.",
+        description="Runs the operator until SIGTERM or SIGINT. Each option can also be set by the environment variable in "
+        "brackets. Exit status: 0 after a clean stop, 1 when the lease or the watches were lost, 2 when it can't start.",
     )
 
-    def option(flag: str, text: str, default: Any, **extra: Any) -> None:
+    def option(flag: str, text: str, default: Any, read: Callable[[str], Any] = str, metavar: str = "TEXT") -> None:
         variable = "TIGHTSHIP_" + flag.removeprefix("--").replace("-", "_").upper()
-        value = os.environ.get(variable)
-        shown = "" if default in (None, "") else f"; default {default}"
-        parser.add_argument(
-            flag, default=default if value is None else value, help=f"{text} [{variable}{shown}]", **extra
-        )
+        shown = f"; default {default}" if default else ""
+        # argparse passes a default that is a text through `read`, so the environment is checked like the command line.
+        given = os.environ.get(variable) or default
+        parser.add_argument(flag, default=given, help=f"{text} [{variable}{shown}]", type=read, metavar=metavar)
 
-    option("--kubeconfig", "kubeconfig file; without it the pod's service account, $KUBECONFIG or ~/.kube/config", None)
+    switch, levels, styles = _one_of("true", "false"), _one_of(*LEVELS), _one_of("json", "plain")
+    option("--kubeconfig", "kubeconfig; without it the pod's service account, or $KUBECONFIG, or ~/.kube/config", None)
     option("--context", "context of the kubeconfig", None)
     option("--namespace", "the operator's own namespace: its lease, and the holder pods", _own_namespace())
     option("--image", "image of the operator, for init containers and holder pods", "tightship:latest")
     option("--image-pull-policy", "pull policy of that image: Always, IfNotPresent or Never", "")
-    option("--resync", "seconds between two unprovoked looks at every object", 300.0, type=_positive)
-    option("--max-concurrent-profiles", "profiling Jobs at the same time, in the whole cluster", 1, type=_count)
-    option("--workers", "objects looked at at the same time", 4, type=_count)
-    option("--leader-elect", "hold a Lease before doing anything: true or false", "true", choices=("true", "false"))
+    option("--resync", "time between two unprovoked looks at every object", 300.0, _positive, "SECONDS")
+    option("--max-concurrent-profiles", "profiling Jobs at the same time, in the whole cluster", 1, _count, "N")
+    option("--workers", "objects looked at at the same time", 4, _count, "N")
+    option("--leader-elect", "hold a Lease before doing anything: true or false", "true", switch, "BOOL")
     option("--lease-name", "name of the Lease", "tightship-operator")
-    option("--lease-duration", "seconds for which an unrenewed lease holds", 15.0, type=_positive)
-    option("--lease-renew-deadline", "seconds after which a leader that can't renew gives up", 10.0, type=_positive)
-    option("--lease-retry", "seconds between two attempts at the lease", 2.0, type=_positive)
+    option("--lease-duration", "how long an unrenewed lease holds", 15.0, _positive, "SECONDS")
+    option("--lease-renew-deadline", "when a leader that can't renew gives up", 10.0, _positive, "SECONDS")
+    option("--lease-retry", "time between two attempts at the lease", 2.0, _positive, "SECONDS")
     option("--telemetry-host", "address of /healthz, /readyz and /metrics", "0.0.0.0")
-    option("--telemetry-port", "port of them; 0 takes a free one", 8080, type=int)
-    option("--log-level", "debug, info, warning or error", "info", choices=LEVELS)
-    option("--log-format", "json or plain", "plain", choices=("json", "plain"))
+    option("--telemetry-port", "their port; 0 takes a free one", 8080, int, "PORT")
+    option("--log-level", "debug, info, warning or error", "info", levels, "LEVEL")
+    option("--log-format", "json or plain", "plain", styles, "FORMAT")
 
 
 def options(args: argparse.Namespace) -> Options:
@@ -402,8 +402,9 @@ def run(args: argparse.Namespace) -> int:
 async def _run(args: argparse.Namespace) -> int:
     stop = asyncio.Event()
     _stop_on_signals(stop)
+    chosen = options(args)
     configuration = await load_configuration(args.kubeconfig, args.context)
-    return await Operator(configuration, options(args)).run(stop)
+    return await Operator(configuration, chosen).run(stop)
 
 
 def _own_namespace() -> str:
@@ -411,6 +412,15 @@ def _own_namespace() -> str:
     with contextlib.suppress(OSError), open("/var/run/secrets/kubernetes.io/serviceaccount/namespace") as file:
         return file.read().strip()
     return "tightship-system"
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+        return text
+
+    return read
 
 
 def _positive(text: str) -> float:

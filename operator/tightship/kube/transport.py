@@ -23,6 +23,8 @@ from kubernetes.aio.config.incluster_config import load_incluster_config
 
 from tightship.kube.errors import NoCluster, Unreachable
 
+_ADVICE = "Pass --kubeconfig, set KUBECONFIG, or run in a pod with a service account."
+
 
 async def load_configuration(kubeconfig: str | None = None, context: str | None = None) -> Configuration:
     """How to reach the cluster.
@@ -39,13 +41,12 @@ async def load_configuration(kubeconfig: str | None = None, context: str | None 
             raise NoCluster(f"this looks like a pod, but its service account can't be used: {error}") from error
         return configuration
     chosen = path or str(Path.home() / ".kube" / "config")
+    if not any(Path(each).is_file() for each in chosen.split(os.pathsep)):
+        raise NoCluster(f"no cluster to talk to: there is no kubeconfig {chosen}. {_ADVICE}")
     try:
         await load_kube_config(config_file=chosen, context=context, client_configuration=configuration)
     except (ConfigException, OSError) as error:
-        raise NoCluster(
-            f"no cluster to talk to: kubeconfig {chosen} can't be used ({error}). "
-            f"Pass --kubeconfig, set KUBECONFIG, or run in a pod with a service account."
-        ) from error
+        raise NoCluster(f"no cluster to talk to: kubeconfig {chosen} can't be used: {error}. {_ADVICE}") from error
     return configuration
 
 

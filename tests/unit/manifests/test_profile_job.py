@@ -17,7 +17,7 @@ IMAGE = OperatorImage("registry.example/tightship:1", "IfNotPresent")
 CUDA = AcceleratorSpec(device="cuda", product="NVIDIA-H100-80GB-HBM3")
 CPU = AcceleratorSpec(device="cpu", cores=4, cores_per_replica=2, memory="8Gi")
 
-TEMPLATE = {
+TEMPLATE: dict[str, Any] = {
     "metadata": {"labels": {"team": "a", labels.PROFILE: "forged"}, "annotations": {"note": "x"}},
     "spec": {
         "nodeSelector": {"zone": "z1"},

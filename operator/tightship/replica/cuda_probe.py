@@ -1,6 +1,7 @@
 """Which GPU this process sees, as one line of JSON: `python3 -m tightship.replica.cuda_probe`.
 
-`{"uuid": "GPU-...", "name": "...", "total": bytes, "free": bytes, "mps": bool}`, `uuid` null when the driver shows no GPU.
+`{"uuid": "GPU-...", "name": "...", "total": bytes, "free": bytes, "mps": bool}`, `uuid` null when the driver shows no GPU, `mps` null
+when the driver is too old to say.
 The driver library is asked itself, in a process of its own, so that the figures are those the engine will get (under the same
 MPS server and limits) and no context stays behind. Meanings and numbers of the calls: CUDA driver API, cuda.h.
 """
@@ -53,7 +54,8 @@ def probe(driver: Any) -> dict[str, object]:
     _call(driver, "cuDeviceGet", ctypes.byref(device), 0)
     _call(driver, "cuDeviceGetUuid", ctypes.byref(identity), device)
     _call(driver, "cuDeviceGetName", name, len(name), device)
-    _call(driver, "cuDeviceGetAttribute", ctypes.byref(mps), _ATTRIBUTE_MPS_ENABLED, device)
+    # Drivers before CUDA 12 don't know the attribute.
+    known = driver.cuDeviceGetAttribute(ctypes.byref(mps), _ATTRIBUTE_MPS_ENABLED, device) == 0
     _call(driver, "cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
     _call(driver, "cuCtxSetCurrent", context)
     _call(driver, "cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
@@ -62,7 +64,7 @@ def probe(driver: Any) -> dict[str, object]:
         "name": name.value.decode(errors="replace"),
         "total": total.value,
         "free": free.value,
-        "mps": bool(mps.value),
+        "mps": bool(mps.value) if known else None,
     }
 
 

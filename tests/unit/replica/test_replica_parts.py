@@ -115,6 +115,11 @@ def test_the_probe_tells_identity_and_memory() -> None:
     }
 
 
+def test_a_driver_too_old_to_know_about_mps_still_tells_the_rest() -> None:
+    seen = cuda_probe.probe(FakeDriver(failing={"cuDeviceGetAttribute": 1}))
+    assert (seen["mps"], seen["total"]) == (None, 7)
+
+
 @pytest.mark.parametrize("driver", [FakeDriver(devices=0), FakeDriver(failing={"cuInit": 100})])
 def test_no_device_is_an_answer(driver: FakeDriver) -> None:
     assert cuda_probe.probe(driver)["uuid"] is None

@@ -42,7 +42,10 @@ async def wait_for_accounts(api: Api, namespaces: list[str], with_secret: bool) 
     Before Kubernetes 1.24 it also wants the account's token Secret (`with_secret`).
     """
     waiting = list(namespaces)
-    while waiting := [name for name in waiting if not await _has_account(api, name, with_secret)]:
+    while True:
+        waiting = [name for name in waiting if not await _has_account(api, name, with_secret)]
+        if not waiting:
+            return
         await asyncio.sleep(0.1)
 
 

@@ -189,6 +189,8 @@ class ProcessRuntime:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 limit=logs.LINE_LIMIT,
+                # a signal to the agent's process group must not take the shim before it has cleaned up
+                start_new_session=True,
                 pass_fds=[writing] if netns is None else [writing, netns],
             )
         finally:

@@ -77,7 +77,7 @@ def check_pipe(settings: Settings) -> None:
 
 
 def check_gpu(settings: Settings, gpu: Gpu) -> None:
-    """Refuse a GPU that isn't there or isn't the pack's.
+    """Refuse a GPU that isn't there, isn't the pack's, or isn't shared.
 
     Raises:
         RefusalError: with the cause.
@@ -92,6 +92,12 @@ def check_gpu(settings: Settings, gpu: Gpu) -> None:
     if settings.gpu_uuid is not None and gpu.uuid.lower() != settings.gpu_uuid.lower():
         raise RefusalError(
             Reason.GPU_MISMATCH, f"the container sees {gpu.uuid} ({gpu.name}), the pack holds {settings.gpu_uuid}"
+        )
+    if settings.mps_pipe is not None and gpu.mps is False:
+        raise RefusalError(
+            Reason.MPS_NOT_ATTACHED,
+            f"the driver shares no contexts of {gpu.uuid} through MPS although a daemon's pipe is at {settings.mps_pipe}: "
+            "replica and daemon must run as one user",
         )
 
 

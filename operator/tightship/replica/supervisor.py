@@ -143,7 +143,7 @@ class Supervisor:
         while True:
             gpu = preflight.run_probe(settings.probe)
             preflight.check_gpu(settings, gpu)
-            say(f"{gpu.name} {gpu.uuid}: {gpu.free} of {gpu.total} bytes free{_mps_words(gpu)}")
+            say(f"{gpu.name} {gpu.uuid}: {gpu.free} of {gpu.total} bytes free")
             if settings.memory_bytes is None or option(self._command, "--gpu-memory-utilization") is not None:
                 return []
             try:
@@ -263,11 +263,6 @@ class Supervisor:
         in_flight = engine.requests_in_flight() if timeout else None
         if in_flight:
             say(f"{in_flight} requests are still in flight after {timeout:g} s and will be cut off")
-
-
-def _mps_words(gpu: preflight.Gpu) -> str:
-    """What the driver says of MPS; for the log, since the proof is the engine's PID among the daemon's clients."""
-    return "" if gpu.mps is None else ", contexts go through MPS" if gpu.mps else ", contexts do NOT go through MPS"
 
 
 def _signal_name(number: int) -> str:

@@ -89,12 +89,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
         yield Cluster(sandbox, helm)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def installed(cluster: Cluster) -> Iterator[Cluster]:
     cluster.install()
     cluster.wait_available(1)
     yield cluster
-    cluster.sandbox.kubectl("delete", "llm", "--all", "-n", "default", "--wait", check=False)
     cluster.uninstall()
 
 
@@ -136,8 +135,8 @@ def test_install_upgrade_uninstall_and_install_again(cluster: Cluster) -> None:
 def test_a_service_goes_all_the_way_under_the_chart_s_own_grants(installed: Cluster) -> None:
     """Measured, packed, scaled and deleted by the chart's operator, which is refused nothing on the way."""
     sandbox = installed.sandbox
-    apply(sandbox, make_service(profiling__budget="20s", replicas=2))
-    wait_ready(sandbox, "opt", 2, seconds=180)
+    apply(sandbox, make_service(replicas=2))
+    wait_ready(sandbox, "opt", 2, seconds=240)
     sandbox.kubectl("scale", "llm/opt", "--replicas=1")
     wait_ready(sandbox, "opt", 1)
     sandbox.kubectl("delete", "llm/opt")

@@ -51,6 +51,7 @@ STARTS_IN_A_ROW = 48  # of one GPU: as many as MPS takes clients; a bound that s
 PROBE_PERIOD = 5
 MEMORY_VARIABLE = "TIGHTSHIP_MEMORY_BYTES"
 ANNOTATION_TEMPLATE = f"{labels.GROUP}/template"
+ANNOTATION_GENERATION = f"{labels.GROUP}/service-generation"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def statefulset(setup: Setup, replicas: int) -> dict[str, Any]:
     """The StatefulSet that runs `replicas` replicas (at most what is assigned).
 
     The annotation `tightship.dev/template` fingerprints the pod template without the operator's image, so that an upgrade of the operator
-    alone can be told from a change that concerns the replicas.
+    alone can be told from a change that concerns the replicas; `tightship.dev/service-generation` says which manifest was taken up.
     """
     service, pack = setup.service, setup.pack
     template = _pod_template(setup)
@@ -103,7 +104,10 @@ def statefulset(setup: Setup, replicas: int) -> dict[str, Any]:
             service.metadata.namespace,
             _labels(setup),
             service,
-            {ANNOTATION_TEMPLATE: _fingerprint(template)},
+            {
+                ANNOTATION_TEMPLATE: _fingerprint(template),
+                ANNOTATION_GENERATION: str(service.metadata.generation or 0),
+            },
         ),
         "spec": {
             "serviceName": service.metadata.name,

@@ -13,6 +13,7 @@ theirs); nothing is deleted but pods and StatefulSets of this pack, and the pack
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.batchprofile import BatchProfile, ProfileEngine
@@ -134,7 +135,7 @@ async def _run_service(ctx: Context, view: View, assignment: Assignment) -> list
     if live is not None and _same_but_for_us(desired, live):
         # An upgrade of the operator restarts no replica: what it injects stays as it is.
         kept = OperatorImage(replica_manifests.inject_image(live) or setup.image.name, ctx.settings.image_pull_policy)
-        desired = replica_manifests.statefulset(replica_manifests.Setup(**{**vars(setup), "image": kept}), assignment.replicas)
+        desired = replica_manifests.statefulset(replace(setup, image=kept), assignment.replicas)
     step = rollout.step(
         assignment.replicas,
         None if live is None else int(live["spec"].get("replicas", 1)),

@@ -29,12 +29,12 @@ from tightship.manifests import service as service_manifests
 from tightship.reconcile import servicestatus, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.queue import PLACEMENT, Key, Result
-from tightship.reconcile.servicestatus import View
-from tightship.reconcile.verdict import Verdict, examine, key_hash
+from tightship.reconcile.servicestatus import Refusal, View
+from tightship.reconcile.verdict import Verdict, examine, is_complete, key_hash
 
 log = logging.getLogger(__name__)
 
-Refusals = tuple[tuple[str, str], ...]
+Refusals = tuple[Refusal, ...]
 
 
 async def reconcile(ctx: Context, key: Key) -> Result:
@@ -42,13 +42,27 @@ async def reconcile(ctx: Context, key: Key) -> Result:
     obj = ctx.store.get("LLMService", key.namespace, key.name)
     if obj is None or obj["metadata"].get("deletionTimestamp"):
         ctx.queue.add(PLACEMENT)
+        _tell_profiles(ctx, key.namespace)
         return Result()
     refusals = await _apply(ctx, gather(ctx, obj, ()))
     view = gather(ctx, obj, refusals)
-    await ctx.report(obj, servicestatus.status(view, ctx.clock.now()))
+    if await ctx.report(obj, servicestatus.status(view, ctx.clock.now())):
+        # What packs make depends on this manifest, and a roll-out on one waits for replicas on the others.
+        for pack in view.packs:
+            ctx.queue.add(Key("GPUPack", "", pack.metadata.name))
+    before = ((obj.get("status") or {}).get("profile") or {}).get("name")
+    if before != view.verdict.profile_name:
+        _tell_profiles(ctx, key.namespace)
     if not placement.plan(snapshot.take(ctx.store, ctx.clock.now())).empty:
         ctx.queue.add(PLACEMENT)
     return Result(requeue_after=ctx.settings.retry_seconds if refusals else None)
+
+
+def _tell_profiles(ctx: Context, namespace: str) -> None:
+    """A measurement that this service waited for may be wanted no more, or wanted again."""
+    for profile in ctx.store.list("BatchProfile", namespace):
+        if not is_complete(profile):
+            ctx.queue.add(Key("BatchProfile", namespace, profile["metadata"]["name"]))
 
 
 def gather(ctx: Context, obj: Object, refusals: Refusals) -> View:
@@ -65,8 +79,9 @@ def gather(ctx: Context, obj: Object, refusals: Refusals) -> View:
         obj=obj,
         verdict=verdict,
         products=_products(devices, store),
-        largest_cores=max((each.units for each in devices if each.device == "cpu"), default=0),
+        largest_cores=max((snapshot.cores_of(node) for node in store.list("Node")), default=0),
         refusals=refusals,
+        sets=tuple(store.list("StatefulSet", namespace, (labels.SERVICE, name))),
         packs=tuple(sorted(mine, key=lambda pack: (placement.ordinal_of(pack.metadata.name), pack.metadata.name))),
         pods=tuple(pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA),
         shortfall=planned.shortfall_of(ServiceRef(namespace, name)),
@@ -82,12 +97,12 @@ async def _apply(ctx: Context, view: View) -> Refusals:
     try:
         await ctx.cluster.apply(service_manifests.service_object(verdict.service))
     except NameConflict as error:
-        return ((Reason.NAME_CONFLICT, str(error)),)
+        return (Refusal(Reason.NAME_CONFLICT, str(error)),)
     except (Invalid, Forbidden) as error:
-        return ((Reason.INVALID_SPEC, f"the Service was refused: {error}"),)
+        return (Refusal(Reason.INVALID_SPEC, f"the Service was refused: {error}"),)
     except (OutlivedOwner, Conflict) as error:
         log.info("%s: %s", verdict.service.metadata.name, error)
-        return ((Reason.NAME_CONFLICT, f"waits for an object of an earlier service of this name to go: {error}"),)
+        return (Refusal(Reason.NOT_YET_KNOWN, f"the Service could not be written yet: {error}", passing=True),)
     return await _profile(ctx, verdict)
 
 
@@ -105,9 +120,9 @@ async def _profile(ctx: Context, verdict: Verdict) -> Refusals:
             )
             if key_hash(there) != key.hash:
                 text = f"BatchProfile {there['metadata']['name']} exists with another key: delete or rename it"
-                return ((Reason.NAME_CONFLICT, text),)
+                return (Refusal(Reason.NAME_CONFLICT, text),)
         except (Invalid, Forbidden) as error:
-            return ((Reason.INVALID_SPEC, f"the BatchProfile was refused: {error}"),)
+            return (Refusal(Reason.INVALID_SPEC, f"the BatchProfile was refused: {error}"),)
         return ()
     rerun = _rerun(ctx.store, verdict.profile)
     current = (verdict.profile["spec"].get("measurement") or {}).get("rerun")

@@ -70,7 +70,7 @@ def status(view: View, problems: Sequence[Problem], now: datetime) -> dict[str, 
 
 def next_look(view: View, problems: Sequence[Problem], now: datetime, retry: float) -> float | None:
     """Seconds until something changes that no watch tells: a retry, or the end of a replica's time to attach."""
-    waits = [retry] if problems else []
+    waits = [retry] if problems or outdated(view) else []
     if not view.cpu:
         for pod in replica_pods(view):
             since = podstate.ready_since(pod)

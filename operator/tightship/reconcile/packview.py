@@ -124,7 +124,7 @@ def rollout_pods(view: View, service: str, live: Object | None) -> list[Replica]
             memory=memory_of(pod),
             ready=podstate.is_ready(pod),
             going=podstate.is_going(pod),
-            outdated=revision is not None and labels_of(pod).get(_REVISION) not in (None, revision),
+            outdated=revision is not None and revision_of(pod) not in (None, revision),
         )
         for pod in pods_of(view, service)
         if pod["metadata"]["name"].rpartition("-")[2].isdigit()
@@ -137,6 +137,11 @@ def current_revision(live: Object | None) -> str | None:
     if live is None or status.get("observedGeneration") != live["metadata"].get("generation"):
         return None
     return status.get("updateRevision")
+
+
+def revision_of(pod: Object) -> str | None:
+    """The revision a pod was made from."""
+    return labels_of(pod).get(_REVISION)
 
 
 def holding(view: View) -> Holding:

@@ -11,8 +11,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service
 from tightship.core import placement
+from tightship.core.conditions import find
 from tightship.core.placement import Assignment, Pack, Plan
 from tightship.kube.errors import AlreadyExists, Conflict, NotFound
 from tightship.manifests import packs as manifests
@@ -35,10 +37,18 @@ async def reconcile(ctx: Context, key: Key) -> Result:
     except (Conflict, AlreadyExists, NotFound) as error:
         log.info("placement: the cluster changed during the pass, looking again: %s", error)
         return Result(requeue_after=_SOON)
-    # Their reconcilers say with numbers what found no place; nobody else tells them that the numbers changed.
+    _tell(ctx, plan)
+    return Result(requeue_after=snapshot.next_look(ctx.store, now))
+
+
+def _tell(ctx: Context, plan: Plan) -> None:
+    """Their reconcilers say with numbers what a service lacks; nobody else tells them that a node has changed that."""
     for shortfall in plan.shortfalls:
         ctx.queue.add(Key("LLMService", shortfall.service.namespace, shortfall.service.name))
-    return Result(requeue_after=snapshot.next_look(ctx.store, now))
+    for service in ctx.store.list("LLMService"):
+        accepted = find((service.get("status") or {}).get("conditions") or (), names.ACCEPTED) or {}
+        if accepted.get("reason") == names.Reason.UNSUPPORTED_ACCELERATOR:
+            ctx.queue.add(Key("LLMService", service["metadata"]["namespace"], service["metadata"]["name"]))
 
 
 async def apply(ctx: Context, plan: Plan) -> None:

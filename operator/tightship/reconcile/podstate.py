@@ -27,6 +27,7 @@ _OWN_REASONS = {
     Reason.HOLDER_LOST,
     Reason.INSUFFICIENT_MEMORY,
 }
+_ROOM = re.compile(r"Insufficient |Too many pods")
 _QUOTE_HEAD, _QUOTE_TAIL = 300, 500
 
 
@@ -70,10 +71,15 @@ def ready_since(pod: Mapping[str, Any]) -> datetime | None:
     return _since(pod, "Ready", "True")
 
 
-def unschedulable_since(pod: Mapping[str, Any]) -> datetime | None:
-    """Since when the scheduler has found no place for it; None where it has one."""
+def short_of_room_since(pod: Mapping[str, Any]) -> datetime | None:
+    """Since when its node has been short of something the pod requests; None where it isn't.
+
+    Other causes (a claim that doesn't exist, say) would follow the pod to any node, so they don't count.
+    """
     condition = find(_conditions(pod), "PodScheduled")
     if is_going(pod) or condition is None or condition.get("reason") != "Unschedulable":
+        return None
+    if not _ROOM.search(condition.get("message") or ""):
         return None
     return _since(pod, "PodScheduled", "False")
 

@@ -14,15 +14,18 @@ from typing import Any
 
 from tightship.api import units
 from tightship.api.v1alpha1 import conditions as names
+from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.llmservice import GPUCount, LLMServiceStatus, PackStatus, ProfileStatus, Recommendation
 from tightship.core import conditions
 from tightship.core.conditions import Condition, find
 from tightship.core.placement import Shortfall
-from tightship.kube.store import Object
+from tightship.kube.store import Object, labels_of
 from tightship.manifests import service as service_manifests
+from tightship.manifests.replicas import ANNOTATION_GENERATION
 from tightship.reconcile import podstate
+from tightship.reconcile.packview import current_revision, revision_of
 from tightship.reconcile.snapshot import shape_of
 from tightship.reconcile.verdict import WAITING_REASONS, Verdict, failure_of
 
@@ -52,19 +55,29 @@ _PHASES = {
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Why an object that every service needs could not be written; `passing` when the next look may settle it."""
+
+    reason: str
+    message: str
+    passing: bool = False
+
+
+@dataclass(frozen=True)
 class View:
     """One service and everything its status speaks of.
 
-    `refusals` are reason and message of what only the apply step could find out (a Service that isn't ours); `packs` are those
-    with replicas of it; `pods` its replica pods; `shortfall` what the planner found no place for; `approved` whether the
-    decision may be applied; `seen_waiting` whether an earlier status of this service already named the profile, unfinished.
+    `refusals` are what only the apply step could find out (a Service that isn't ours); `packs` are those
+    with replicas of it; `sets` and `pods` its StatefulSets and replica pods; `shortfall` what the planner found no place for;
+    `approved` whether the decision may be applied.
     """
 
     obj: Object
     verdict: Verdict
     products: tuple[tuple[str, int, int], ...]  # product, nodes, GPUs
     largest_cores: int
-    refusals: tuple[tuple[str, str], ...]
+    refusals: tuple[Refusal, ...]
+    sets: tuple[Object, ...]
     packs: tuple[GPUPack, ...]
     pods: tuple[Object, ...]
     shortfall: Shortfall | None
@@ -162,7 +175,8 @@ def _unsupported(view: View) -> Condition | None:
 def _refused(view: View) -> Condition | None:
     if not view.refusals:
         return None
-    return Condition(names.ACCEPTED, "False", view.refusals[0][0], "; ".join(text for _, text in view.refusals))
+    refusal = view.refusals[0]
+    return Condition(names.ACCEPTED, "Unknown" if refusal.passing else "False", refusal.reason, refusal.message)
 
 
 def _valid(view: View) -> Condition:
@@ -394,7 +408,8 @@ GATES = (ACCEPTED, PROFILED, RECOMMENDED, PACKED, AVAILABLE)
 
 def _realised(view: View) -> Condition:
     """The last gate of Ready: this generation, all replicas, nothing left over."""
-    if view.ready == view.existing == len(view.pods) == view.wanted and all(_settled(pack) for pack in view.packs):
+    complete = view.ready == view.existing == len(view.pods) == view.wanted
+    if complete and all(_settled(pack) for pack in view.packs) and all(_taken_up(view, found) for found in view.sets):
         return Condition(names.READY, "True", Reason.FULLY_REALISED, f"{view.ready} replicas serve this manifest")
     causes = [
         f"pack {pack.metadata.name}: {found.message}"
@@ -408,6 +423,17 @@ def _realised(view: View) -> Condition:
 def _settled(pack: GPUPack) -> bool:
     ready = _pack_condition(pack, names.REPLICAS_READY)
     return pack.status.observed_generation == pack.metadata.generation and ready is not None and ready.status == "True"
+
+
+def _taken_up(view: View, found: Object) -> bool:
+    """Whether a StatefulSet was made from this generation, and all its pods from it."""
+    made_from = (found["metadata"].get("annotations") or {}).get(ANNOTATION_GENERATION)
+    revision, pack = current_revision(found), labels_of(found).get(labels.PACK)
+    return (
+        made_from == str(view.generation)
+        and revision is not None
+        and all(revision_of(pod) == revision for pod in view.pods if labels_of(pod).get(labels.PACK) == pack)
+    )
 
 
 def _kstatus(summary: Condition) -> tuple[list[Condition], list[str]]:

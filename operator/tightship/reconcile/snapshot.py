@@ -191,8 +191,14 @@ def devices_of(nodes: Iterable[Object]) -> Iterable[Devices]:
         product = labels_of(node).get(labels.NODE_GPU_PRODUCT)
         if product and labels.GPU_RESOURCE in there:
             yield Devices(name, "cuda", product, units.parse_quantity(there[labels.GPU_RESOURCE]))
-        if "cpu" in there:
-            yield Devices(name, "cpu", CPU_PRODUCT, units.parse_cpu(there["cpu"]) // 1000)
+        if cores_of(node):
+            yield Devices(name, "cpu", CPU_PRODUCT, cores_of(node))
+
+
+def cores_of(node: Object) -> int:
+    """Whole cores that a node gives to pods."""
+    there = (node.get("status") or {}).get("allocatable") or {}
+    return units.parse_cpu(there.get("cpu", "0")) // 1000
 
 
 def _homeless_since(pack: GPUPack, store: Store) -> datetime | None:
@@ -202,7 +208,7 @@ def _homeless_since(pack: GPUPack, store: Store) -> datetime | None:
         since
         for pod in pods
         if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA
-        and (since := podstate.unschedulable_since(pod))
+        and (since := podstate.short_of_room_since(pod))
     ]
     return min(waits, default=None)
 

@@ -1,0 +1,348 @@
+"""A cluster in a dictionary for the reconcilers' stories: an API, the operator's store and queue, and a scripted node side.
+
+`World.settle` runs the reconcilers until nothing is due, as the operator's workers would; `World.nodes_act` plays scheduler, StatefulSet
+controller, garbage collector, kubelet and holder for one round. Both are deterministic, so a story reads as a list of turns.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+from fake_api import FakeApi, FakeClock
+from tightship.api.v1alpha1 import labels
+from tightship.core.conditions import timestamp
+from tightship.kube.cluster import Cluster
+from tightship.kube.events import Events
+from tightship.kube.kinds import KINDS, WATCHED, Ref
+from tightship.kube.store import Store
+from tightship.reconcile import gpupack, llmservice, placement
+from tightship.reconcile.context import Context, Settings
+from tightship.reconcile.queue import PLACEMENT, Key, Queue, Result
+from tightship.reconcile.routing import keys_for
+from tightship.telemetry.metrics import Metrics
+
+PRODUCT = "NVIDIA-H100-80GB-HBM3"
+GIB = 2**30
+RECONCILERS = {
+    "LLMService": llmservice.reconcile,
+    "GPUPack": gpupack.reconcile,
+    "Placement": placement.reconcile,
+}
+
+
+class Api(FakeApi):
+    """The dictionary server with generations, server-side apply that removes what is left out, and deletion in two steps for pods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.applied: dict[str, Any] = {}
+
+    def _patch(self, path: str, query: Any, body: Any, content_type: str) -> tuple[int, dict[str, Any]]:
+        if content_type.startswith("application/apply-patch") and not path.endswith("/status") and path in self.objects:
+            live = self.objects[path]
+            spec = body.get("spec")
+            if spec is not None and live.get("kind") in ("StatefulSet",):
+                # One manager owns the whole spec: what it leaves out goes.
+                live = copy.deepcopy(live)
+                live["spec"] = spec
+                live["metadata"] = {**live["metadata"], **{k: v for k, v in body["metadata"].items() if k != "uid"}}
+                return 200, self.objects[path] if live == self.objects[path] else self._store(path, live)
+        return super()._patch(path, query, body, content_type)
+
+    def _store(self, path: str, obj: dict[str, Any]) -> dict[str, Any]:
+        old = self.objects.get(path)
+        if old is not None and old.get("spec") != obj.get("spec"):
+            obj["metadata"]["generation"] = old["metadata"].get("generation", 1) + 1
+        if old is None:
+            obj["metadata"].setdefault("creationTimestamp", "2026-01-01T00:00:00Z")
+        return super()._store(path, obj)
+
+    def _delete(self, path: str, query: Any, body: Any, content_type: str) -> tuple[int, dict[str, Any]]:
+        obj = self.objects.get(path)
+        uid = (body.get("preconditions") or {}).get("uid")
+        if obj is None or obj["kind"] != "Pod" or (uid and uid != obj["metadata"]["uid"]):
+            return super()._delete(path, query, body, content_type)
+        going = copy.deepcopy(obj)
+        going["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        return 200, self._store(path, going)
+
+
+class TickingClock(FakeClock):
+    """A clock on which no two readings are the same, so that no two events are of one instant."""
+
+    def now(self) -> datetime:
+        self.elapsed += 1e-6
+        return super().now()
+
+
+class World:
+    """One cluster and one operator. `gpus` are GPUs per node; `started` decides which pods become ready."""
+
+    def __init__(self, gpus: tuple[int, ...] = (2, 2), cores: int = 8, product: str = PRODUCT) -> None:
+        self.api, self.clock = Api(), TickingClock()
+        self.queue = Queue(self.clock)
+        self.store = Store(self._changed)
+        self.cluster = Cluster(self.api, self.store, clock=self.clock)
+        self.ctx = Context(
+            self.cluster, self.store, self.queue, self.clock, Settings(), Metrics(), Events(self.cluster, self.clock)
+        )
+        self.started: Callable[[dict[str, Any]], bool] = lambda pod: True
+        self.watched: Callable[[tuple[str, str]], object] = lambda key: None
+        self.mps_state = "ACTIVE"
+        self.uuids: dict[str, str] = {}
+        for index, count in enumerate(gpus):
+            self.put(make_node(f"n{index}", count, cores, product))
+
+    def _changed(self, kind: str, before: Any, after: Any) -> None:
+        for key in keys_for(self.store, kind, before, after):
+            self.queue.add(key)
+
+    # what users and other parts do
+
+    def put(self, obj: Mapping[str, Any]) -> dict[str, Any]:
+        made = self.api.put(obj)
+        self.watch()
+        return made
+
+    def change(self, kind: str, namespace: str, name: str, how: Callable[[dict[str, Any]], None]) -> None:
+        """Somebody else changes an object; a changed spec bumps its generation."""
+        path = KINDS[kind].path(namespace, name)
+        obj = copy.deepcopy(self.api.objects[path])
+        how(obj)
+        self.api._store(path, obj)
+        self.watch()
+
+    def remove(self, kind: str, namespace: str, name: str) -> None:
+        del self.api.objects[KINDS[kind].path(namespace, name)]
+        self.watch()
+
+    def get(self, kind: str, namespace: str, name: str) -> dict[str, Any]:
+        found = self.api.find(kind, namespace, name)
+        assert found is not None, f"no {kind} {namespace}/{name}"
+        return found
+
+    def all(self, kind: str) -> list[dict[str, Any]]:
+        return [obj for _, obj in sorted(self.api.objects.items()) if obj.get("kind") == kind]
+
+    def condition(self, kind: str, namespace: str, name: str, which: str) -> tuple[str, str, str]:
+        for each in self.get(kind, namespace, name).get("status", {}).get("conditions", []):
+            if each["type"] == which:
+                return each["status"], each["reason"], each["message"]
+        return "absent", "", ""
+
+    # the operator
+
+    def watch(self) -> None:
+        """Deliver every change to the store, as the watches would."""
+        for kind in WATCHED:
+            here = {(obj["metadata"].get("namespace", ""), obj["metadata"]["name"]): obj for obj in self.all(kind)}
+            for shown in self.store.list(kind):
+                key = (shown["metadata"].get("namespace", ""), shown["metadata"]["name"])
+                if key not in here or here[key]["metadata"]["uid"] != shown["metadata"]["uid"]:
+                    self.store.forget(shown)
+            for obj in here.values():
+                if kind in ("LLMService", "BatchProfile", "GPUPack", "Node") or _ours(obj):
+                    self.store.observe(copy.deepcopy(obj))
+
+    async def settle(self) -> None:
+        """Run reconcilers until nothing is due; a loop that never ends is an error."""
+        for _ in range(200):
+            self.watch()
+            if not len(self.queue):
+                return
+            key = await self.queue.get()
+            self.watched((key.kind, key.name))
+            result = await RECONCILERS[key.kind](self.ctx, key) if key.kind in RECONCILERS else Result()
+            self.queue.done(key, requeue_after=result.requeue_after)
+        raise AssertionError("the reconcilers never came to rest")
+
+    async def run(self, rounds: int = 6) -> None:
+        """Operator and nodes in turn, until neither has anything to do."""
+        for _ in range(rounds):
+            await self.settle()
+            before = self.api._version, set(self.api.objects)
+            self.nodes_act()
+            if before == (self.api._version, set(self.api.objects)):
+                return
+        await self.settle()
+
+    async def look_at_everything(self) -> None:
+        """A resync: every object is looked at once more."""
+        for kind in ("LLMService", "GPUPack"):
+            for each in self.all(kind):
+                self.queue.add(Key(kind, each["metadata"].get("namespace", ""), each["metadata"]["name"]))
+        self.queue.add(PLACEMENT)
+        await self.settle()
+
+    # the nodes
+
+    def nodes_act(self) -> None:
+        """One round of garbage collector, StatefulSet controller, scheduler and kubelets."""
+        self._collect()
+        for found in self.all("StatefulSet"):
+            self._run_set(found)
+        for pod in self.all("Pod"):
+            self._run_pod(pod)
+        self._publish()
+        self.watch()
+
+    def _collect(self) -> None:
+        alive = {obj["metadata"]["uid"] for obj in self.api.objects.values()}
+        for path, obj in list(self.api.objects.items()):
+            owners = obj["metadata"].get("ownerReferences") or []
+            if (owners and not any(owner["uid"] in alive for owner in owners)) or (obj["kind"] == "Pod" and obj["metadata"].get("deletionTimestamp")):
+                del self.api.objects[path]
+
+    def _run_set(self, found: dict[str, Any]) -> None:
+        metadata, spec = found["metadata"], found["spec"]
+        revision = f"rev-{abs(hash(json.dumps(spec['template'], sort_keys=True))) % 10**8}"
+        pods = {p["metadata"]["name"]: p for p in self.all("Pod") if _controller(p) == metadata["uid"]}
+        names = [f"{metadata['name']}-{ordinal}" for ordinal in range(spec["replicas"])]
+        for name in names:
+            if name not in pods:
+                self.api.put(_pod_of(found, name, revision))
+        for name in set(pods) - set(names):
+            del self.api.objects[KINDS["Pod"].path(metadata["namespace"], name)]
+        status = {"observedGeneration": metadata["generation"], "updateRevision": revision, "replicas": spec["replicas"]}
+        if found.get("status") != status:
+            self.api._store(KINDS["StatefulSet"].path(metadata["namespace"], metadata["name"]), {**found, "status": status})
+
+    def _run_pod(self, pod: dict[str, Any]) -> None:
+        if pod.get("status") or pod["metadata"].get("deletionTimestamp"):
+            return
+        changed = copy.deepcopy(pod)
+        now = timestamp(self.clock.now())
+        node = pod["spec"].get("nodeName") or self._schedule(pod)
+        path = KINDS["Pod"].path(pod["metadata"]["namespace"], pod["metadata"]["name"])
+        if node is None:
+            text = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
+            scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": text, "lastTransitionTime": now}
+            changed["status"] = {"phase": "Pending", "conditions": [scheduled]}
+        else:
+            if not self.started(pod):
+                return
+            changed["spec"]["nodeName"] = node
+            containers = [{"name": c["name"], "ready": True, "state": {"running": {}}} for c in pod["spec"]["containers"]]
+            ready = {"type": "Ready", "status": "True", "lastTransitionTime": now}
+            changed["status"] = {"phase": "Running", "conditions": [ready], "containerStatuses": containers}
+        self.api._store(path, changed)
+
+    def _schedule(self, pod: dict[str, Any]) -> str | None:
+        pinned = _pin(pod)
+        for node in self.all("Node"):
+            name = node["metadata"]["name"]
+            if pinned not in (None, name):
+                continue
+            if not any("nvidia.com/gpu" in (c.get("resources") or {}).get("limits", {}) for c in pod["spec"]["containers"]):
+                return name
+            held = [p for p in self.all("Pod") if p["spec"].get("nodeName") == name and p["metadata"]["labels"][labels.COMPONENT] == "holder"]
+            if len(held) < int(node["status"]["allocatable"][labels.GPU_RESOURCE]):
+                return name
+        return None
+
+    def _publish(self) -> None:
+        """What the holders' watchers say."""
+        for pod in self.all("Pod"):
+            if pod["metadata"]["labels"].get(labels.COMPONENT) != "holder" or not pod["spec"].get("nodeName"):
+                continue
+            pack = pod["metadata"]["labels"][labels.PACK]
+            uuid = self.uuids.setdefault(pack, f"GPU-{pack}")
+            engines = [
+                p
+                for p in self.all("Pod")
+                if p["metadata"]["labels"].get(labels.PACK) == pack
+                and p["metadata"]["labels"][labels.COMPONENT] == "replica"
+                and p.get("status")
+            ]
+            clients = [{"pid": 100 + i, "podUID": p["metadata"]["uid"]} for i, p in enumerate(engines)]
+            said = {
+                labels.ANNOTATION_GPU: json.dumps({"uuid": uuid, "product": PRODUCT, "memory": 80 * GIB, "driver": "580.1"}),
+                labels.ANNOTATION_MPS: json.dumps({"state": self.mps_state, "server": 7, "clients": clients}),
+            }
+            if pod["metadata"].get("annotations", {}).items() >= said.items():
+                continue
+            changed = copy.deepcopy(pod)
+            changed["metadata"]["annotations"] = {**changed["metadata"].get("annotations", {}), **said}
+            self.api._store(KINDS["Pod"].path(pod["metadata"]["namespace"], pod["metadata"]["name"]), changed)
+
+
+def make_node(name: str, gpus: int, cores: int = 8, product: str = PRODUCT) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": {labels.NODE_GPU_PRODUCT: product} if gpus else {}},
+        "spec": {},
+        "status": {
+            "allocatable": {labels.GPU_RESOURCE: str(gpus), "cpu": str(cores), "memory": "256Gi"},
+            "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}],
+        },
+    }
+
+
+def complete(profile: dict[str, Any], *, replica: str = "20Gi", points: list[dict[str, Any]] | None = None) -> None:
+    """What profiler and BatchProfile reconciler leave behind after a measurement."""
+    profile["status"] = {
+        "points": points or curve(),
+        "gpu": {"product": PRODUCT, "memory": "80Gi"},
+        "engine": {"maxNumBatchedTokens": 8192, "captureSizes": [1, 2, 4, 8], "blockSize": 16, "maxModelLen": 2048},
+        "memory": {"confirmedBatch": 96, "kvCacheTokens": 60000, "kvCache": "10Gi", "replica": replica},
+        "conditions": [{"type": "Complete", "status": "True", "reason": "Completed", "message": "6 points"}],
+    }
+
+
+def curve() -> list[dict[str, Any]]:
+    rows = [(1, 381.4, 3.62, 0.865), (32, 5734.1, 7.51, 0.643), (96, 9032.8, 13.89, 0.575), (256, 10870.9, 29.26, 0.53)]
+    return [
+        {
+            "batch": batch,
+            "totalTokensPerSecond": str(rate),
+            "interTokenLatency": {"mean": f"{itl}ms"},
+            "gpuUtilization": str(busy),
+            "requests": 2000,
+            "preemptions": 0,
+            "kvCacheTokensPeak": batch * 400,
+        }
+        for batch, rate, itl, busy in rows
+    ]
+
+
+def ref(obj: Mapping[str, Any]) -> Ref:
+    return Ref.of(obj)
+
+
+def _ours(obj: Mapping[str, Any]) -> bool:
+    return (obj["metadata"].get("labels") or {}).get(labels.PART_OF) == labels.PRODUCT
+
+
+def _controller(obj: Mapping[str, Any]) -> str | None:
+    return next((each["uid"] for each in obj["metadata"].get("ownerReferences") or [] if each.get("controller")), None)
+
+
+def _pin(pod: Mapping[str, Any]) -> str | None:
+    required = pod["spec"].get("affinity", {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", {})
+    for term in required.get("nodeSelectorTerms", []):
+        for each in term.get("matchFields", []):
+            if each["operator"] == "In":
+                return str(each["values"][0])
+    return None
+
+
+def _pod_of(found: Mapping[str, Any], name: str, revision: str) -> dict[str, Any]:
+    metadata, template = found["metadata"], copy.deepcopy(found["spec"]["template"])
+    owner = {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": metadata["name"], "uid": metadata["uid"], "controller": True}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            **template["metadata"],
+            "name": name,
+            "namespace": metadata["namespace"],
+            "labels": {**template["metadata"]["labels"], "controller-revision-hash": revision},
+            "ownerReferences": [owner],
+        },
+        "spec": template["spec"],
+    }

@@ -7,6 +7,7 @@ The built-in kinds are a table; custom resources come and go with their CustomRe
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -142,24 +143,35 @@ _TABLE = (
 _EXTRA_MODELS = ("V1DeleteOptions", "V1Status", "V1Scale", "V1Eviction", "V1Binding", "AuthenticationV1TokenRequest")
 
 
+def _model(row: _Row) -> str:
+    return row.model or row.version.upper() + row.kind
+
+
+@functools.cache
+def _builtin_definitions() -> Definitions:
+    """The definitions of all built-in kinds: made once a process, shared, and not changed afterwards."""
+    definitions = Definitions()
+    for row in _TABLE:
+        gvk = {"group": row.group, "version": row.version, "kind": row.kind}
+        definitions[definitions.add(_model(row))]["x-kubernetes-group-version-kind"] = [gvk]
+    for model in _EXTRA_MODELS:
+        definitions.add(model)
+    return definitions
+
+
 class Registry:
     """The served resources, and the definitions of their schemas."""
 
     def __init__(self) -> None:
-        self.definitions = Definitions()
+        self.definitions = Definitions(_builtin_definitions())
         self.revision = 0
         self._served: dict[tuple[str, str, str], Resource] = {}
         for row in _TABLE:
             self._add_row(row)
-        for model in _EXTRA_MODELS:
-            self.definitions.add(model)
         self.meta = Node(reference(definition_name("V1ObjectMeta")), self.definitions)
 
     def _add_row(self, row: _Row) -> None:
-        model = row.model or row.version.upper() + row.kind
-        name = self.definitions.add(model)
-        gvk = {"group": row.group, "version": row.version, "kind": row.kind}
-        self.definitions[name].setdefault("x-kubernetes-group-version-kind", []).append(gvk)
+        name = definition_name(_model(row))
         scale = {}
         if row.scale:
             scale = {"specReplicasPath": ".spec.replicas", "statusReplicasPath": ".status.replicas"}

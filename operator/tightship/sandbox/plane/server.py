@@ -553,7 +553,7 @@ class _Watch:
             try:
                 change = await asyncio.wait_for(self.queue.get(), min(left, _BOOKMARK_PERIOD))
             except asyncio.TimeoutError:
-                if self.bookmarks:
+                if self.bookmarks and left > _BOOKMARK_PERIOD:
                     self.reached = self.api.store.version
                     await self._bookmark(response, {})
                 continue

@@ -15,7 +15,7 @@ from kubernetes.aio.client.configuration import Configuration
 
 from tightship.api.v1alpha1 import labels
 from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL
-from tightship.kube.transport import bearer_token
+from tightship.kube.transport import authorization
 
 #: Told of each watch event: its type (None for an object of a listing, ADDED, MODIFIED, DELETED) and the object.
 Feed = Callable[[str | None, dict[str, Any]], None]
@@ -63,14 +63,14 @@ def kopf_selector(group: str, version: str, plural: str) -> Callable[[Any], bool
 
 
 async def connection(configuration: Configuration) -> kopf.ConnectionInfo:
-    """The client library's configuration in kopf's terms, with a fresh token."""
+    """The client library's configuration in kopf's terms, with fresh credentials."""
+    scheme, credentials = await authorization(configuration) or (None, None)
     return kopf.ConnectionInfo(
         server=configuration.host,
         ca_path=configuration.ssl_ca_cert,
         insecure=not configuration.verify_ssl,
-        username=configuration.username or None,
-        password=configuration.password or None,
-        token=await bearer_token(configuration),
+        scheme=scheme,
+        token=credentials,
         certificate_path=configuration.cert_file,
         private_key_path=configuration.key_file,
         proxy_url=configuration.proxy,

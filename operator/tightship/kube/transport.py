@@ -23,6 +23,7 @@ from kubernetes.aio.config.incluster_config import load_incluster_config
 
 from tightship.kube.errors import NoCluster, Unreachable
 
+_HOME_CONFIG = os.path.expanduser("~/.kube/config")
 _ADVICE = "Pass --kubeconfig, set KUBECONFIG, or run in a pod with a service account."
 
 
@@ -40,8 +41,8 @@ async def load_configuration(kubeconfig: str | None = None, context: str | None 
         except (ConfigException, OSError) as error:
             raise NoCluster(f"this looks like a pod, but its service account can't be used: {error}") from error
         return configuration
-    chosen = path or str(Path.home() / ".kube" / "config")
-    if not any(Path(each).is_file() for each in chosen.split(os.pathsep)):
+    chosen = path or _HOME_CONFIG
+    if not _exists(chosen):
         raise NoCluster(f"no cluster to talk to: there is no kubeconfig {chosen}. {_ADVICE}")
     try:
         await load_kube_config(config_file=chosen, context=context, client_configuration=configuration)
@@ -50,13 +51,18 @@ async def load_configuration(kubeconfig: str | None = None, context: str | None 
     return configuration
 
 
-async def bearer_token(configuration: Configuration) -> str | None:
-    """The bearer token of a configuration, refreshed when it has to be; None when it uses none."""
+def _exists(paths: str) -> bool:
+    """Whether at least one file of a kubeconfig list is there."""
+    return any(Path(path).is_file() for path in paths.split(os.pathsep))
+
+
+async def authorization(configuration: Configuration) -> tuple[str, str] | None:
+    """Scheme and credentials of the Authorization header, refreshed when they have to be; None when there is none."""
     header: str | None = await configuration.get_api_key_with_prefix("BearerToken")
-    if header is None:
+    if not header:
         return None
-    scheme, _, token = header.strip().partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else header.strip()
+    scheme, _, credentials = header.strip().partition(" ")
+    return (scheme, credentials.strip()) if credentials else ("Bearer", scheme)
 
 
 class HTTPTransport:

@@ -20,7 +20,7 @@ from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service, profile_key
 from tightship.core import placement
-from tightship.core.placement import Devices, ServiceRef
+from tightship.core.placement import Devices, ServiceRef, Shortfall
 from tightship.kube.errors import AlreadyExists, Conflict, Forbidden, Invalid, NameConflict, OutlivedOwner
 from tightship.kube.kinds import Ref
 from tightship.kube.store import Object, Store, labels_of
@@ -44,8 +44,9 @@ async def reconcile(ctx: Context, key: Key) -> Result:
         ctx.queue.add(PLACEMENT)
         _tell_profiles(ctx, key.namespace)
         return Result()
-    refusals = await _apply(ctx, gather(ctx, obj, ()))
-    view = gather(ctx, obj, refusals)
+    refusals = await _apply(ctx, gather(ctx, obj))
+    planned = placement.plan(snapshot.take(ctx.store, ctx.clock.now()))
+    view = gather(ctx, obj, refusals, planned.shortfall_of(ServiceRef(key.namespace, key.name)))
     if await ctx.report(obj, servicestatus.status(view, ctx.clock.now())):
         # What packs make depends on this manifest, and a roll-out on one waits for replicas on the others.
         for pack in view.packs:
@@ -53,7 +54,7 @@ async def reconcile(ctx: Context, key: Key) -> Result:
     before = ((obj.get("status") or {}).get("profile") or {}).get("name")
     if before != view.verdict.profile_name:
         _tell_profiles(ctx, key.namespace)
-    if not placement.plan(snapshot.take(ctx.store, ctx.clock.now())).empty:
+    if not planned.empty:
         ctx.queue.add(PLACEMENT)
     return Result(requeue_after=ctx.settings.retry_seconds if refusals else None)
 
@@ -65,14 +66,13 @@ def _tell_profiles(ctx: Context, namespace: str) -> None:
             ctx.queue.add(Key("BatchProfile", namespace, profile["metadata"]["name"]))
 
 
-def gather(ctx: Context, obj: Object, refusals: Refusals) -> View:
+def gather(ctx: Context, obj: Object, refusals: Refusals = (), shortfall: Shortfall | None = None) -> View:
     """Collect what the service's status speaks of."""
     store, uid = ctx.store, obj["metadata"]["uid"]
     namespace, name = obj["metadata"]["namespace"], obj["metadata"]["name"]
     packs = [GPUPack.model_validate(each) for each in store.list("GPUPack")]
     mine = [pack for pack in packs if servicestatus.assigned_to(pack, uid)]
     verdict = examine(obj, store)
-    planned = placement.plan(snapshot.take(store, ctx.clock.now()))
     devices = list(snapshot.devices_of(store.list("Node")))
     pods = store.list("Pod", namespace, (labels.SERVICE, name))
     return View(
@@ -84,7 +84,7 @@ def gather(ctx: Context, obj: Object, refusals: Refusals) -> View:
         sets=tuple(store.list("StatefulSet", namespace, (labels.SERVICE, name))),
         packs=tuple(sorted(mine, key=lambda pack: (placement.ordinal_of(pack.metadata.name), pack.metadata.name))),
         pods=tuple(pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA),
-        shortfall=planned.shortfall_of(ServiceRef(namespace, name)),
+        shortfall=shortfall,
         approved=verdict.service is not None and snapshot.approved(verdict.service, verdict, packs),
     )
 

@@ -73,12 +73,9 @@ class Cluster:
         return self.sandbox.kubectl("logs", "-n", NAMESPACE, "-l", selector, "--tail=-1", check=False)
 
     def metrics(self) -> str:
-        """What the operator's pod shows Prometheus."""
-        (pod,) = self.operator_pods()
-        done = self.sandbox.exec_in_namespace(
-            ["curl", "-sf", f"http://{pod['status']['podIP']}:8080/metrics"], capture_output=True, text=True, check=True
-        )
-        return str(done.stdout)
+        """What the operator shows Prometheus, through the metrics Service."""
+        service = f"/api/v1/namespaces/{NAMESPACE}/services/{RELEASE}-metrics:http"
+        return self.sandbox.kubectl("get", "--raw", f"{service}/proxy/metrics")
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +159,15 @@ def test_the_operator_may_do_no_more_than_it_says(installed: Cluster) -> None:
         ("bind", "clusterroles"),
         ("delete", "nodes"),
         ("patch", "nodes"),
+        ("create", "pods", "-n", "default"),
         ("create", "pods/exec", "-A"),
         ("get", "leases", "-n", "kube-system"),
         ("impersonate", "users"),
     ):
         said = kubectl("auth", "can-i", *words, "--as", ACCOUNT, check=False)
         assert said.splitlines()[-1].strip() == "no" or said.startswith("no"), f"{' '.join(words)}: {said}"
-    assert kubectl("auth", "can-i", "patch", "llmservices/status", "-A", "--as", ACCOUNT).startswith("yes")
+    for words in (("patch", "llmservices/status", "-A"), ("create", "pods", "-n", NAMESPACE)):
+        assert kubectl("auth", "can-i", *words, "--as", ACCOUNT).startswith("yes")
 
 
 def test_the_operator_may_grant_what_the_profiler_and_the_holder_get_and_no_more(installed: Cluster) -> None:

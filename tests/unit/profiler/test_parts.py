@@ -1,0 +1,310 @@
+"""The small parts: histogram, metrics, lengths, last words, ladder, budget, figures."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.core.curve import Point
+from tightship.profiler import points
+from tightship.profiler.budget import Budget
+from tightship.profiler.engine import EngineSettings
+from tightship.profiler.histogram import Histogram
+from tightship.profiler.ladder import next_batch, rungs
+from tightship.profiler.lastwords import is_memory, last_words, plain
+from tightship.profiler.lengths import Length, Lengths, Prompts
+from tightship.profiler.meter import half_width
+from tightship.profiler.metrics import parse_cache_info, parse_sample
+
+# --- histogram ---
+
+
+@given(st.lists(st.floats(1e-5, 1e3), min_size=1, max_size=300), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+def test_quantiles_are_those_of_the_sorted_values_within_a_quarter_percent(values: list[float], share: float) -> None:
+    histogram = Histogram()
+    for value in values:
+        histogram.add(value)
+    rank = max(1, -int(-share * len(values) // 1))
+    assert histogram.quantile(share) == pytest.approx(sorted(values)[rank - 1], rel=0.003)
+    assert histogram.mean == pytest.approx(sum(values) / len(values))
+
+
+def test_a_gap_with_k_tokens_weighs_k() -> None:
+    histogram = Histogram()
+    histogram.add(0.010, weight=3)
+    histogram.add(0.050)
+    assert histogram.count == 4
+    assert histogram.mean == pytest.approx(0.020)
+    assert histogram.quantile(0.75) == pytest.approx(0.010, rel=0.003)
+
+
+def test_an_empty_histogram_knows_nothing() -> None:
+    assert Histogram().mean is None
+    assert Histogram().quantile(0.5) is None
+
+
+# --- metrics ---
+
+EXPOSITION = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="a{b} c"} 31.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 7.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:num_preemptions_total{engine="0",model_name="m"} 4.0
+vllm:generation_tokens_total{engine="0",model_name="m"} 1.2345e+06
+vllm:generation_tokens_created{engine="0",model_name="m"} 1.79e+09
+vllm:inter_token_latency_seconds_sum{engine="0",model_name="m"} 12.5
+vllm:inter_token_latency_seconds_count{engine="0",model_name="m"} 1000.0
+vllm:cache_config_info{block_size="16",engine="0",kv_cache_size_tokens="None",note="a \\"b\\" c",num_gpu_blocks="211"} 1.0
+"""
+
+
+def test_a_sample_holds_what_matters() -> None:
+    sample = parse_sample(EXPOSITION, at=5.0)
+    assert (sample.at, sample.running, sample.waiting, sample.kv_usage) == (5.0, 31, 2, 0.25)
+    assert (sample.preemptions, sample.generation_tokens, sample.prompt_tokens) == (4, 1234500, 0)
+    assert sample.itl_sum / sample.itl_count == pytest.approx(0.0125)
+
+
+def test_cache_info_is_read_from_labels() -> None:
+    info = parse_cache_info(EXPOSITION)
+    assert info["num_gpu_blocks"] == "211"
+    assert info["note"] == 'a "b" c'
+    assert parse_cache_info("nothing") == {}
+
+
+# --- lengths ---
+
+
+def test_requests_in_flight_are_length_biased_and_aged() -> None:
+    lengths = Lengths([Length(10, 100), Length(10, 300)])
+    rng = random.Random(1)
+    drawn = [lengths.aged(rng) for _ in range(20_000)]
+    # P(long) = 300 / 400; what is left is uniform in 1..output: mean 0.25 x 50.5 + 0.75 x 150.5
+    assert sum(one.output for one in drawn) / len(drawn) == pytest.approx(125.5, rel=0.03)
+    assert all(one.output >= 1 and one.input + one.output in (110, 310) for one in drawn)
+
+
+def test_prompts_have_the_exact_length_also_beyond_the_pool() -> None:
+    prompts = Prompts(vocabulary=50, seed=3)
+    for tokens in (1, 7, 70_000):
+        text = prompts.draw(tokens)
+        ids = [int(token) for token in text.strip(b"[]").split(b",")]
+        assert len(ids) == tokens
+        assert 5 <= min(ids) <= max(ids) < 50
+
+
+def test_a_workload_needs_tokens() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        Lengths.constant(0, 5)
+
+
+# --- last words ---
+
+ENGINE_CORE = """\
+(APIServer pid=12) INFO 11-23 06:51:26 [utils.py:347] Using LBHNC KV cache layout.
+(EngineCore pid=34) ERROR 11-23 06:51:28 [core.py:900] EngineCore failed to start.
+(EngineCore pid=34) ERROR 11-23 06:51:28 [core.py:900] Traceback (most recent call last):
+(EngineCore pid=34) ERROR 11-23 06:51:28 [core.py:900] ValueError: Free memory on device cuda:0 (10.0/79.2 GiB) on startup is less than asked.
+(EngineCore pid=34) Process EngineCore:
+(APIServer pid=12) Traceback (most recent call last):
+(APIServer pid=12) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+""".splitlines()
+
+PYDANTIC = """\
+    raise ValidationError
+pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, Invalid repository ID or local directory specified: '/models/none'.
+Please verify the following requirements:
+""".splitlines()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (ENGINE_CORE, "Free memory on device cuda:0 (10.0/79.2 GiB)"),
+        (PYDANTIC, "Invalid repository ID or local directory specified: '/models/none'"),
+        (["usage: api_server.py [-h]", "api_server.py: error: unrecognized arguments: --nope"], "--nope"),
+        (["x", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."], "CUDA out of memory"),
+        (["a", "b", "", "Segmentation fault"], "a | b | Segmentation fault"),
+        ([], ""),
+    ],
+    ids=["root cause, not its consequence", "pydantic", "argparse", "oom", "no exception", "nothing"],
+)
+def test_last_words_name_the_cause(lines: list[str], words: str) -> None:
+    assert words in last_words(lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "memory"),
+    [
+        (last_words(ENGINE_CORE), True),
+        ("ValueError: No available memory for the cache blocks. Try increasing", True),
+        ("(2.00 GiB KV cache is needed, which is larger than the available KV cache memory (1.00 GiB)", True),
+        ("error: unrecognized arguments: --memory", False),
+    ],
+)
+def test_memory_is_told_from_other_causes(words: str, memory: bool) -> None:
+    assert is_memory(words) is memory
+
+
+def test_prefixes_go() -> None:
+    assert plain("(Worker pid=1) WARNING 11-23 06:51:24 [cpu.py:114] hello") == "hello"
+    assert plain("hello INFO") == "hello INFO"
+
+
+# --- ladder ---
+
+
+def make_point(batch: int, throughput: float, **more: int) -> Point:
+    return Point(batch=batch, throughput=throughput, **more)
+
+
+@pytest.mark.parametrize(
+    ("measured", "top", "batch", "reason"),
+    [
+        ([], 1024, 1, "next"),
+        ([make_point(1, 100)], 1024, 2, "next"),
+        ([make_point(1, 100), make_point(2, 190), make_point(4, 300)], 4, None, "engine's largest"),
+        ([make_point(1, 100), make_point(2, 101)], 8, None, "1.010 times"),
+        ([make_point(1, 100), make_point(4, 300)], 8, 2, "next"),
+        ([make_point(1, 100), make_point(2, 190, requests=1000, preemptions=11)], 8, None, "KV cache is full"),
+        ([make_point(1, 100), make_point(2, 190, requests=1000, preemptions=9)], 8, 4, "next"),
+        ([make_point(1, 1000), make_point(2, 1900), make_point(4, 2000), make_point(8, 390)], 16, None, "times"),
+        ([make_point(2, 100), make_point(1, 60), make_point(4, 180)], 6, 6, "next"),
+    ],
+)
+def test_the_next_batch(measured: list[Point], top: int, batch: int | None, reason: str) -> None:
+    for order in (measured, measured[::-1]):
+        step = next_batch(order, top)
+        assert step.batch == batch
+        assert reason in step.reason
+
+
+def test_noise_does_not_end_the_ladder() -> None:
+    flat = [make_point(1, 100), make_point(2, 100)]
+    assert next_batch(flat, 8, {1: 0.03, 2: 0.03}).batch is None
+    assert next_batch(flat, 8, {1: 0.03, 2: 0.30}).batch == 4
+
+
+@given(st.integers(1, 5000))
+def test_rungs_rise_from_one_to_the_top(top: int) -> None:
+    batches = rungs(top)
+    assert batches[0] == 1
+    assert batches[-1] == top
+    assert batches == sorted(set(batches))
+
+
+# --- budget ---
+
+
+@dataclass
+class Hand:
+    """A clock set by hand."""
+
+    time: float = 100.0
+
+    def now(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.time += seconds
+
+
+def test_the_first_start_is_free_and_all_after_it_counts() -> None:
+    clock = Hand()
+    budget = Budget(600, spent=40, clock=clock)
+    clock.time += 300
+    assert budget.spent == 40
+    budget.engine_healthy(300)
+    clock.time += 10
+    budget.engine_healthy(30)
+    assert budget.spent == 50
+    assert budget.left == 550
+    assert budget.for_sweep < 550 - 15
+
+
+def test_levels_share_the_sweeps_time() -> None:
+    budget = Budget(120, spent=0, clock=Hand())
+    assert budget.for_level(1, 1024) == pytest.approx(budget.for_sweep / 11)
+    assert budget.for_level(1024, 1024) == 20
+
+
+# --- figures ---
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (9032.84, "9032.8"),
+        (0.575123, "0.5751"),
+        (95.21, "95.21"),
+        (1e-7, "0"),
+        (0.00002, "0.00002"),
+        (411.0, "411"),
+    ],
+)
+def test_decimals_have_no_exponent(value: float, text: str) -> None:
+    assert points.decimal(value) == text
+
+
+def test_a_point_comes_back_as_it_was_measured_and_unresolved_statistics_are_not_measured() -> None:
+    point = api.Point.model_validate(
+        {
+            "batch": 96,
+            "totalTokensPerSecond": "9032.8",
+            "interTokenLatency": {"mean": "13.89ms", "p95": "16ms", "p99": "31ms"},
+            "gpuUtilization": "0.575",
+            "unresolved": ["p99"],
+        }
+    )
+    curve = points.curve([point])
+    assert curve is not None
+    one = curve.points[0]
+    assert (one.throughput, one.gpu_utilization) == (9032.8, 0.575)
+    assert one.inter_token_latency.mean == pytest.approx(0.01389)
+    assert (one.inter_token_latency.p95, one.inter_token_latency.p99) == (pytest.approx(0.016), None)
+    assert points.curve([]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "width"),
+    [([1.0], None), ([10.0] * 5, 0.0), ([9.0, 10.0, 11.0], 4.303 / 3**0.5 / 10)],
+)
+def test_half_width_is_students(values: list[float], width: float | None) -> None:
+    assert half_width(values) == (None if width is None else pytest.approx(width))
+
+
+# --- the engine's command line ---
+
+
+def test_our_arguments_come_last_and_win() -> None:
+    settings = EngineSettings(
+        model="m", max_num_seqs=96, args=("--dtype=float16", "--enable-prefix-caching"), capture_sizes=(1, 2)
+    )
+    arguments = settings.arguments(port=1234)
+    assert arguments[:2] == ["--model", "m"]
+    assert arguments.index("--enable-prefix-caching") < arguments.index("--no-enable-prefix-caching")
+    assert arguments[arguments.index("--cudagraph-capture-sizes") + 1 :][:2] == ["1", "2"]
+    assert arguments[arguments.index("--host") + 1] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("flag", ["--enforce-eager", "--compilation-config={}", "-O0", "--cudagraph_capture_sizes"])
+def test_a_users_own_graph_settings_stand(flag: str) -> None:
+    settings = EngineSettings(model="m", max_num_seqs=8, args=(flag,), capture_sizes=(1, 2))
+    assert "--cudagraph-capture-sizes" not in settings.arguments(port=1)
+
+
+def test_the_environment_can_lose_a_variable() -> None:
+    settings = EngineSettings(model="m", max_num_seqs=8, environment={"VLLM_CPU_KVCACHE_SPACE": None, "A": "1"})
+    environ = settings.environ({"VLLM_CPU_KVCACHE_SPACE": "4", "B": "2"})
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environ
+    assert (environ["A"], environ["B"]) == ("1", "2")

@@ -377,7 +377,7 @@ def _notes(question: _Question, chosen: Candidate | None, singles: Sequence[Cand
     if ledger is None:
         yield "memory per replica unknown: one replica per device; a confirmation run in the profile makes it known"
     elif ledger.context.assumed:
-        yield "context lengths assumed with a coefficient of variation of 1; workload.lengthsFrom makes them exact"
+        yield "context lengths assumed with a coefficient of variation of 1: only mean lengths are known"
     blind = [str(point.batch) for point in curve.points if point.gpu_utilization is None]
     if blind and ledger is not None and not question.dedicated:
         yield f"GPU utilization was not recorded at batch {', '.join(blind)}: packing can't be predicted there"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 from fractions import Fraction
 from pathlib import Path
@@ -98,12 +97,8 @@ def test_published_curves_give_the_published_batches(
     assert answer.basis is Basis.MEASURED
 
 
-def paper(name: str) -> dict[str, Any]:
-    folder = os.environ.get("TIGHTSHIP_PAPER_DATA", "")
-    path = Path(folder) / name
-    if not folder or not path.exists():
-        pytest.skip("TIGHTSHIP_PAPER_DATA names no folder with the paper's figures")
-    content: dict[str, Any] = json.loads(path.read_text())
+def paper(folder: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / name).read_text())
     return content
 
 
@@ -122,8 +117,8 @@ def paper_curve(data: dict[str, Any]) -> Curve:
 
 
 @pytest.mark.parametrize(("factor", "batch", "kv_share"), [(2, 96, 0.16), (4, 256, 0.38)])
-def test_anchors_on_the_papers_raw_runs(factor: int, batch: int, kv_share: float) -> None:
-    data = paper("sweep/opt-1.3b_sharegpt.json")
+def test_anchors_on_the_papers_raw_runs(paper_data: Path, factor: int, batch: int, kv_share: float) -> None:
+    data = paper(paper_data, "sweep/opt-1.3b_sharegpt.json")
     curve = paper_curve(data)
     at_32 = curve.at(32)
     assert at_32 is not None
@@ -137,9 +132,9 @@ def test_anchors_on_the_papers_raw_runs(factor: int, batch: int, kv_share: float
     assert chosen["engines"][0]["peak_kv_cache_usage"] == pytest.approx(kv_share, abs=0.005)
 
 
-def test_the_preemption_clause_changes_nothing_on_opt_and_something_on_llama() -> None:
+def test_the_preemption_clause_changes_nothing_on_opt_and_something_on_llama(paper_data: Path) -> None:
     for name, loses in [("opt-1.3b", False), ("llama-2-7b", True)]:
-        curve = paper_curve(paper(f"sweep/{name}_sharegpt.json"))
+        curve = paper_curve(paper(paper_data, f"sweep/{name}_sharegpt.json"))
         without = Curve(dataclasses.replace(point, preemptions=0) for point in curve.points)
         changed = advise(curve, efficiency_floor=0.05).batch != advise(without, efficiency_floor=0.05).batch
         assert changed is loses, name

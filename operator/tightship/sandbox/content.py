@@ -9,10 +9,13 @@ import yaml
 
 from tightship.api import crds
 from tightship.sandbox.agent.api import Api, ApiError, Object
+from tightship.sandbox.agent.netns import GATEWAY
+from tightship.sandbox.real import API_PORT
 from tightship.sandbox.settings import Settings
 
 SYSTEM_NAMESPACE = "tightship-system"
 CLAIM = "models"
+SERVICE_ADDRESS = "10.96.0.1"
 _DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
 
@@ -23,6 +26,7 @@ async def install(api: Api, settings: Settings) -> None:
     await _create(
         api, "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM_NAMESPACE}}
     )
+    await _api_service(api)
     if settings.models is not None:
         await _models(api, settings.models)
 
@@ -71,6 +75,24 @@ async def wait_for_nodes(api: Api, names: list[str]) -> None:
 def _ready(node: Object) -> bool:
     conditions = {c["type"]: c["status"] for c in (node.get("status") or {}).get("conditions") or []}
     return conditions.get("Ready") == "True" and not node["spec"].get("taints")
+
+
+async def _api_service(api: Api) -> None:
+    """The Service `kubernetes` of a control plane that does not keep its own."""
+    labels = {"component": "apiserver", "provider": "kubernetes"}
+    metadata = {"name": "kubernetes", "namespace": "default", "labels": labels}
+    port = {"name": "https", "port": 443, "protocol": "TCP", "targetPort": API_PORT}
+    spec = {"clusterIP": SERVICE_ADDRESS, "ports": [port]}
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec}
+    subset = {"addresses": [{"ip": GATEWAY}], "ports": [{"name": "https", "port": API_PORT, "protocol": "TCP"}]}
+    endpoints = {"apiVersion": "v1", "kind": "Endpoints", "metadata": metadata, "subsets": [subset]}
+    try:
+        await api.get("/api/v1/namespaces/default/services/kubernetes")
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        await _create(api, "/api/v1/namespaces/default/services", service)
+        await _create(api, "/api/v1/namespaces/default/endpoints", endpoints)
 
 
 async def _create(api: Api, path: str, body: Object) -> None:

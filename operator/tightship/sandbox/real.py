@@ -17,6 +17,10 @@ from tightship.sandbox.processes import Command
 
 BINARIES = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 API_PORT = 6443
+NODE_GRACE_SECONDS = "20"
+"""How long a node may be silent before its pods count as lost; a cluster's default is 40."""
+EVICTION_SECONDS = "20"
+"""How long pods stay on a lost node; a cluster's default is 300."""
 _ETCD = "http://127.0.0.1:2379"
 
 
@@ -112,8 +116,8 @@ class RealPlane:
                 # nodes are reached by address: their names resolve nowhere
                 "--kubelet-preferred-address-types=InternalIP",
                 # a pod of a node that vanished is evicted within seconds, not after five minutes
-                "--default-not-ready-toleration-seconds=20",
-                "--default-unreachable-toleration-seconds=20",
+                f"--default-not-ready-toleration-seconds={EVICTION_SECONDS}",
+                f"--default-unreachable-toleration-seconds={EVICTION_SECONDS}",
                 "--profiling=false",
             ],
         )
@@ -132,7 +136,7 @@ class RealPlane:
                 "--allocate-node-cidrs=false",
                 # a dead agent is noticed after 20 s instead of 40
                 "--node-monitor-period=2s",
-                "--node-monitor-grace-period=20s",
+                f"--node-monitor-grace-period={NODE_GRACE_SECONDS}s",
                 # a claim that waits for its volume is looked at again after 1 s instead of 15
                 "--pvclaimbinder-sync-period=1s",
                 "--profiling=false",
@@ -152,9 +156,12 @@ class RealPlane:
         )
 
 
-def write_kubeconfig(path: Path, server: str, token: str | None, ca: Path | None) -> None:
-    """Write a kubeconfig for one cluster, readable by the owner only."""
-    cluster = f"    server: {server}\n" + (f"    certificate-authority: {ca}\n" if ca else "")
+def write_kubeconfig(path: Path, server: str, token: str | None, ca: Path) -> None:
+    """Write a kubeconfig for one cluster, readable by the owner only.
+
+    Without a token the server takes whoever asks for the administrator; the password in it only keeps kubectl from asking.
+    """
+    cluster = f"    server: {server}\n    certificate-authority: {ca}\n"
     user = f"    token: {token}\n" if token else "    username: admin\n    password: admin\n"
     path.touch(mode=0o600)
     path.write_text(

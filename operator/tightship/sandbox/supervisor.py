@@ -28,14 +28,13 @@ from tightship.sandbox.agent.api import Api, Reflector
 from tightship.sandbox.agent.netns import GATEWAY
 from tightship.sandbox.certificates import Certificates, generate
 from tightship.sandbox.processes import Command, Processes, die_with_parent
-from tightship.sandbox.real import API_PORT, RealPlane, write_kubeconfig
+from tightship.sandbox.real import API_PORT, EVICTION_SECONDS, NODE_GRACE_SECONDS, RealPlane, write_kubeconfig
 from tightship.sandbox.settings import Settings
 
 log = logging.getLogger("tightship.sandbox")
 
 API_SOCKET, GATEWAY_SOCKET, CONTROL_SOCKET, DEVICE_SOCKET = "api.sock", "gateway.sock", "control.sock", "devices.sock"
 OPERATOR_IMAGE = "tightship/operator:dev"
-SERVICE_ADDRESS = "10.96.0.1"
 START_LIMIT = 180.0
 NAMES = [
     "kubernetes.default.svc",
@@ -52,7 +51,22 @@ class Plane:
 
     server: str
     token: str | None
-    ca: Path | None
+    ca: Path
+
+
+def embedded(keys: Certificates) -> Command:
+    """The command of the embedded control plane, with the time constants that the real one gets here."""
+    options = {
+        "--bind": GATEWAY,
+        "--port": str(API_PORT),
+        "--tls-cert": str(keys.certificate),
+        "--tls-key": str(keys.key),
+        "--ca-cert": str(keys.ca),
+        "--node-grace": NODE_GRACE_SECONDS,
+        "--eviction": EVICTION_SECONDS,
+    }
+    words = [word for option in options.items() for word in option]
+    return Command("plane", [sys.executable, "-m", "tightship.sandbox.plane", *words])
 
 
 class Inside:
@@ -63,12 +77,18 @@ class Inside:
         self._state = Path(settings.state)
         self._sockets = Path(settings.sockets)
         self._processes = Processes(self._state / "logs")
+        self._held = contextlib.AsyncExitStack()
 
     async def run(self) -> None:
         """Bring the sandbox up, say so on standard output, and hold it until standard input closes."""
         settings = self._settings
         network.set_up(settings.node_address(index) for index in range(settings.nodes))
-        addresses = ["127.0.0.1", GATEWAY, SERVICE_ADDRESS, *(settings.node_address(i) for i in range(settings.nodes))]
+        addresses = [
+            "127.0.0.1",
+            GATEWAY,
+            content.SERVICE_ADDRESS,
+            *(settings.node_address(i) for i in range(settings.nodes)),
+        ]
         keys = await asyncio.to_thread(generate, self._state / "pki", addresses, NAMES)
         ended = asyncio.create_task(_end_of_input())
         up = asyncio.create_task(self._up(keys))
@@ -85,6 +105,7 @@ class Inside:
                 _say({"error": broken.result()})
         finally:
             up.cancel()
+            await self._held.aclose()
             self._processes.kill_all()
 
     async def _up(self, keys: Certificates) -> dict[str, Any]:
@@ -95,7 +116,7 @@ class Inside:
         self._keep: list[object] = [await gateway.forward_in(str(self._sockets / API_SOCKET), GATEWAY, API_PORT)]
         inner = self._state / "kubeconfig.inside"
         write_kubeconfig(inner, plane.server, plane.token, plane.ca)
-        api = await Api(plane.server, plane.token, str(plane.ca) if plane.ca else None).__aenter__()
+        api = await self._held.enter_async_context(Api(plane.server, plane.token, str(plane.ca)))
         await self._wait_for_api(api)
         await content.install(api, self._settings)
         services = Reflector(api, "/api/v1/services")
@@ -107,13 +128,12 @@ class Inside:
         await content.wait_for_nodes(api, [self._settings.node_name(i) for i in range(self._settings.nodes)])
         if self._settings.operator:
             await self._processes.start(self._operator_command(inner))
-        return {"token": plane.token, "ca": str(plane.ca) if plane.ca else None}
+        return {"token": plane.token, "ca": str(plane.ca)}
 
     async def _start_plane(self, keys: Certificates) -> Plane:
         if self._settings.plane == "embedded":
-            argv = [sys.executable, "-m", "tightship.sandbox.plane", "--bind", GATEWAY, "--port", str(API_PORT)]
-            await self._processes.start(Command("plane", argv))
-            return Plane(f"http://{GATEWAY}:{API_PORT}", None, None)
+            await self._processes.start(embedded(keys))
+            return Plane(f"https://{GATEWAY}:{API_PORT}", None, keys.ca)
         real = RealPlane.create(self._state / "plane", keys)
         for command in (real.etcd(), real.apiserver()):
             await self._processes.start(command)
@@ -152,7 +172,7 @@ class Inside:
         config = {
             "server": plane.server,
             "token": plane.token,
-            "ca": str(plane.ca) if plane.ca else None,
+            "ca": str(plane.ca),
             "state": settings.state,
             "nodes": settings.node_specs(),
             "certificate": str(keys.certificate),
@@ -267,14 +287,12 @@ class Outside:
         services = await gateway.forward_out(str(self._sockets / GATEWAY_SOCKET))
         self._forwarders = [api, services]
         port = api.sockets[0].getsockname()[1]
-        scheme = "https" if plane["ca"] else "http"
+        server = f"https://127.0.0.1:{port}"
         path = self._state / "kubeconfig"
-        write_kubeconfig(
-            path, f"{scheme}://127.0.0.1:{port}", plane["token"], Path(plane["ca"]) if plane["ca"] else None
-        )
+        write_kubeconfig(path, server, plane["token"], Path(plane["ca"]))
         description = {
             "kubeconfig": str(path),
-            "server": f"{scheme}://127.0.0.1:{port}",
+            "server": server,
             "gateway": f"http://127.0.0.1:{services.sockets[0].getsockname()[1]}",
             "supervisor": os.getpid(),
             "init": _first_child(unshare),

@@ -44,8 +44,8 @@ class Config:
     nodes: list[dict[str, Any]]
     certificate: str
     key: str
+    ca: str
     token: str | None = None
-    ca: str | None = None
     engine_cores: list[int] = field(default_factory=list)
     device_socket: str | None = None
     engine_python: str | None = None
@@ -99,7 +99,7 @@ async def run(config: Config) -> None:
         recorder = Recorder(api)
         services = Reflector(api, "/api/v1/services")
         endpoints = Reflector(api, "/api/v1/endpoints")
-        proxy = Proxy(services.store, endpoints.store, None if config.server.startswith("https") else tls)
+        proxy = Proxy(services.store, endpoints.store)
         services.on_change = proxy.changed
         split = cores(config.engine_cores)
         tasks = [recorder.run(), services.run(), endpoints.run(), proxy.run()]

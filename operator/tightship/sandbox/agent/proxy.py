@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
 from collections.abc import Mapping
 from itertools import count
 
@@ -27,16 +26,11 @@ class Proxy:
     Args:
         services: the Services by namespace/name, kept current by a reflector.
         endpoints: the Endpoints, likewise.
-        tls: when set, connections to the Service default/kubernetes are taken as TLS and passed on in plain text:
-            for a control plane that speaks only HTTP.
     """
 
-    def __init__(
-        self, services: Mapping[str, Object], endpoints: Mapping[str, Object], tls: ssl.SSLContext | None = None
-    ) -> None:
+    def __init__(self, services: Mapping[str, Object], endpoints: Mapping[str, Object]) -> None:
         self._services = services
         self._endpoints = endpoints
-        self._tls = tls
         self._servers: dict[Port, tuple[str, str, asyncio.Server]] = {}
         self._turn = count()
         self._dirty = asyncio.Event()
@@ -70,8 +64,7 @@ class Proxy:
             await self._pass_on(key, name, reader, writer)
 
         try:
-            tls = self._tls if key == "default/kubernetes" else None
-            server = await asyncio.start_server(serve, *listener, ssl=tls)
+            server = await asyncio.start_server(serve, *listener)
         except OSError as error:
             log.error("Service %s: cannot listen on %s:%s: %s", key, *listener, error)
             return

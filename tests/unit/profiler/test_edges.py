@@ -1,0 +1,364 @@
+"""The edges: NVML and /proc, the API server, engine processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.profiler.__main__ import FINISHED, kept, profile
+from tightship.profiler.clock import SystemClock
+from tightship.profiler.confirm import MemoryWatch
+from tightship.profiler.engine import EngineSettings, ProcessLauncher
+from tightship.profiler.errors import EngineError, OutOfMemory, ReportError
+from tightship.profiler.gpu import GIB, CpuDevice, DeviceError, NvmlDevice, memory_limit
+from tightship.profiler.model import read_model
+from tightship.profiler.report import ApiSink, FileSink, Report
+from unit.profiler.fakes import FakeDevice, MemorySink, make_profile
+
+# --- NVML ---
+
+
+class NvmlFailure(Exception):
+    """What a fake NVML raises."""
+
+
+def make_nvml(count: int = 2, utilization: bool = True) -> SimpleNamespace:
+    def rates(handle: str) -> SimpleNamespace:
+        if not utilization:
+            raise NvmlFailure("Not Supported")
+        return SimpleNamespace(gpu=57, memory=50)
+
+    return SimpleNamespace(
+        NVMLError=NvmlFailure,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: count,
+        nvmlDeviceGetHandleByIndex=lambda index: f"index {index}",
+        nvmlDeviceGetHandleByUUID=lambda uuid: f"uuid {uuid}",
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=80 * GIB, used=3 * GIB, free=77 * GIB),
+        nvmlDeviceGetName=lambda handle: b"NVIDIA H100",
+        nvmlDeviceGetUUID=lambda handle: handle,
+        nvmlSystemGetDriverVersion=lambda: "580.1",
+        nvmlDeviceGetUtilizationRates=rates,
+    )
+
+
+@pytest.mark.parametrize(
+    ("visible", "handle"),
+    [
+        ("", "index 0"),
+        ("all", "index 0"),
+        ("GPU-7", "uuid GPU-7"),
+        ("k8s.device-plugin.nvidia.com/gpu=GPU-7", "uuid GPU-7"),
+    ],
+)
+def test_the_gpu_is_the_one_the_container_was_given(visible: str, handle: str) -> None:
+    device = NvmlDevice(make_nvml(), visible)
+    assert device.identity.uuid == handle
+    assert (device.identity.product, device.identity.memory, device.identity.driver) == (
+        "NVIDIA H100",
+        80 * GIB,
+        "580.1",
+    )
+    assert device.used() == 3 * GIB
+    assert (device.utilization().compute, device.utilization().memory) == (0.57, 0.50)
+
+
+def test_no_gpu_is_said() -> None:
+    with pytest.raises(DeviceError, match="no GPU in this container"):
+        NvmlDevice(make_nvml(count=0))
+
+
+def test_utilization_may_be_unsupported() -> None:
+    assert NvmlDevice(make_nvml(utilization=False)).utilization().compute is None
+
+
+# --- the CPU as a device ---
+
+
+@dataclass
+class Hand:
+    """A clock set by hand."""
+
+    time: float = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        self.time += seconds
+
+
+def write_process(proc: Path, pid: int, parent: int, ticks: int, pss: int) -> None:
+    (proc / str(pid)).mkdir(exist_ok=True)
+    fields = ["S", str(parent), *["0"] * 9, str(ticks), "0", *["0"] * 30]
+    (proc / str(pid) / "stat").write_text(f"{pid} (VLLM) Worker)) {' '.join(fields)}")
+    (proc / str(pid) / "smaps_rollup").write_text(f"0-f [rollup]\nRss: {2 * pss} kB\nPss:   {pss} kB\n")
+
+
+def test_a_cpu_device_is_its_descendants_memory_and_time(tmp_path: Path) -> None:
+    clock, tick = Hand(), os.sysconf("SC_CLK_TCK")
+    write_process(tmp_path, 10, 1, ticks=0, pss=999)  # the profiler itself
+    write_process(tmp_path, 11, 10, ticks=0, pss=100)
+    write_process(tmp_path, 12, 11, ticks=0, pss=200)
+    write_process(tmp_path, 13, 1, ticks=0, pss=400)  # somebody else
+    device = CpuDevice(4 * GIB, cores=2, clock=clock, proc=tmp_path, root=10)
+    assert device.used() == 300 * 1024
+    device.utilization()
+    clock.time = 10
+    write_process(tmp_path, 12, 11, ticks=5 * tick, pss=200)
+    assert device.utilization().compute == pytest.approx(5 / 10 / 2)
+
+
+@pytest.mark.parametrize(
+    ("environ", "limit", "expected"),
+    [
+        ({"TIGHTSHIP_DEVICE_MEMORY": "123"}, "456", 123),
+        ({}, "456", 456),
+        ({}, "max", 8 * GIB),
+        ({}, None, 8 * GIB),
+    ],
+)
+def test_memory_of_a_cpu_device(tmp_path: Path, environ: dict[str, str], limit: str | None, expected: int) -> None:
+    (tmp_path / "meminfo").write_text(f"MemTotal: {8 * GIB // 1024} kB\nMemFree: 1 kB\n")
+    if limit:
+        (tmp_path / "memory.max").write_text(limit + "\n")
+    assert memory_limit(environ, cgroup=tmp_path, proc=tmp_path) == expected
+
+
+async def test_the_highest_memory_counts() -> None:
+    device = FakeDevice(engine=5 * GIB)
+    async with MemoryWatch(device, SystemClock()) as watch:
+        await asyncio.sleep(0.02)
+        device.engine = 0
+    assert watch.peak == device.idle + 5 * GIB
+
+
+# --- the model's files ---
+
+
+def test_vocabulary_and_commit(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 2048}')
+    assert read_model(str(tmp_path), None, {}).vocabulary == 2048
+    cached = tmp_path / "hub" / "models--facebook--opt-1.3b"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc123")
+    (cached / "snapshots" / "abc123").mkdir(parents=True)
+    (cached / "snapshots" / "abc123" / "config.json").write_text('{"text_config": {"vocab_size": 50272}}')
+    found = read_model("facebook/opt-1.3b", None, {"HF_HOME": str(tmp_path)})
+    assert (found.vocabulary, found.commit) == (50272, "abc123")
+    assert read_model("facebook/other", None, {"HF_HOME": str(tmp_path)}).commit is None
+
+
+# --- the API server ---
+
+Handler = Callable[[str, str, Mapping[str, str], Any], tuple[int, Any]]
+
+
+@asynccontextmanager
+async def api_server(handler: Handler) -> AsyncIterator[str]:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                first, *lines = head.strip().split("\r\n")
+                headers = {line.partition(": ")[0].lower(): line.partition(": ")[2] for line in lines}
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                method, path, _ = first.split(" ")
+                status, answer = handler(method, path, headers, json.loads(body) if body else None)
+                text = json.dumps(answer).encode()
+                writer.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n%s" % (status, len(text), text))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+async def test_a_status_is_applied_with_our_manager_and_the_token_of_the_moment(tmp_path: Path) -> None:
+    token, seen = tmp_path / "token", []
+    token.write_text("first\n")
+    answers = iter([(503, {}), (401, {}), (200, {})])
+
+    def handler(method: str, path: str, headers: Mapping[str, str], body: Any) -> tuple[int, Any]:
+        if method == "GET":
+            return 200, make_profile().to_dict()
+        seen.append((path, headers["authorization"], headers["content-type"], body))
+        status, answer = next(answers)
+        if status == 401:
+            token.write_text("second\n")
+        return status, answer
+
+    async with api_server(handler) as base:
+        sink = ApiSink(base, "default", "opt", token, None)
+        report = Report(sink, (await sink.read()).status)
+        report.points[1] = api.Point(batch=1, total_tokens_per_second="10")
+        report.save()
+        assert await report.flush(20)
+        await report.close()
+    path, authorization, content_type, body = seen[-1]
+    assert len(seen) == 3
+    assert path.startswith("/apis/tightship.dev/v1alpha1/namespaces/default/batchprofiles/opt/status?")
+    assert "fieldManager=tightship-profiler" in path
+    assert "force=true" in path
+    assert (authorization, content_type) == ("Bearer second", "application/apply-patch+yaml")
+    assert body["status"]["points"][0]["batch"] == 1
+    assert set(body["status"]) == {"points", "gpuSeconds"}
+
+
+async def test_a_report_that_is_refused_ends_the_profile(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("t")
+    async with api_server(lambda *_: (422, {"message": "status.points: invalid"})) as base:
+        sink = ApiSink(base, "default", "opt", tmp_path / "token", None)
+        report = Report(sink, api.BatchProfileStatus())
+        report.save()
+        with pytest.raises(ReportError, match=r"422 .*status\.points: invalid"):
+            await report.flush(5)
+        await report.close()
+
+
+def test_a_job_without_its_environment_says_which_variable() -> None:
+    with pytest.raises(ReportError, match="TIGHTSHIP_PROFILE_NAMESPACE"):
+        ApiSink.from_environment({})
+
+
+async def test_a_file_can_take_the_api_servers_place(tmp_path: Path) -> None:
+    sink = FileSink(tmp_path / "profile.json", make_profile())
+    report = Report(sink, (await sink.read()).status)
+    report.points[4] = api.Point(batch=4, total_tokens_per_second="10")
+    report.save()
+    assert await report.flush(5)
+    await report.close()
+    assert [point.batch for point in (await sink.read()).status.points] == [4]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "rerun", "left"),
+    [
+        (None, None, 1),
+        ({"state": "Completed"}, None, None),
+        ({"state": "Failed", "rerun": "1"}, "1", None),
+        ({"state": "Failed", "rerun": "1"}, "2", 0),
+        ({"state": "Completed"}, "1", 0),
+    ],
+)
+def test_what_a_new_attempt_keeps(outcome: dict[str, str] | None, rerun: str | None, left: int | None) -> None:
+    status: dict[str, Any] = {"points": [{"batch": 1}], **({"outcome": outcome} if outcome else {})}
+    found = kept(make_profile(status=status, **({"rerun": rerun} if rerun else {})))
+    assert (None if found is None else len(found.points)) == left
+
+
+async def test_a_finished_profile_is_left_alone() -> None:
+    sink = MemorySink(make_profile(status={"outcome": {"state": "Completed"}}))
+    assert await profile(sink, {}, SystemClock()) == FINISHED
+    assert sink.written == []
+
+
+async def test_a_job_without_a_gpu_fails_with_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", make_nvml(count=0))
+    sink = MemorySink(make_profile())
+    assert await profile(sink, {"TIGHTSHIP_DEVICE": "cuda"}, SystemClock()) == FINISHED
+    outcome = sink.written[-1]["outcome"]
+    assert (outcome["state"], outcome["reason"]) == ("Failed", "EngineFailed")
+    assert "no GPU in this container" in outcome["message"]
+
+
+# --- engine processes ---
+
+HEALTHY = """
+import http.server, signal, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        text = {
+            "/metrics": b'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0\\nvllm:num_requests_running 3.0\\n',
+            "/version": b'{"version": "1.2.3"}',
+        }.get(self.path, b"{}")
+        self.send_response(200); self.send_header("content-length", str(len(text))); self.end_headers(); self.wfile.write(text)
+    def log_message(self, *_): pass
+port = int(sys.argv[sys.argv.index("--port") + 1])
+print("Chunked prefill is enabled with max_num_batched_tokens=2048.")
+print("config: max_seq_len=512, compilation_config={'cudagraph_capture_sizes': [1, 2, 4]}", flush=True)
+print("INFO 01-01 00:00:00 [x.py:1] Available KV cache memory: 1.00 GiB", flush=True)
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def launcher(script: str, heard: list[str] | None = None) -> ProcessLauncher:
+    echo = heard.append if heard is not None else lambda line: None
+    return ProcessLauncher(SystemClock(), os.environ, echo=echo, command=(sys.executable, "-c", script))
+
+
+SETTINGS = EngineSettings(model="m", max_num_seqs=8)
+
+
+async def test_a_healthy_engine_tells_about_itself_and_stops() -> None:
+    heard: list[str] = []
+    engine = await launcher(HEALTHY, heard).launch(SETTINGS, timeout=20)
+    try:
+        info = engine.info
+        assert (info.version, info.block_size, info.kv_tokens, info.max_model_len) == ("1.2.3", 16, 1600, 512)
+        assert (info.max_num_batched_tokens, info.capture_sizes) == (2048, (1, 2, 4))
+        assert info.kv_bytes == pytest.approx(GIB, rel=0.006)
+        assert (await engine.sample()).running == 3
+        engine.check()
+        assert any("Chunked prefill" in line for line in heard)
+    finally:
+        await engine.stop()
+    with pytest.raises(EngineError, match="the engine died: killed by signal 15"):
+        engine.check()
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "words"),
+    [
+        ("raise ValueError('no such model')", EngineError, "exit status 1; its last words: ValueError: no such model"),
+        ("import sys; sys.exit('torch.OutOfMemoryError: CUDA out of memory.')", OutOfMemory, "CUDA out of memory"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", OutOfMemory, "the container's memory limit"),
+    ],
+    ids=["exception", "device memory", "killed"],
+)
+async def test_an_engine_that_does_not_start(script: str, kind: type[EngineError], words: str) -> None:
+    with pytest.raises(kind, match="did not start") as failure:
+        await launcher(script).launch(SETTINGS, timeout=20)
+    assert words in str(failure.value)
+    assert type(failure.value) is kind
+
+
+async def test_an_engine_that_never_gets_healthy_is_killed_with_its_children() -> None:
+    script = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+time.sleep(600)
+"""
+    heard: list[str] = []
+    with pytest.raises(EngineError, match=r"not healthy after 1 s; its last words: child \d+"):
+        await launcher(script, heard).launch(SETTINGS, timeout=1)
+    pid = int(heard[0].split()[1])
+    for _ in range(100):
+        if _gone(pid):
+            return
+        await asyncio.sleep(0.02)
+    pytest.fail(f"the engine's child {pid} is still there")
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True

@@ -325,9 +325,9 @@ def test_less_memory_never_gives_a_larger_total(curve: Curve, slo: float, one: f
     )
 
 
-@given(curves(preempting=False), SLOS, SLOS, st.floats(5, 200))
+@given(curves(preempting=False), SLOS, SLOS, st.floats(80, 400))
 def test_a_tighter_slo_never_gives_a_larger_total(curve: Curve, one: float, other: float, memory: float) -> None:
-    """Without the clauses that compare with the best single replica, whose own best falls with a tighter SLO."""
+    """Where every batch may run alone, and without the margin of the gain, since both compare with another batch's best."""
     tight, loose = (
         advise(curve, objective(slo), efficiency_floor=0, minimum_gain=1, ledger=make_ledger(total=memory))
         for slo in sorted((one, other))

@@ -44,7 +44,7 @@ async def test_finding_out_what_there_is(run: Kubectl) -> None:
     assert "apps/v1" in await run("api-versions")
     explained = await run("explain", "widget.spec")
     assert "What is wanted." in explained and re.search(r"size\s+<integer> -required-\s+How big", explained)
-    assert "Image name" in await run("explain", "pods.spec.containers.image")
+    assert "Container image name" in await run("explain", "pods.spec.containers.image")
     assert "FIELDS:" in await run("explain", "statefulset.spec", "--recursive")
     assert "yes" in await run("auth", "can-i", "create", "pods")
 
@@ -262,3 +262,28 @@ async def test_tls_plane(tls: tuple[Path, Path], tmp_path: Path) -> None:
         assert "default" in await run("get", "ns")
         ca = await run("get", "cm", "kube-root-ca.crt", "-o", r"jsonpath={.data.ca\.crt}")
         assert ca == Path(cert).read_text()
+
+
+async def test_imperative_commands(plane: Plane, run: Kubectl) -> None:
+    await run("create", "namespace", "team")
+    await run("create", "configmap", "c", "-n", "team", "--from-literal=a=1")
+    assert await run("get", "cm", "c", "-n", "team", "-o", "jsonpath={.data.a}") == "1"
+    await run("create", "secret", "generic", "s", "--from-literal=token=abc")
+    assert await run("get", "secret", "s", "-o", "jsonpath={.data.token}") == "YWJj"
+    await run("create", "serviceaccount", "robot")
+    token = (await run("create", "token", "robot")).strip()
+    user = plane.tokens.verify(token)
+    assert user is not None and user.name == "system:serviceaccount:default:robot"
+    await run("create", "deployment", "d", "--image=engine:1", "--replicas=2", "--port=8000")
+    assert "successfully rolled out" in await run("rollout", "status", "deploy/d", "--timeout=10s")
+    await run("expose", "deployment", "d", "--port=80", "--target-port=8000")
+    assert re.search(r"^d\s+ClusterIP\s+10\.96\.\d+\.\d+\s+<none>\s+80/TCP", await run("get", "svc", "d"), re.M)
+    await run("create", "role", "r", "--verb=get,list", "--resource=pods")
+    await run("create", "rolebinding", "rb", "--role=r", "--serviceaccount=default:robot")
+    assert "Role/r" in await run("get", "rolebinding", "rb")
+    await run("run", "once", "--image=engine:1", "--restart=Never")
+    await run("cordon", "node-0")
+    assert "SchedulingDisabled" in await run("get", "nodes")
+    await run("drain", "node-0", "--force", "--timeout=15s")
+    left = [pod for pod in plane.store.all(("", "pods")) if pod["spec"].get("nodeName")]
+    assert left == []

@@ -79,7 +79,7 @@ class Memory:
         owned = self.owned(owner)
         amount = owned if amount is None else amount
         if not 0 <= amount <= owned:
-            raise ValueError(f"can't release {amount} bytes of {owned} allocated")
+            raise ValueError(f"can't release {amount} of {owned} bytes")
         if amount == owned:
             self._owned.pop(owner, None)
         else:

@@ -189,12 +189,13 @@ class Api:
         self._metrics = metrics
         self._choices: dict[Sequence, Choice] = {}
         self._dead: str | None = None
-        self._preempted = 0
+        self._finished = asyncio.Event()
 
-    @property
-    def in_flight(self) -> int:
-        """Sequences that aren't finished."""
-        return len(self._choices)
+    async def idle(self) -> None:
+        """Return once nothing is in flight."""
+        while self._choices:
+            self._finished.clear()
+            await self._finished.wait()
 
     @property
     def sorting_rows(self) -> int:
@@ -237,6 +238,8 @@ class Api:
             choice = choices.get(sequence)
             if choice is not None and choice.job.stream:
                 choice.job.write(choice.event(sequence.generated >= sequence.output))
+        if outcome.finished:
+            self._finished.set()
         for sequence in outcome.finished:
             choice = choices.pop(sequence, None)
             if choice is not None:
@@ -327,6 +330,7 @@ class Api:
         return (most, "length") if body.get("ignore_eos") or natural >= most else (natural, "stop")
 
     def _abandon(self, job: Job) -> None:
+        self._finished.set()
         for choice in job.choices:
             if self._choices.pop(choice.sequence, None) is not None:
                 self._engine.abort(choice.sequence)

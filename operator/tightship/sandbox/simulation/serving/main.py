@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from ..client import NODE_VARIABLE, SOCKET_VARIABLE, DeviceUnavailableError, lis
 from ..costs import Model
 from ..engine import Engine, Step
 from . import http, models
-from .api import Api, Settings
+from .api import DEAD, Api, Settings
 from .arguments import Options, parse
 from .channel import Channel, RefusedError, attach_mps, open_device
 from .metrics import Metrics
@@ -25,8 +26,9 @@ from .startup import GIB, Started, StartError, activation_bytes, max_model_len, 
 VERSION = "0.33.0+simulated"
 START_VARIABLE = "TIGHTSHIP_SIM_START_SECONDS"
 DEFAULT_START_SECONDS = 1.5
-# How long a dead engine's server still answers 503 before its process ends.
-DEATH_SECONDS = 1.0
+DEATH_VARIABLE = "TIGHTSHIP_SIM_DEATH_SECONDS"
+# How long a dead engine's server still answers 503 before its process ends: the period of vLLM's watchdog.
+DEFAULT_DEATH_SECONDS = 5.0
 _NO_DEVICE = (
     "RuntimeError: Failed to infer device type, please set the environment variable `VLLM_LOGGING_LEVEL=DEBUG` to turn on "
     "verbose logging to help debug the issue."
@@ -71,7 +73,8 @@ class Server:
         pacing = asyncio.create_task(api.pacer.run())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((pacing, stopping, self.died), return_when=asyncio.FIRST_COMPLETED)
-        if not stop.is_set():
+        dead = not stop.is_set()
+        if dead:
             await self._die(api, pacing, stop)
         elif self.options.shutdown_timeout:
             await _drained(api, self.options.shutdown_timeout)
@@ -81,27 +84,20 @@ class Server:
             connection.close()
         self.channel.close()
         _log("Application shutdown complete.")
-        return 0 if stop.is_set() else 1
+        return 1 if dead else 0
 
     async def _die(self, api: Api, pacing: asyncio.Task[None], stop: asyncio.Event) -> None:
-        """Do what vLLM does when its engine process dies: give up memory at once, answer 503, then end."""
+        """Do what vLLM does when its engine dies: fail what is in flight, answer 503 until its watchdog ends the process.
+
+        Until then the process remains a client of MPS and of its GPU, as one whose context is broken does.
+        """
         cause = self.died.result() if self.died.done() else str(pacing.exception())
-        _complain(
-            "EngineCore encountered a fatal error.",
-            cause if "Error" in cause.split(":")[0] else f"torch.AcceleratorError: {cause}",
-        )
-        self.channel.close()
-        if self.mps is not None:
-            self.mps.close()
+        named = "Error" in cause.split(":")[0]
+        _complain("EngineCore encountered a fatal error.", cause if named else f"torch.AcceleratorError: {cause}")
         api.die(cause)
-        _error(
-            "AsyncLLM output_handler failed: vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."
-        )
-        try:
-            await asyncio.wait_for(stop.wait(), DEATH_SECONDS)
-        except asyncio.TimeoutError:
-            return
-        stop.clear()
+        _error(f"AsyncLLM output_handler failed: vllm.v1.engine.exceptions.EngineDeadError: {DEAD}")
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(stop.wait(), float(os.environ.get(DEATH_VARIABLE, DEFAULT_DEATH_SECONDS)))
 
     async def _grow(self, step: Step, api: Api) -> None:
         """Take the memory a step needs beyond what any step before it needed."""
@@ -186,7 +182,7 @@ async def _run(options: Options, model: Model, environ: Mapping[str, str]) -> in
     channel = await open_device(environ[SOCKET_VARIABLE], fatal)
     scale = float((await channel.request({"op": "gpus", "node": environ.get(NODE_VARIABLE)}))["time_scale"])
     seconds = float(environ.get(START_VARIABLE, DEFAULT_START_SECONDS))
-    starting = asyncio.ensure_future(start(options, model, channel, gpus[0]["uuid"], seconds, _log))
+    starting = asyncio.ensure_future(start(options, model, channel, gpus[0]["uuid"], seconds=seconds, log=_log))
     await asyncio.wait((starting, died), return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         starting.cancel()
@@ -205,9 +201,8 @@ async def _attached(environ: Mapping[str, str], fatal: Any) -> Channel | None:
 
 async def _drained(api: Api, seconds: float) -> None:
     """Wait until nothing is in flight, at most that long."""
-    deadline = time.monotonic() + seconds
-    while api.in_flight and time.monotonic() < deadline:
-        await asyncio.sleep(0.05)
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(api.idle(), seconds)
 
 
 def _log_configuration(options: Options, started: Started) -> None:

@@ -104,7 +104,7 @@ def max_model_len(options: Options, model: Model) -> int:
 
 
 async def start(
-    options: Options, model: Model, channel: Channel, uuid: str, seconds: float, log: Callable[[str], None]
+    options: Options, model: Model, channel: Channel, uuid: str, *, seconds: float, log: Callable[[str], None]
 ) -> Started:
     """Start an engine on a GPU; the phases together take `seconds` of real time.
 

@@ -266,7 +266,7 @@ def _recommended(view: View) -> Condition:
     decision = view.verdict.decision
     if decision is None:
         return _waits_for(names.RECOMMENDED, names.PROFILED)
-    return Condition(names.RECOMMENDED, "True", decision.basis.value, " ".join((decision.message, *decision.notes)))
+    return Condition(names.RECOMMENDED, "True", decision.basis.value, "; ".join((decision.message, *decision.notes)))
 
 
 # Packed

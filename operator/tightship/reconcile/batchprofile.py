@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal
 
@@ -454,6 +454,7 @@ async def apply(ctx: Context, seen: Observed, decision: Decision) -> Decision:
 async def _start(ctx: Context, profile: BatchProfile, decision: Decision) -> Decision:
     image = OperatorImage(ctx.settings.operator_image, ctx.settings.image_pull_policy)
     job = profile_job(profile, decision.start or 1, image)
+    later = ctx.settings.retry_seconds
     try:
         for obj in profiler_access(profile):
             await ctx.cluster.apply(obj)
@@ -464,15 +465,12 @@ async def _start(ctx: Context, profile: BatchProfile, decision: Decision) -> Dec
     except NamespaceTerminating:
         raise
     except NameConflict as error:
-        wait = ctx.settings.retry_seconds
-        return replace(decision, stage="waiting", reason=Reason.NAME_CONFLICT, message=str(error), requeue_after=wait)
+        return Decision("waiting", Reason.NAME_CONFLICT, str(error), requeue_after=later)
     except Invalid as error:
-        message = f"the API server refuses the profiling Job: {error.message}"
-        return replace(decision, stage="failed", reason=Reason.INVALID_SPEC, message=message)
+        return Decision("failed", Reason.INVALID_SPEC, f"the API server refuses the profiling Job: {error.message}")
     except Forbidden as error:
         message = f"the profiling Job may not be made: {error.message}"
-        wait = ctx.settings.retry_seconds
-        return replace(decision, stage="waiting", reason=Reason.WAITING, message=message, requeue_after=wait)
+        return Decision("waiting", Reason.WAITING, message, requeue_after=later)
     return decision
 
 

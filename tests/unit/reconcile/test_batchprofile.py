@@ -502,6 +502,7 @@ async def test_a_job_of_that_name_that_is_not_ours_is_left_alone() -> None:
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "opt-1", "namespace": "team"}}
     )
     await world.look()
+    await world.look()
     assert world.condition("Progressing") == ("True", "NameConflict")
     assert world.api.find("Job", "team", "opt-1") == foreign
 

@@ -49,7 +49,7 @@ class Budget:
         keep = self._start_cost + max(CONFIRM_LEAST, 0.15 * self._seconds)
         return self.left - min(keep, CONFIRM_SHARE * self._seconds)
 
-    def for_level(self, batch: int, top: int) -> float:
-        """Seconds for one level: an even share of the sweep's time over the levels still possible, at most 20 s."""
+    def for_level(self, batch: int, top: int, most: float = LEVEL_MOST) -> float:
+        """Seconds for one level: an even share of the sweep's time over the levels still possible, at most `most`."""
         levels = 1 + max(0, math.ceil(math.log2(max(top, batch) / batch)))
-        return min(LEVEL_MOST, self.for_sweep / levels)
+        return min(most, self.for_sweep / levels)

@@ -302,7 +302,7 @@ class ProcessEngine:
             self._hear(rest)
 
     def _hear(self, line: str) -> None:
-        if not line.strip():
+        if not line.strip() or _ACCESS.search(line):
             return
         self._tail.append(line[:4000])
         self._echo(line)
@@ -325,6 +325,9 @@ class ProcessEngine:
         kind = OutOfMemory if is_memory(words) or hint else EngineError
         return kind(f"{what}: {how}{hint}; its last words: {words}")
 
+
+_ACCESS: Final = re.compile(r'"(?:GET|POST) /\S* HTTP/1\.1" 200')
+"""Access logs of requests that went well: they would push the lines that matter out of the tail."""
 
 _FACTS: Final[dict[str, re.Pattern[str]]] = {
     "budget": re.compile(r"max_num_batched_tokens=(\d+)"),

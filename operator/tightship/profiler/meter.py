@@ -108,13 +108,23 @@ class _Tally:
 class Meter:
     """Measures levels on one engine with one load."""
 
-    def __init__(self, engine: Engine, load: ClosedLoop, device: Device, clock: Clock, input_per_output: float) -> None:
-        """`input_per_output`: mean input over mean output tokens of the workload."""
+    def __init__(
+        self,
+        engine: Engine,
+        load: ClosedLoop,
+        device: Device,
+        clock: Clock,
+        *,
+        input_per_output: float,
+        steps_needed: int = 0,
+    ) -> None:
+        """`input_per_output`: mean input over mean output tokens; `steps_needed`: engine steps behind the objective's statistic."""
         self._engine = engine
         self._load = load
         self._device = device
         self._clock = clock
         self._factor = 1.0 + input_per_output
+        self._steps_needed = steps_needed
         self._itl = 0.02  # the last level's, to size the first windows of the next
         self._surplus = 0.0  # what the last level needed in flight beyond its batch, relative
 
@@ -177,10 +187,16 @@ class Meter:
             alive = self._load.silent < max(SILENCE_SECONDS, STEPS_PER_WINDOW * self._itl)
             if count >= WINDOWS_LEAST and alive:
                 width = half_width(tally.rates)
-                if now - began >= min(seconds, limit) or (width is not None and width <= PRECISION):
+                if now - began >= min(seconds, limit) or (
+                    width is not None and width <= PRECISION and self._resolved(tally)
+                ):
                     return tally
             elif now - began >= limit:
                 return None
+
+    def _resolved(self, tally: _Tally) -> bool:
+        """Whether enough engine steps stand behind the objective's statistic."""
+        return tally.seconds >= self._steps_needed * self._itl
 
     async def _window(self, batch: int, tally: _Tally) -> None:
         length = self._window_seconds(batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -16,9 +17,9 @@ from typing import Final, Literal
 from tightship.api.units import format_duration, format_quantity, parse_duration
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.core.advisor import advise
-from tightship.core.curve import Curve, Objective
+from tightship.core.curve import Curve, Metric, Objective
 from tightship.profiler import confirm, points
-from tightship.profiler.budget import CONFIRM_LEAST, Budget
+from tightship.profiler.budget import CONFIRM_LEAST, LEVEL_MOST, Budget
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine, EngineInfo, EngineSettings, Launcher
 from tightship.profiler.errors import EngineError, LoadError, OutOfMemory
@@ -203,7 +204,8 @@ class Profiler:
 
     async def _level(self, meter: Meter, batch: int, top: int) -> Reading | None:
         self._progress("Sweeping", batch, f"measuring batch {batch}")
-        seconds, limit = self._budget.for_level(batch, top), self._budget.for_sweep
+        most = math.inf if self._steps_needed() else LEVEL_MOST
+        seconds, limit = self._budget.for_level(batch, top, most), self._budget.for_sweep
         reading = await meter.measure(batch, seconds, limit, self._job.lengths.mean_output)
         if reading is not None:
             self._take(reading)
@@ -240,10 +242,23 @@ class Profiler:
         if left < CONFIRM_LEAST:
             return f"no time was left for the confirmation run ({left:.0f} s): the memory of a replica is unknown"
         try:
-            await asyncio.wait_for(self._confirm(curve), left)
+            await asyncio.wait_for(self._confirm_or_again(curve), left)
         except asyncio.TimeoutError:
             return "the confirmation run was cut at the end of the budget"
         return None
+
+    async def _confirm_or_again(self, curve: Curve) -> None:
+        """Confirm; an engine that fails is given one more chance, since without it all that was measured serves little."""
+        for restart in range(RESTARTS + 1):
+            try:
+                return await self._confirm(curve)
+            except EngineError as error:
+                if restart == RESTARTS:
+                    raise type(error)(
+                        f"the sweep is complete, but running as a replica would failed: {error}"
+                    ) from error
+                log.warning("confirmation run: %s; trying once more", error)
+                self._notes.append(f"the confirmation run was repeated: {error}"[:500])
 
     async def _confirm(self, curve: Curve) -> None:
         batch = self._advised(curve)
@@ -304,7 +319,12 @@ class Profiler:
 
     def _meter(self, engine: Engine, load: ClosedLoop) -> Meter:
         ratio = self._job.lengths.mean_input / self._job.lengths.mean_output
-        return Meter(engine, load, self._device, self._clock, ratio)
+        return Meter(engine, load, self._device, self._clock, input_per_output=ratio, steps_needed=self._steps_needed())
+
+    def _steps_needed(self) -> int:
+        """Engine steps that the objectives' statistics want; 0 for means."""
+        statistics = {one.statistic.value for one in self._job.objectives if one.metric is Metric.INTER_TOKEN_LATENCY}
+        return max((needed for name, needed in points.STEPS_NEEDED.items() if name in statistics), default=0)
 
     def _vocabulary(self) -> int:
         return read_model(self._job.settings.model, self._job.settings.revision, self._environ).vocabulary

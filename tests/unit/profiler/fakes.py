@@ -295,7 +295,7 @@ def make_profile(
                     "accelerator": {"device": "cuda", "product": "NVIDIA-H100-80GB-HBM3"},
                     "workload": {"inputTokens": 111, "outputTokens": 292},
                 },
-                "measurement": {"budget": budget, "objectives": objectives, **measurement},
+                "measurement": {"budget": budget, "objectives": objectives} | measurement,
             },
             "status": dict(status or {}),
         }

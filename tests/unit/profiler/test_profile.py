@@ -221,6 +221,30 @@ def test_a_confirmation_that_disagrees_says_by_how_much() -> None:
     assert status.outcome.state == "Completed"
 
 
+def test_a_replica_that_does_not_start_is_tried_again() -> None:
+    status = Run(FakeModel(), FakeModel(fails_to_start="RuntimeError: chance"), FakeModel()).go()
+    assert status.outcome is not None
+    assert status.outcome.state == "Completed"
+    assert "was repeated" in (status.outcome.message or "")
+    assert status.memory is not None
+
+
+def test_a_replica_that_never_starts_fails_the_profile_and_says_that_the_sweep_is_complete() -> None:
+    status = Run(FakeModel(), FakeModel(fails_to_start="RuntimeError: always")).go()
+    assert status.outcome is not None
+    assert (status.outcome.state, status.outcome.reason) == ("Failed", "EngineFailed")
+    assert "the sweep is complete" in (status.outcome.message or "")
+    assert "RuntimeError: always" in (status.outcome.message or "")
+    assert len(status.points) == 11
+
+
+def test_a_percentile_objective_gets_the_steps_it_needs() -> None:
+    objective = {"metric": "InterTokenLatency", "statistic": "p95", "max": "30ms"}
+    status = Run(objectives=[objective]).go()
+    assert all("p95" not in one.unresolved for one in status.points if one.batch <= 256)
+    assert "p95" in point(Run().go(), 256).unresolved
+
+
 def test_the_api_server_is_away_while_points_are_reported() -> None:
     run = Run()
     run.sink.errors = [Away("connection refused")] * 8

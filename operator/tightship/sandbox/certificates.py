@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 VALID = datetime.timedelta(days=365)
@@ -53,7 +53,7 @@ def generate(directory: Path, addresses: list[str], names: list[str]) -> Certifi
         .add_extension(_usage(signs=False), critical=True)
         .sign(ca_key, hashes.SHA256())
     )
-    accounts = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    accounts = ec.generate_private_key(ec.SECP256R1())
     files.ca.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
     files.certificate.write_bytes(server.public_bytes(serialization.Encoding.PEM))
     _write_key(files.key, key)
@@ -78,7 +78,7 @@ def _usage(signs: bool) -> x509.KeyUsage:
     )
 
 
-def _write_key(path: Path, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> None:
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     path.touch(mode=0o600)
     path.write_bytes(
         key.private_bytes(

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from tightship.sandbox import network
+from tightship.sandbox.lifeline import CONTROL_SOCKET
 from tightship.sandbox.real import assets
 from tightship.sandbox.settings import PLANES, Settings
-from tightship.sandbox.supervisor import CONTROL_SOCKET
 
 _SOCKET_PATH_LIMIT = 80
 
@@ -85,10 +85,10 @@ class Sandbox:
             assets()
         network.check()
         self._prepare()
-        roles = ["outside", str(self.state), *([] if self._detached else ["attached"])]
+        arguments = [str(self.state), *([] if self._detached else ["attached"])]
         with (self.state / "logs" / "supervisor.log").open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tightship.sandbox.supervisor", *roles],
+                [sys.executable, "-m", "tightship.sandbox.outside", *arguments],
                 stdin=subprocess.DEVNULL if self._detached else subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -277,6 +277,6 @@ class _UnixConnection(http.client.HTTPConnection):
 def _alive(pid: int) -> bool:
     """Whether `pid` is a sandbox's supervisor (and not another process that got its number)."""
     try:
-        return b"tightship.sandbox.supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"tightship.sandbox.outside" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False

@@ -90,6 +90,13 @@ class ServiceGateway:
         await self._runner.setup()
         await web.UnixSite(self._runner, path).start()
 
+    async def close(self) -> None:
+        """Stop listening and drop what is open."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._session is not None:
+            await self._session.close()
+
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         key = f"{request.match_info['namespace']}/{request.match_info['service']}"
         service = self._services.get(key)

@@ -56,6 +56,10 @@ class Settings:
         """The InternalIP of a node, counted from 0."""
         return f"10.244.{index + 1}.1"
 
+    def node_directory(self, index: int) -> Path:
+        """Where a node keeps everything: pods, host paths (`root`), `proc`."""
+        return Path(self.state) / "nodes" / self.node_name(index)
+
     def gpu_uuids(self, index: int) -> list[str]:
         """The GPUs of a node; the same for the same node of every sandbox."""
         space = uuid.uuid5(uuid.NAMESPACE_DNS, "sandbox.tightship.dev")

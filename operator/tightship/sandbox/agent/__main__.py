@@ -55,11 +55,6 @@ class Config:
     heartbeat: float = 5.0
 
 
-def node_directory(state: str | Path, name: str) -> Path:
-    """Where a node keeps everything: pods, host paths (`root`), `proc`."""
-    return Path(state) / "nodes" / name
-
-
 def resolver(config: Config) -> ImageResolver:
     """The table of images, plus the image that is the machine itself."""
 
@@ -107,7 +102,7 @@ async def run(config: Config) -> None:
         version = await _version(api)
         for entry in config.nodes:
             spec = NodeSpec(**{**entry, "gpus": tuple(entry.get("gpus") or ())})
-            directory = node_directory(config.state, spec.name)
+            directory = Path(config.state) / "nodes" / spec.name
             host = Host(
                 name=spec.name,
                 address=spec.address,

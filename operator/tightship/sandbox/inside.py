@@ -1,9 +1,8 @@
-"""The two processes that hold a sandbox together.
+"""The sandbox's inner supervisor: everything that runs inside the namespaces.
 
-*Outside* starts the namespaces, forwards 127.0.0.1 into them, and ends with its owner: when its standard input closes (the
-owner's end of a pipe), by SIGTERM, or by Ctrl-C. *Inside* is the first process of the PID namespace: it brings up the
-network, the control plane, the agent and the operator, and when it ends the kernel ends everything else. Neither can
-leave the other behind: each notices the end of the pipe between them.
+`python -m tightship.sandbox.inside STATE` is the first process of the PID namespace. It brings up the network, the control
+plane, the agent and the operator; when it ends, the kernel ends everything else. It ends when the pipe that is its standard
+input closes, so it never outlives the process outside.
 """
 
 from __future__ import annotations
@@ -23,17 +22,15 @@ import aiohttp
 from aiohttp import web
 
 from tightship.sandbox import content, gateway, network
-from tightship.sandbox.agent.__main__ import node_directory
 from tightship.sandbox.agent.api import Api, Reflector
 from tightship.sandbox.agent.netns import GATEWAY
 from tightship.sandbox.certificates import Certificates, generate
-from tightship.sandbox.processes import Command, Processes, die_with_parent
-from tightship.sandbox.real import API_PORT, EVICTION_SECONDS, NODE_GRACE_SECONDS, RealPlane, write_kubeconfig
+from tightship.sandbox.kubeconfig import write_kubeconfig
+from tightship.sandbox.lifeline import API_SOCKET, CONTROL_SOCKET, DEVICE_SOCKET, GATEWAY_SOCKET, end_of_input, say
+from tightship.sandbox.processes import Command, Processes
+from tightship.sandbox.real import API_PORT, EVICTION_SECONDS, NODE_GRACE_SECONDS, RealPlane
 from tightship.sandbox.settings import Settings
 
-log = logging.getLogger("tightship.sandbox")
-
-API_SOCKET, GATEWAY_SOCKET, CONTROL_SOCKET, DEVICE_SOCKET = "api.sock", "gateway.sock", "control.sock", "devices.sock"
 OPERATOR_IMAGE = "tightship/operator:dev"
 START_LIMIT = 180.0
 NAMES = [
@@ -90,19 +87,19 @@ class Inside:
             *(settings.node_address(i) for i in range(settings.nodes)),
         ]
         keys = await asyncio.to_thread(generate, self._state / "pki", addresses, NAMES)
-        ended = asyncio.create_task(_end_of_input())
+        ended = asyncio.create_task(end_of_input())
         up = asyncio.create_task(self._up(keys))
         broken: asyncio.Future[Any] = self._processes.failed
         all_of_them: set[asyncio.Future[Any]] = {ended, up, broken}
         try:
             await asyncio.wait(all_of_them, return_when=asyncio.FIRST_COMPLETED, timeout=START_LIMIT)
             if up.done():
-                _say({"ready": up.result()})
+                say({"ready": up.result()})
                 await asyncio.wait(all_of_them - {up}, return_when=asyncio.FIRST_COMPLETED)
             elif not ended.done() and not broken.done():
-                _say({"error": f"not up after {START_LIMIT:g} s; see {self._state / 'logs'}"})
+                say({"error": f"not up after {START_LIMIT:g} s; see {self._state / 'logs'}"})
             if broken.done():
-                _say({"error": broken.result()})
+                say({"error": broken.result()})
         finally:
             up.cancel()
             await self._held.aclose()
@@ -121,7 +118,9 @@ class Inside:
         await content.install(api, self._settings)
         services = Reflector(api, "/api/v1/services")
         self._keep.append(asyncio.create_task(services.run()))
-        await gateway.ServiceGateway(services.store).start(str(self._sockets / GATEWAY_SOCKET))
+        outlet = gateway.ServiceGateway(services.store)
+        self._held.push_async_callback(outlet.close)
+        await outlet.start(str(self._sockets / GATEWAY_SOCKET))
         await self._serve_control()
         old = self._settings.plane == "real" and await _is_old(api)
         await content.wait_for_accounts(api, ["default", content.SYSTEM_NAMESPACE], old)
@@ -229,114 +228,16 @@ class Inside:
         await web.UnixSite(runner, str(self._sockets / CONTROL_SOCKET)).start()
 
 
-class Outside:
-    """The process on the machine's side."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._state = Path(settings.state)
-        self._sockets = Path(settings.sockets)
-
-    async def run(self, attached: bool) -> int:
-        """Hold the sandbox; `attached`: end when standard input closes."""
-        loop = asyncio.get_running_loop()
-        stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, stop.set)
-        with (self._state / "logs" / "supervisor.log").open("ab") as errors:
-            inner = await asyncio.create_subprocess_exec(
-                *network.unshare_command(),
-                sys.executable,
-                "-m",
-                "tightship.sandbox.supervisor",
-                "inside",
-                self._settings.state,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-        assert inner.stdin is not None
-        assert inner.stdout is not None
-        waits: set[asyncio.Task[Any]] = {asyncio.create_task(stop.wait()), asyncio.create_task(inner.wait())}
-        if attached:
-            waits.add(asyncio.create_task(_end_of_input()))
-        try:
-            reading = asyncio.create_task(inner.stdout.readline())
-            await asyncio.wait({reading, *waits}, return_when=asyncio.FIRST_COMPLETED)
-            answer = json.loads(reading.result() or b"{}") if reading.done() else {}
-            if "ready" not in answer:
-                _say({"error": answer.get("error") or f"the sandbox did not come up:\n{self._tail()}"})
-                return 1
-            _say({"ready": await self._open(answer["ready"], inner.pid)})
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            return 0 if inner.returncode is None else 1
-        finally:
-            (self._state / "sandbox.json").unlink(missing_ok=True)
-            inner.stdin.close()
-            try:
-                await asyncio.wait_for(inner.wait(), 20)
-            except asyncio.TimeoutError:
-                inner.kill()
-                await inner.wait()
-
-    async def _open(self, plane: dict[str, Any], unshare: int) -> dict[str, Any]:
-        """Forward from 127.0.0.1, write the kubeconfig and the description that `down` and others read."""
-        api = await gateway.forward_out(str(self._sockets / API_SOCKET))
-        services = await gateway.forward_out(str(self._sockets / GATEWAY_SOCKET))
-        self._forwarders = [api, services]
-        port = api.sockets[0].getsockname()[1]
-        server = f"https://127.0.0.1:{port}"
-        path = self._state / "kubeconfig"
-        write_kubeconfig(path, server, plane["token"], Path(plane["ca"]))
-        description = {
-            "kubeconfig": str(path),
-            "server": server,
-            "gateway": f"http://127.0.0.1:{services.sockets[0].getsockname()[1]}",
-            "supervisor": os.getpid(),
-            "init": _first_child(unshare),
-            "sockets": self._settings.sockets,
-            "nodes": {
-                self._settings.node_name(i): str(node_directory(self._state, self._settings.node_name(i)))
-                for i in range(self._settings.nodes)
-            },
-        }
-        (self._state / "sandbox.json").write_text(json.dumps(description, indent=1))
-        return description
-
-    def _tail(self) -> str:
-        path = self._state / "logs" / "supervisor.log"
-        return path.read_text(errors="replace")[-2000:]
-
-
-async def _end_of_input() -> None:
-    """Return when standard input is closed."""
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while await reader.read(4096):
-        pass
-
-
-def _first_child(pid: int) -> int:
-    """The process that `unshare --fork` made: the first of the PID namespace."""
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-
-
 async def _is_old(api: Api) -> bool:
     """Whether the API server is older than 1.24."""
     return int((await api.get("/version"))["minor"].rstrip("+")) < 24
-
-
-def _say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
 
 
 def init(settings: Settings) -> int:
     """The first process of the PID namespace: reaps orphans, and ends with its one real child."""
     worker = os.fork()
     if worker == 0:
-        asyncio.run(_inside(settings))
+        asyncio.run(_run(settings))
         return 0
     while True:
         pid, status = os.wait()
@@ -344,19 +245,10 @@ def init(settings: Settings) -> int:
             return os.waitstatus_to_exitcode(status) & 255
 
 
-async def _inside(settings: Settings) -> None:
+async def _run(settings: Settings) -> None:
     await Inside(settings).run()
 
 
-def main() -> int:
-    """`outside STATE [attached]` or `inside STATE`."""
-    role, state = sys.argv[1:3]
-    settings = Settings.read(Path(state) / "settings.json")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if role == "inside":
-        return init(settings)
-    return asyncio.run(Outside(settings).run("attached" in sys.argv[3:]))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    sys.exit(init(Settings.read(Path(sys.argv[1]) / "settings.json")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from enum import Enum
+from datetime import datetime, timezone
 from pathlib import Path
 
 # The kubelet keeps this much of a termination message.
@@ -48,8 +49,9 @@ class RefusalError(Exception):
 
 
 def say(text: str) -> None:
-    """A line of the supervisor's own on the pod's log."""
-    print(f"tightship: {text}", file=sys.stderr, flush=True)
+    """A line of the supervisor's own on the pod's log, with the time (UTC): starts on one GPU can be told apart by it."""
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    print(f"{now} tightship: {text}", file=sys.stderr, flush=True)
 
 
 def leave_message(path: Path, text: str) -> None:

@@ -115,8 +115,9 @@ class Supervisor:
         except OSError as error:
             raise RefusalError(Reason.ENGINE_FAILED, f"{self._command[0]} does not start: {error}") from error
         self._wait_until_healthy(self._engine)
-        self._lock.release()
+        # Said first: in the logs of a GPU's replicas no start then begins before the one before it has ended.
         say("the engine is healthy; the next replica may start")
+        self._lock.release()
 
     def _wait_for_turn(self) -> None:
         text = json.dumps({"pod": self._settings.pod_name, "since": int(time.time())})

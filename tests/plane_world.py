@@ -164,7 +164,11 @@ class Kubectl:
         text = (
             None if stdin is None else yaml.safe_dump(stdin) if isinstance(stdin, dict) else yaml.safe_dump_all(stdin)
         )
-        out, _ = await asyncio.wait_for(process.communicate(text.encode() if text else None), seconds)
+        try:
+            out, _ = await asyncio.wait_for(process.communicate(text.encode() if text else b""), seconds)
+        except asyncio.TimeoutError:
+            process.kill()
+            raise
         return process.returncode or 0, out.decode()
 
     async def __call__(self, *words: str, stdin: Any = None, seconds: float = 30) -> str:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+
 from plane_world import (
     APPLY,
     JSON_PATCH,
@@ -19,7 +20,6 @@ from plane_world import (
     make_template,
     make_widget,
 )
-
 from tightship.sandbox.plane import Plane
 from tightship.sandbox.plane.values import dig
 
@@ -58,7 +58,8 @@ def deployment(**spec: Any) -> dict[str, Any]:
 
 async def test_life_of_an_object(api: Client) -> None:
     made = await api.good("POST", MAPS, config("c", a="1"))
-    assert made["metadata"]["uid"] and made["metadata"]["creationTimestamp"]
+    assert made["metadata"]["uid"]
+    assert made["metadata"]["creationTimestamp"]
     assert (await api("POST", MAPS, config("c")))[1]["reason"] == "AlreadyExists"
     read = await api.good("GET", f"{MAPS}/c")
     assert read == made
@@ -78,7 +79,8 @@ async def test_life_of_an_object(api: Client) -> None:
 
 async def test_generated_names_and_dry_runs(api: Client) -> None:
     made = await api.good("POST", MAPS, {"metadata": {"generateName": "x-"}})
-    assert made["metadata"]["name"].startswith("x-") and len(made["metadata"]["name"]) == 7
+    assert made["metadata"]["name"].startswith("x-")
+    assert len(made["metadata"]["name"]) == 7
     await api.good("POST", MAPS, config("dry"), dryRun="All")
     assert (await api("GET", f"{MAPS}/dry"))[0] == 404
 
@@ -144,16 +146,20 @@ async def test_lists_select_and_page(api: Client) -> None:
 
 async def test_status_endpoint_and_generation(api: Client) -> None:
     made = await api.good("POST", THINGS, {**make_widget(), "status": {"replicas": 9}})
-    assert "status" not in made and made["metadata"]["generation"] == 1
+    assert "status" not in made
+    assert made["metadata"]["generation"] == 1
     labelled = await api.good(
         "PATCH", f"{THINGS}/a", {"metadata": {"labels": {"x": "y"}}, "status": {"replicas": 9}}, MERGE
     )
-    assert "status" not in labelled and labelled["metadata"]["generation"] == 1
+    assert "status" not in labelled
+    assert labelled["metadata"]["generation"] == 1
     reported = await api.good("PATCH", f"{THINGS}/a/status", {"spec": {"size": 5}, "status": {"replicas": 2}}, MERGE)
     assert reported["status"] == {"replicas": 2}
-    assert reported["spec"]["size"] == 3 and reported["metadata"]["generation"] == 1
+    assert reported["spec"]["size"] == 3
+    assert reported["metadata"]["generation"] == 1
     grown = await api.good("PATCH", f"{THINGS}/a", {"spec": {"size": 5}}, MERGE)
-    assert grown["metadata"]["generation"] == 2 and grown["status"] == {"replicas": 2}
+    assert grown["metadata"]["generation"] == 2
+    assert grown["status"] == {"replicas": 2}
 
 
 async def test_scale_of_a_custom_resource(api: Client) -> None:
@@ -169,7 +175,8 @@ async def test_scale_of_a_custom_resource(api: Client) -> None:
     assert (await api.good("PUT", f"{THINGS}/a/scale", scale))["spec"]["replicas"] == 4
     assert (await api.good("GET", f"{THINGS}/a"))["spec"]["replicas"] == 4
     code, answer = await api("PATCH", f"{THINGS}/a/scale", {"spec": {"replicas": -1}}, MERGE)
-    assert code == 422 and "greater than or equal to 0" in answer["message"]
+    assert code == 422
+    assert "greater than or equal to 0" in answer["message"]
 
 
 # Patches
@@ -250,7 +257,8 @@ async def test_apply_conflicts_name_manager_and_field(api: Client) -> None:
     )
     assert forced["spec"]["replicas"] == 3
     fields = {entry["manager"]: entry["fieldsV1"]["f:spec"] for entry in forced["metadata"]["managedFields"]}
-    assert "f:replicas" not in fields["one"] and "f:replicas" in fields["two"]
+    assert "f:replicas" not in fields["one"]
+    assert "f:replicas" in fields["two"]
     # The same value is no conflict: both own it then.
     await api.good("PATCH", f"{DEPLOYMENTS}/d", deployment(replicas=3), APPLY, fieldManager="one")
 
@@ -269,7 +277,8 @@ async def test_apply_removes_what_it_no_longer_says(api: Client) -> None:
     await api.good("PATCH", f"{MAPS}/c", full, APPLY, fieldManager="one")
     await api.good("PATCH", f"{MAPS}/c", {"data": {"k": "v"}}, MERGE, fieldManager="two")
     less = await api.good("PATCH", f"{MAPS}/c", config("c", a="1"), APPLY, fieldManager="one")
-    assert less["data"] == {"a": "1", "k": "v"} and "labels" not in less["metadata"]
+    assert less["data"] == {"a": "1", "k": "v"}
+    assert "labels" not in less["metadata"]
 
 
 async def test_apply_merges_keyed_lists_and_replaces_atomic_ones(api: Client) -> None:
@@ -283,7 +292,8 @@ async def test_apply_merges_keyed_lists_and_replaces_atomic_ones(api: Client) ->
     body["spec"]["template"]["spec"]["tolerations"] = [{"key": "b", "operator": "Exists"}]
     again = await api.good("PATCH", f"{DEPLOYMENTS}/d", body, APPLY, fieldManager="one")
     spec = again["spec"]["template"]["spec"]
-    assert [entry["key"] for entry in spec["tolerations"]] == ["b"] and len(spec["containers"]) == 2
+    assert [entry["key"] for entry in spec["tolerations"]] == ["b"]
+    assert len(spec["containers"]) == 2
     side["spec"] = {}
     alone = await api.good("PATCH", f"{DEPLOYMENTS}/d", side, APPLY, fieldManager="two")
     assert [entry["name"] for entry in alone["spec"]["template"]["spec"]["containers"]] == ["main"]
@@ -310,9 +320,11 @@ async def test_apply_to_status_keeps_other_conditions_and_is_idempotent(api: Cli
 
 async def test_apply_needs_a_manager_and_known_fields(api: Client) -> None:
     code, answer = await api("PATCH", f"{MAPS}/c", config("c"), APPLY)
-    assert code == 422 and "fieldManager: Required value: is required for apply patch" in answer["message"]
+    assert code == 422
+    assert "fieldManager: Required value: is required for apply patch" in answer["message"]
     code, answer = await api("PATCH", f"{MAPS}/c", {**config("c"), "dat": {}}, APPLY, fieldManager="one")
-    assert code == 500 and ".dat: field not declared in schema" in answer["message"]
+    assert code == 500
+    assert ".dat: field not declared in schema" in answer["message"]
 
 
 # Watches
@@ -361,7 +373,8 @@ async def test_custom_resource_defaults_and_pruning(api: Client) -> None:
     made = await api.good("POST", THINGS, make_widget(unknown=1))
     assert made["spec"] == {"size": 3, "color": "red", "replicas": 1}
     code, answer = await api("POST", THINGS, make_widget("b", unknown=1), fieldValidation="Strict")
-    assert code == 400 and 'strict decoding error: unknown field "spec.unknown"' in answer["message"]
+    assert code == 400
+    assert 'strict decoding error: unknown field "spec.unknown"' in answer["message"]
 
 
 @pytest.mark.parametrize(
@@ -391,7 +404,8 @@ async def test_transition_rules_run_on_updates_only(api: Client) -> None:
     await api.good("POST", THINGS, make_widget(name="one"))
     await api.good("PATCH", f"{THINGS}/a", {"spec": {"size": 4}}, MERGE)
     code, answer = await api("PATCH", f"{THINGS}/a", {"spec": {"name": "two"}}, MERGE)
-    assert code == 422 and 'spec.name: Invalid value: "two": name is immutable' in answer["message"]
+    assert code == 422
+    assert 'spec.name: Invalid value: "two": name is immutable' in answer["message"]
 
 
 async def test_definition_comes_and_goes(api: Client) -> None:
@@ -409,10 +423,8 @@ async def test_definition_comes_and_goes(api: Client) -> None:
 async def test_update_of_a_custom_resource_needs_a_version(api: Client) -> None:
     await api.good("POST", THINGS, make_widget())
     code, answer = await api("PUT", f"{THINGS}/a", make_widget())
-    assert (
-        code == 422
-        and "metadata.resourceVersion: Invalid value: 0: must be specified for an update" in answer["message"]
-    )
+    assert code == 422
+    assert "metadata.resourceVersion: Invalid value: 0: must be specified for an update" in answer["message"]
 
 
 # Built-in kinds
@@ -450,7 +462,8 @@ async def test_refusals_of_built_in_kinds(
     api: Client, path: str, body: dict[str, Any], code: int, message: str
 ) -> None:
     found, answer = await api("POST", path, body)
-    assert found == code and message in answer["message"]
+    assert found == code
+    assert message in answer["message"]
 
 
 async def test_quantities_are_canonical_and_limits_become_requests(api: Client) -> None:
@@ -472,7 +485,8 @@ async def test_immutable_parts(api: Client) -> None:
     code, answer = await api(
         "PATCH", "/apis/apps/v1/namespaces/default/statefulsets/s", {"spec": {"serviceName": "x"}}, MERGE
     )
-    assert code == 422 and "updates to statefulset spec for fields other than" in answer["message"]
+    assert code == 422
+    assert "updates to statefulset spec for fields other than" in answer["message"]
 
 
 async def test_events_of_both_groups_are_the_same(api: Client) -> None:
@@ -522,7 +536,8 @@ async def test_tokens_name_their_account_and_die_with_it(plane: Plane, api: Clie
 async def test_proxy_says_what_is_missing(api: Client) -> None:
     await api.good("POST", PODS, make_pod("p"))
     code, answer = await api("GET", f"{PODS}/p/log")
-    assert code == 400 and "does not have a host assigned" in answer["message"]
+    assert code == 400
+    assert "does not have a host assigned" in answer["message"]
     service = {"metadata": {"name": "s"}, "spec": {"ports": [{"port": 80}], "selector": {"a": "b"}}}
     await api.good("POST", "/api/v1/namespaces/default/services", service)
     code, answer = await api("GET", "/api/v1/namespaces/default/services/s:80/proxy/x")

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from plane_world import Client, Kubelets, eventually, make_job, make_pod, make_set, make_template
 
+from plane_world import Client, Kubelets, eventually, make_job, make_pod, make_set, make_template
 from tightship.sandbox.plane import Plane, Timing
 from tightship.sandbox.plane.values import condition, dig, micro_stamp
 

@@ -15,13 +15,13 @@ from tightship.sandbox.plane.registry import Registry, Resource
 from tightship.sandbox.plane.schema import reference
 from tightship.sandbox.plane.values import copy
 
+# kubectl reads version 2 only as protobuf, and only for kinds that version 3 doesn't have: an empty document (the field
+# ``swagger: "2.0"``) is the truth then, and gets the user the message about the missing kind.
+PROTOBUF_V2 = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf"
+EMPTY_V2 = b"\n\x032.0"
 _INFO = {"title": "Kubernetes", "version": "v1.36.0"}
-_PATCHES = (
-    "application/apply-patch+yaml",
-    "application/json-patch+json",
-    "application/merge-patch+json",
-    "application/strategic-merge-patch+json",
-)
+_PATCHES = ("application/apply-patch+yaml", "application/json-patch+json", "application/merge-patch+json")
+_STRATEGIC = "application/strategic-merge-patch+json"
 _WRITE = ("dryRun", "fieldManager", "fieldValidation")
 
 
@@ -160,6 +160,8 @@ def _standard(node: Any) -> None:
 def _paths(resource: Resource) -> Obj:
     base = resource.path
     gvk = {"group": resource.group, "version": resource.version, "kind": resource.kind}
+    # kubectl sends the strategic kind to whatever claims to take it, and custom resources don't.
+    patches = _PATCHES if resource.custom else (*_PATCHES, _STRATEGIC)
     content = {"content": {"application/json": {"schema": reference(resource.definition)}}}
 
     def operation(verb: str, action: str, *query: str, body: tuple[str, ...] = (), suffix: str = "") -> Obj:
@@ -206,7 +208,7 @@ def _paths(resource: Resource) -> Obj:
         "parameters": [_in_path("name"), *parameters],
         "get": operation("read", "get"),
         "put": operation("replace", "put", *_WRITE, body=("application/json",)),
-        "patch": operation("partially update", "patch", *_WRITE, "force", body=_PATCHES),
+        "patch": operation("partially update", "patch", *_WRITE, "force", body=patches),
         "delete": operation("delete", "delete", "dryRun", "gracePeriodSeconds", "propagationPolicy"),
     }
     found = {scoped: collection, f"{scoped}/{{name}}": item}
@@ -217,6 +219,6 @@ def _paths(resource: Resource) -> Obj:
             "parameters": item["parameters"],
             "get": operation("read status of", "get", suffix="Status"),
             "put": operation("replace status of", "put", *_WRITE, body=("application/json",), suffix="Status"),
-            "patch": operation("update status of", "patch", *_WRITE, "force", body=_PATCHES, suffix="Status"),
+            "patch": operation("update status of", "patch", *_WRITE, "force", body=patches, suffix="Status"),
         }
     return found

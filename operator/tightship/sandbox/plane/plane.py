@@ -122,11 +122,13 @@ class Plane:
         cluster: dict[str, Any] = {"server": url or self.url}
         if self._ca and cluster["server"].startswith("https"):
             cluster["certificate-authority-data"] = base64.b64encode(self._ca.encode()).decode()
+        # Over https kubectl asks for a password unless it has something to show.
+        user = {"token": self.tokens.admin} if cluster["server"].startswith("https") else {}
         config: dict[str, Any] = {
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "tightship", "cluster": cluster}],
-            "users": [{"name": "admin", "user": {}}],
+            "users": [{"name": "admin", "user": user}],
             "contexts": [
                 {"name": "tightship", "context": {"cluster": "tightship", "user": "admin", "namespace": "default"}}
             ],

@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 from aiohttp import web
 
-from tightship.sandbox.plane import discovery, errors, patches, tables
+from tightship.sandbox.plane import discovery, errors, patches, protobuf, tables
 from tightship.sandbox.plane.api import Api, DeleteOptions, Options
 from tightship.sandbox.plane.errors import ApiError, Obj
-from tightship.sandbox.plane.openapi import OpenApi
+from tightship.sandbox.plane.openapi import EMPTY_V2, PROTOBUF_V2, OpenApi
 from tightship.sandbox.plane.proxy import Proxy
 from tightship.sandbox.plane.registry import Resource
 from tightship.sandbox.plane.selectors import matches, parse_fields, parse_labels
@@ -173,6 +173,8 @@ class Server:
     def _openapi(self, request: web.Request, parts: list[str]) -> web.Response:
         if parts[1:] == ["v3"]:
             return _json(self.openapi.index())
+        if parts[1:] == ["v2"] and PROTOBUF_V2 in request.headers.get("Accept", ""):
+            return web.Response(body=EMPTY_V2, headers={"Content-Type": PROTOBUF_V2.replace("@", ".")})
         if parts[1:] == ["v2"]:
             return web.Response(body=self.openapi.version2(), content_type="application/json")
         if len(parts) > 2 and parts[1] == "v3":
@@ -633,10 +635,10 @@ def _form(request: web.Request) -> str:
 
 async def _body(request: web.Request) -> Any:
     raw = await request.read()
-    if request.content_type == "application/vnd.kubernetes.protobuf":
-        raise errors.unsupported_media(request.content_type, "application/json, application/yaml")
     if not raw:
         return {}
+    if request.content_type == protobuf.MEDIA:
+        return protobuf.decode(raw)
     if "yaml" not in request.content_type:
         return json.loads(raw)
     try:

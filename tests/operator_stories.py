@@ -1,0 +1,285 @@
+"""The operator as a process, against any control plane: start, stand by, hand over, restart, and what it must leave alone.
+
+No node is needed: a profile whose measurements come with it (`spec.results`) goes the whole way through queue, apply, status
+and events, and one that has to be measured gets as far as its Job.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from story import make_profile, make_service
+from tightship.sandbox.cluster import Sandbox
+
+T = TypeVar("T")
+LEASE = ("--lease-duration=4", "--lease-renew-deadline=3", "--lease-retry=0.5")
+
+
+class OperatorProcess:
+    """`tightship run` against a sandbox's API."""
+
+    def __init__(self, sandbox: Sandbox, log: Path, *arguments: str) -> None:
+        self._log = log
+        self._from = log.stat().st_size if log.exists() else 0
+        command = [sys.executable, "-m", "tightship", "run", "--kubeconfig", str(sandbox.kubeconfig)]
+        telemetry = ["--telemetry-host=127.0.0.1", "--telemetry-port=0"]
+        with log.open("ab") as output:
+            self.process = subprocess.Popen([*command, *telemetry, *LEASE, *arguments], stderr=output)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()[self._from :]
+
+    @property
+    def leads(self) -> bool:
+        return self.metric("leader") == 1
+
+    def ask(self, path: str) -> tuple[int, str]:
+        """Status and body of /healthz, /readyz or /metrics; (0, "") while nobody listens."""
+        found = re.search(r"telemetry on (http://\S+)", self.log)
+        if not found:
+            return 0, ""
+        try:
+            with urllib.request.urlopen(f"{found[1]}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def metric(self, name: str, **wanted: str) -> float:
+        """Sum of a metric's samples whose labels are as wanted."""
+        total = 0.0
+        for line in self.ask("/metrics")[1].splitlines():
+            head, _, value = line.rpartition(" ")
+            if re.match(rf"tightship_operator_{name}(_total)?($|{{)", head) and all(
+                f'{key}="{text}"' in head for key, text in wanted.items()
+            ):
+                total += float(value)
+        return total
+
+    def at_rest(self) -> bool:
+        """Whether it leads, has looked at everything, and has nothing left to do."""
+        busy = self.metric("queue_depth") + self.metric("queue_active")
+        return self.ask("/readyz")[0] == 200 and self.leads and self.metric("reconciles") > 0 and busy == 0
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end; returns the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+@contextmanager
+def running(sandbox: Sandbox, log: Path, *arguments: str) -> Iterator[OperatorProcess]:
+    operator = OperatorProcess(sandbox, log, *arguments)
+    try:
+        yield operator
+    finally:
+        if operator.process.poll() is None:
+            operator.stop(signal.SIGKILL)
+
+
+def eventually(look: Callable[[], T], why: Callable[[], str], seconds: float = 40) -> T:
+    """The first true answer of `look`."""
+    deadline = time.monotonic() + seconds
+    while not (answer := look()):
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.1)
+    return answer
+
+
+def until_at_rest(operator: OperatorProcess) -> None:
+    eventually(operator.at_rest, lambda: f"{operator.ask('/readyz')}\n{operator.log[-3000:]}")
+
+
+def get(sandbox: Sandbox, *what: str) -> Any:
+    return json.loads(sandbox.kubectl("get", *what, "-o", "json"))
+
+
+def create(sandbox: Sandbox, obj: dict[str, Any]) -> None:
+    sandbox.kubectl("create", "--validate=false", "-f", "-", stdin=json.dumps(obj))
+
+
+def imported(name: str, namespace: str = "default") -> dict[str, Any]:
+    """A profile that comes with its measurements."""
+    profile = make_profile(make_service(), name=name)
+    profile["metadata"]["namespace"] = namespace
+    return profile
+
+
+def to_measure(name: str) -> dict[str, Any]:
+    """A profile that has to be measured."""
+    profile = imported(name)
+    del profile["spec"]["results"]
+    return profile
+
+
+def condition(sandbox: Sandbox, name: str, kind: str) -> tuple[str, str]:
+    found = get(sandbox, "bprof", name).get("status", {}).get("conditions", [])
+    return next(((each["status"], each["reason"]) for each in found if each["type"] == kind), ("", ""))
+
+
+def await_condition(sandbox: Sandbox, operator: OperatorProcess, name: str, kind: str, value: tuple[str, str]) -> None:
+    def why() -> str:
+        return f"{name}: {kind} is {condition(sandbox, name, kind)}, not {value}\n{operator.log[-3000:]}"
+
+    eventually(lambda: condition(sandbox, name, kind) == value, why)
+
+
+# --- the stories ---
+
+
+def a_profile_is_answered_and_nothing_of_the_framework_lands_on_it(sandbox: Sandbox, log: Path) -> None:
+    with running(sandbox, log) as operator:
+        until_at_rest(operator)
+        create(sandbox, imported("git"))
+        await_condition(sandbox, operator, "git", "Complete", ("True", "Imported"))
+        profile = get(sandbox, "bprof", "git", "--show-managed-fields")
+        assert "finalizers" not in profile["metadata"]
+        assert "annotations" not in profile["metadata"]
+        assert {entry["manager"] for entry in profile["metadata"]["managedFields"]} <= {
+            "kubectl-create",
+            "tightship-status",
+        }
+        eventually(
+            lambda: "Imported" in sandbox.kubectl("get", "events", "-o", "custom-columns=R:.reason", "--no-headers"),
+            lambda: operator.log,
+        )
+        assert operator.stop() == 0
+
+
+def reconciling_again_changes_nothing(sandbox: Sandbox, log: Path) -> None:
+    def versions() -> dict[str, str]:
+        found = get(sandbox, "bprof,jobs,sa,roles,rolebindings,events", "-A")["items"]
+        return {f"{o['kind']}/{o['metadata']['name']}": o["metadata"]["resourceVersion"] for o in found}
+
+    with running(sandbox, log) as operator:
+        until_at_rest(operator)
+        create(sandbox, imported("again"))
+        create(sandbox, to_measure("measured"))
+        await_condition(sandbox, operator, "again", "Complete", ("True", "Imported"))
+        await_condition(sandbox, operator, "measured", "Progressing", ("True", "Unschedulable"))
+        eventually(lambda: "measured-1" in sandbox.kubectl("get", "jobs", "-o", "name"), lambda: operator.log)
+        until_at_rest(operator)
+        before = eventually(lambda: settled(versions, operator), lambda: "versions keep changing")
+        assert operator.stop() == 0
+    with running(sandbox, log) as operator:
+        until_at_rest(operator)
+        eventually(lambda: operator.metric("watch_events", kind="BatchProfile") >= 2, lambda: operator.log)
+        until_at_rest(operator)
+        assert versions() == before
+        assert operator.stop() == 0
+
+
+def settled(look: Callable[[], T], operator: OperatorProcess) -> T | None:
+    """What `look` sees, when it sees the same before and after a moment at rest."""
+    before = look()
+    until_at_rest(operator)
+    return before if look() == before else None
+
+
+def one_leads_and_another_takes_over(sandbox: Sandbox, log: Path) -> None:
+    with running(sandbox, log) as first:
+        until_at_rest(first)
+        with running(sandbox, log.with_suffix(".second")) as second:
+            eventually(lambda: "standing by" in second.log, lambda: second.log)
+            assert second.ask("/readyz")[0] == 200
+            assert not second.leads
+            create(sandbox, imported("first"))
+            await_condition(sandbox, first, "first", "Complete", ("True", "Imported"))
+            assert second.metric("reconciles") == 0
+            first.stop(signal.SIGKILL)
+            create(sandbox, imported("second"))
+            await_condition(sandbox, second, "second", "Complete", ("True", "Imported"))
+            assert second.stop() == 0
+            assert not get(sandbox, "lease", "tightship-operator", "-n", "tightship-system")["spec"]["holderIdentity"]
+
+
+def losing_the_lease_ends_the_process(sandbox: Sandbox, log: Path) -> None:
+    with running(sandbox, log) as operator:
+        until_at_rest(operator)
+        stolen = json.dumps({"spec": {"holderIdentity": "somebody else"}})
+        patch = ("patch", "lease", "tightship-operator", "-n", "tightship-system", "--type=merge", "-p")
+        try:
+            sandbox.kubectl(*patch, stolen)
+            assert operator.process.wait(30) == 1
+            assert "held by somebody else now" in operator.log
+        finally:
+            sandbox.kubectl(*patch, json.dumps({"spec": {"holderIdentity": ""}}))
+
+
+def a_job_that_is_not_ours_is_left_alone(sandbox: Sandbox, log: Path) -> None:
+    container = {"name": "c", "image": "theirs"}
+    template = {"spec": {"restartPolicy": "Never", "containers": [container]}}
+    foreign = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "taken-1"}, "spec": {"template": template}}
+    create(sandbox, foreign)
+    before = get(sandbox, "job", "taken-1")["spec"]
+    with running(sandbox, log) as operator:
+        until_at_rest(operator)
+        create(sandbox, to_measure("taken"))
+        await_condition(sandbox, operator, "taken", "Progressing", ("True", "NameConflict"))
+        assert get(sandbox, "job", "taken-1")["spec"] == before
+        sandbox.kubectl("delete", "job", "taken-1")
+        assert operator.stop() == 0
+
+
+def a_namespace_goes_away_with_everything_in_it(sandbox: Sandbox, log: Path) -> None:
+    with running(sandbox, log) as operator:
+        until_at_rest(operator)
+        create(sandbox, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "short-lived"}})
+        create(sandbox, imported("p", "short-lived"))
+        eventually(
+            lambda: get(sandbox, "bprof", "p", "-n", "short-lived").get("status", {}).get("phase") == "Complete",
+            lambda: operator.log,
+        )
+        sandbox.kubectl("delete", "namespace", "short-lived", "--wait=false")
+        eventually(
+            lambda: "short-lived" not in sandbox.kubectl("get", "namespaces", "-o", "name"),
+            lambda: sandbox.kubectl("get", "namespace", "short-lived", "-o", "yaml", check=False) + operator.log,
+        )
+        until_at_rest(operator)
+        assert operator.stop() == 0
+
+
+def it_waits_for_its_kinds_and_says_so(sandbox: Sandbox, log: Path) -> None:
+    crds = Path(__file__).resolve().parent.parent / "crds"
+    sandbox.kubectl("delete", "crd", "gpupacks.tightship.dev")
+    try:
+        with running(sandbox, log) as operator:
+            eventually(lambda: "doesn't serve" in operator.ask("/readyz")[1], lambda: operator.log)
+            status, text = operator.ask("/readyz")
+            assert status == 503
+            assert "install the CustomResourceDefinitions" in text
+            assert operator.ask("/healthz")[0] == 200
+            sandbox.kubectl("create", "--validate=false", "-f", str(crds / "gpupacks.yaml"))
+            until_at_rest(operator)
+            assert operator.stop() == 0
+    finally:
+        sandbox.kubectl("create", "--validate=false", "-f", str(crds / "gpupacks.yaml"), check=False)
+
+
+STORIES = (
+    a_profile_is_answered_and_nothing_of_the_framework_lands_on_it,
+    reconciling_again_changes_nothing,
+    one_leads_and_another_takes_over,
+    losing_the_lease_ends_the_process,
+    a_job_that_is_not_ours_is_left_alone,
+    a_namespace_goes_away_with_everything_in_it,
+    it_waits_for_its_kinds_and_says_so,
+)
+
+
+def clean(sandbox: Sandbox) -> None:
+    """Leave nothing to the next story."""
+    sandbox.kubectl("delete", "bprof,jobs,events", "--all", "--wait=true", check=False)

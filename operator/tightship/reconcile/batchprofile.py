@@ -49,6 +49,8 @@ from tightship.reconcile.verdict import wanted_by
 MAX_ATTEMPTS: Final = 6
 FIRST_RETRY_SECONDS: Final = 10.0
 LAST_RETRY_SECONDS: Final = 300.0
+CROWDED_SECONDS: Final = 15.0
+"""How soon a profile that waits for its turn looks again: a Job that finds no node sends no word to those behind it."""
 
 _DISRUPTED: Final = frozenset(
     {
@@ -73,8 +75,8 @@ class Observed:
 
     `profile` is None when the object can't be read; `problems` say why. `outcome` is the one for the present `rerun`, if any.
     `jobs` are this profile's Jobs for the present `rerun`, oldest attempt first; `superseded` those of another. `pods` are those
-    of the latest Job. `busy` counts other profiles' active Jobs, `slots` how many may run in all. `products` are the GPU products
-    in the cluster.
+    of the latest Job. `busy` counts other profiles' active Jobs, but for those that found no node; `slots` is how many may run in
+    all. `products` are the GPU products in the cluster.
     """
 
     obj: Object
@@ -166,7 +168,7 @@ def _look(ctx: Context, obj: Object) -> Observed:
         superseded=tuple(job for job in own if _rerun_of(job) != rerun),
         pods=tuple(pod for pod in pods if jobs and _belongs(pod, jobs[-1])),
         wanted=_is_wanted(ctx, obj),
-        busy=sum(1 for job in others if _end(job) is None),
+        busy=sum(1 for job in others if _end(job) is None and not _is_stuck(ctx, job)),
         slots=ctx.settings.max_concurrent_profiles,
         products=tuple(
             sorted({labels_of(node).get(labels.NODE_GPU_PRODUCT, "") for node in store.list("Node")} - {""})
@@ -201,6 +203,14 @@ def _belongs(child: Object, owner: Object) -> bool:
 
 def _is_profiling(job: Object) -> bool:
     return labels_of(job).get(labels.COMPONENT) == labels.COMPONENT_PROFILER
+
+
+def _is_stuck(ctx: Context, job: Object) -> bool:
+    """Whether the Job's pod can't be scheduled: it uses no GPU, and others must not wait for what may never come."""
+    labelled = (labels.PROFILE, labels_of(job).get(labels.PROFILE, ""))
+    pods = [pod for pod in ctx.store.list("Pod", job["metadata"]["namespace"], labelled) if _belongs(pod, job)]
+    troubles = [podstate.trouble(pod) for pod in pods]
+    return bool(troubles) and all(each is not None and each.reason == Reason.UNSCHEDULABLE for each in troubles)
 
 
 def _rerun_of(job: Object) -> str | None:
@@ -331,10 +341,8 @@ def _job_failed(seen: Observed, message: str) -> Decision:
 def _crowded(seen: Observed) -> Decision | None:
     if seen.busy < seen.slots:
         return None
-    message = (
-        f"{seen.busy} of {seen.slots} profiling Jobs are running; this one starts when one of them ends"
-    )
-    return Decision("waiting", Reason.WAITING, message)
+    message = f"{seen.busy} of {seen.slots} profiling Jobs are running; this one starts when one of them ends"
+    return Decision("waiting", Reason.WAITING, message, requeue_after=CROWDED_SECONDS)
 
 
 def _starts(seen: Observed) -> Decision:

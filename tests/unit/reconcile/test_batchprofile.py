@@ -420,6 +420,38 @@ async def test_only_as_many_jobs_as_there_are_slots() -> None:
     assert world.condition("Progressing", "c") == ("True", "Waiting")
 
 
+async def test_a_job_that_finds_no_node_holds_nobody_up() -> None:
+    world = World(slots=1)
+    for name in ("a", "b"):
+        world.put(make_profile(name))
+        await world.look(name)
+    assert world.jobs() == ["a-1"]
+    job = world.api.find("Job", "team", "a-1")
+    assert job is not None
+    unschedulable = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": "Unschedulable",
+        "message": "0/2 nodes are available",
+    }
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "a-1", "uid": job["metadata"]["uid"], "controller": True}
+    world.put(
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": "a-1-x",
+                "namespace": "team",
+                "labels": job["metadata"]["labels"],
+                "ownerReferences": [owner],
+            },
+            "status": {"phase": "Pending", "conditions": [unschedulable]},
+        }
+    )
+    await world.look("b")
+    assert world.jobs() == ["a-1", "b-1"]
+
+
 async def test_an_outcome_that_the_cache_has_not_seen_yet_is_asked_for() -> None:
     world = World()
     world.put(make_profile())

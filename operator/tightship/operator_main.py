@@ -58,6 +58,7 @@ OPTIONAL_APIS = {
 }
 
 _RETRY_SECONDS = 3.0
+_SETTLE_SECONDS = 5.0
 _DRAIN_SECONDS = 20.0
 
 
@@ -271,6 +272,9 @@ class Operator:
             await self._list(kinds)
 
     async def _resync(self) -> None:
+        # What vanished between our first listing and the beginning of kopf's watches is told by nobody.
+        await self._clock.sleep(_SETTLE_SECONDS)
+        await self._list(WATCHED)
         while True:
             await self._clock.sleep(self._options.settings.resync * self._rng.uniform(0.9, 1.0))
             await self._list(WATCHED)

@@ -51,6 +51,7 @@ FIRST_RETRY_SECONDS: Final = 10.0
 LAST_RETRY_SECONDS: Final = 300.0
 CROWDED_SECONDS: Final = 15.0
 """How soon a profile that waits for its turn looks again: a Job that finds no node sends no word to those behind it."""
+PODLESS_SECONDS: Final = 30.0
 
 _DISRUPTED: Final = frozenset(
     {
@@ -288,9 +289,25 @@ def _runs(seen: Observed) -> Decision | None:
     troubles = [trouble for pod in seen.pods if not podstate.is_over(pod) and (trouble := podstate.trouble(pod))]
     if troubles:
         return _troubled(seen, troubles[0])
+    if not seen.pods:
+        return _podless(seen, seen.job)
     if not any(podstate.is_running(pod, ENGINE_CONTAINER) for pod in seen.pods):
         return Decision("running", Reason.MEASURING, f"Job {name} is starting: {_starting(seen.pods)}")
     return Decision("running", Reason.MEASURING, f"Job {name} is measuring{_progress(seen)}")
+
+
+def _podless(seen: Observed, job: Object) -> Decision:
+    """A Job without a pod: for a moment that is normal; later on, admission or a quota keeps it from being made."""
+    name, made = job["metadata"]["name"], job["metadata"].get("creationTimestamp")
+    left = PODLESS_SECONDS - (seen.now - parse_timestamp(made)).total_seconds() if made else PODLESS_SECONDS
+    if left > 0:
+        return Decision(
+            "running", Reason.MEASURING, f"Job {name} is starting: its pod isn't there yet", requeue_after=left
+        )
+    message = (
+        f"Job {name} gets no pod: `kubectl describe job {name}` says why (a quota, or admission); it is tried again"
+    )
+    return Decision("waiting", Reason.WAITING, message)
 
 
 def _troubled(seen: Observed, trouble: podstate.Trouble) -> Decision:
@@ -424,8 +441,6 @@ def _latest(pods: Sequence[Object]) -> Object:
 
 
 def _starting(pods: Sequence[Object]) -> str:
-    if not pods:
-        return "its pod isn't there yet"
     pod = _latest(pods)
     node = podstate.node_of(pod)
     return f"pod {pod['metadata']['name']} " + (

@@ -158,6 +158,12 @@ SITUATIONS: dict[str, tuple[Observed, str, str, str]] = {
     "all slots taken": (seen(busy=1), "waiting", "Waiting", "1 of 1 profiling Jobs are running"),
     "nobody wants it": (seen(wanted=False), "idle", "Waiting", "no LLMService asks"),
     "pod not there yet": (seen(jobs=jobs(None)), "running", "Measuring", "its pod isn't there yet"),
+    "no pod for a long time": (
+        seen(jobs=({**make_job(), "metadata": {**make_job()["metadata"], "creationTimestamp": timestamp(BEGIN)}},)),
+        "waiting",
+        "Waiting",
+        "kubectl describe job opt-1",
+    ),
     "no free GPU": (
         seen(jobs=jobs(None), pods=(UNSCHEDULABLE,)),
         "running",

@@ -194,7 +194,9 @@ class World:
         alive = {obj["metadata"]["uid"] for obj in self.api.objects.values()}
         for path, obj in list(self.api.objects.items()):
             owners = obj["metadata"].get("ownerReferences") or []
-            if (owners and not any(owner["uid"] in alive for owner in owners)) or (obj["kind"] == "Pod" and obj["metadata"].get("deletionTimestamp")):
+            if (owners and not any(owner["uid"] in alive for owner in owners)) or (
+                obj["kind"] == "Pod" and obj["metadata"].get("deletionTimestamp")
+            ):
                 del self.api.objects[path]
 
     def _run_set(self, found: dict[str, Any]) -> None:
@@ -207,9 +209,15 @@ class World:
                 self.api.put(_pod_of(found, name, revision))
         for name in set(pods) - set(names):
             del self.api.objects[KINDS["Pod"].path(metadata["namespace"], name)]
-        status = {"observedGeneration": metadata["generation"], "updateRevision": revision, "replicas": spec["replicas"]}
+        status = {
+            "observedGeneration": metadata["generation"],
+            "updateRevision": revision,
+            "replicas": spec["replicas"],
+        }
         if found.get("status") != status:
-            self.api._store(KINDS["StatefulSet"].path(metadata["namespace"], metadata["name"]), {**found, "status": status})
+            self.api._store(
+                KINDS["StatefulSet"].path(metadata["namespace"], metadata["name"]), {**found, "status": status}
+            )
 
     def _run_pod(self, pod: dict[str, Any]) -> None:
         if pod.get("status") or pod["metadata"].get("deletionTimestamp"):
@@ -220,13 +228,21 @@ class World:
         path = KINDS["Pod"].path(pod["metadata"]["namespace"], pod["metadata"]["name"])
         if node is None:
             text = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
-            scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": text, "lastTransitionTime": now}
+            scheduled = {
+                "type": "PodScheduled",
+                "status": "False",
+                "reason": "Unschedulable",
+                "message": text,
+                "lastTransitionTime": now,
+            }
             changed["status"] = {"phase": "Pending", "conditions": [scheduled]}
         else:
             if not self.started(pod):
                 return
             changed["spec"]["nodeName"] = node
-            containers = [{"name": c["name"], "ready": True, "state": {"running": {}}} for c in pod["spec"]["containers"]]
+            containers = [
+                {"name": c["name"], "ready": True, "state": {"running": {}}} for c in pod["spec"]["containers"]
+            ]
             ready = {"type": "Ready", "status": "True", "lastTransitionTime": now}
             changed["status"] = {"phase": "Running", "conditions": [ready], "containerStatuses": containers}
         self.api._store(path, changed)
@@ -235,11 +251,17 @@ class World:
         pinned = _pin(pod)
         for node in self.all("Node"):
             name = node["metadata"]["name"]
-            if pinned not in (None, name):
+            if pinned not in (None, name) or node["spec"].get("unschedulable"):
                 continue
-            if not any("nvidia.com/gpu" in (c.get("resources") or {}).get("limits", {}) for c in pod["spec"]["containers"]):
+            if not any(
+                "nvidia.com/gpu" in (c.get("resources") or {}).get("limits", {}) for c in pod["spec"]["containers"]
+            ):
                 return name
-            held = [p for p in self.all("Pod") if p["spec"].get("nodeName") == name and p["metadata"]["labels"][labels.COMPONENT] == "holder"]
+            held = [
+                p
+                for p in self.all("Pod")
+                if p["spec"].get("nodeName") == name and p["metadata"]["labels"][labels.COMPONENT] == "holder"
+            ]
             if len(held) < int(node["status"]["allocatable"][labels.GPU_RESOURCE]):
                 return name
         return None
@@ -260,7 +282,9 @@ class World:
             ]
             clients = [{"pid": 100 + i, "podUID": p["metadata"]["uid"]} for i, p in enumerate(engines)]
             said = {
-                labels.ANNOTATION_GPU: json.dumps({"uuid": uuid, "product": PRODUCT, "memory": 80 * GIB, "driver": "580.1"}),
+                labels.ANNOTATION_GPU: json.dumps(
+                    {"uuid": uuid, "product": PRODUCT, "memory": 80 * GIB, "driver": "580.1"}
+                ),
                 labels.ANNOTATION_MPS: json.dumps({"state": self.mps_state, "server": 7, "clients": clients}),
             }
             if pod["metadata"].get("annotations", {}).items() >= said.items():
@@ -323,7 +347,12 @@ def _controller(obj: Mapping[str, Any]) -> str | None:
 
 
 def _pin(pod: Mapping[str, Any]) -> str | None:
-    required = pod["spec"].get("affinity", {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", {})
+    required = (
+        pod["spec"]
+        .get("affinity", {})
+        .get("nodeAffinity", {})
+        .get("requiredDuringSchedulingIgnoredDuringExecution", {})
+    )
     for term in required.get("nodeSelectorTerms", []):
         for each in term.get("matchFields", []):
             if each["operator"] == "In":
@@ -333,7 +362,13 @@ def _pin(pod: Mapping[str, Any]) -> str | None:
 
 def _pod_of(found: Mapping[str, Any], name: str, revision: str) -> dict[str, Any]:
     metadata, template = found["metadata"], copy.deepcopy(found["spec"]["template"])
-    owner = {"apiVersion": "apps/v1", "kind": "StatefulSet", "name": metadata["name"], "uid": metadata["uid"], "controller": True}
+    owner = {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "name": metadata["name"],
+        "uid": metadata["uid"],
+        "controller": True,
+    }
     return {
         "apiVersion": "v1",
         "kind": "Pod",

@@ -5,9 +5,11 @@
     apply    holder, StatefulSets, and the one pod that is to be replaced next
     report   one status write, from a fresh look
 
-What must always hold: no replica is started before the holder has said which GPU it holds; a pack never moves to another node
-or GPU; a holder that dies is made anew on the same node, and until its daemon is back the replicas stop by themselves (fencing is
-theirs); nothing is deleted but pods and StatefulSets of this pack, and the pack itself once it is empty.
+What must always hold: no replica is started before the holder has said which GPU it holds; a pack never moves to
+another node or GPU; a holder that leaves gets its replicas drained first; one that dies is made anew on the same node, and
+until its daemon is back the replicas stop by themselves (fencing is theirs); of all replicas of a service at most one that
+serves is being replaced, whatever number of packs they are on; nothing is deleted but pods and StatefulSets of this pack,
+and the pack itself once it is empty.
 """
 
 from __future__ import annotations
@@ -22,13 +24,22 @@ from tightship.api.v1alpha1.gpupack import Assignment
 from tightship.core import rollout
 from tightship.kube.errors import Conflict, Forbidden, Invalid, KubeError, NameConflict, OutlivedOwner
 from tightship.kube.kinds import Ref
-from tightship.kube.store import Object
+from tightship.kube.store import Object, labels_of
 from tightship.manifests import holder as holder_manifests
 from tightship.manifests import replicas as replica_manifests
 from tightship.manifests.podparts import OperatorImage
 from tightship.reconcile import packstatus, podstate, snapshot
 from tightship.reconcile.context import Context
-from tightship.reconcile.packview import Problem, View, gather, holding, replica_pods, rollout_pods
+from tightship.reconcile.packview import (
+    Problem,
+    View,
+    current_revision,
+    gather,
+    holding,
+    replica_pods,
+    revision_of,
+    rollout_pods,
+)
 from tightship.reconcile.queue import Key, Result
 from tightship.reconcile.verdict import Verdict, examine
 
@@ -124,6 +135,9 @@ async def _run_service(ctx: Context, view: View, assignment: Assignment) -> list
     live = ctx.store.get(
         "StatefulSet", namespace, replica_manifests.set_name(assignment.service, view.pack.metadata.name)
     )
+    if view.holder is not None and podstate.is_going(view.holder):
+        # The holder waits for its clients: they drain now, instead of when it fences them.
+        return await _scale_only(ctx, assignment, live, 0) if live is not None else []
     verdict = examine(service, ctx.store)
     if not verdict.matches(assignment, ctx.store):
         return await _scale_only(ctx, assignment, live)
@@ -214,14 +228,23 @@ async def _roll(ctx: Context, view: View) -> list[Problem]:
 
 
 def _others_down(ctx: Context, view: View, assignment: Assignment) -> int:
-    """Wanted replicas of the service on other packs that do not serve."""
-    down = 0
+    """Wanted replicas of the service on other packs that do not serve, or are to be replaced before ours.
+
+    Packs take turns by name: two that looked at the same moment must not both find everything well and replace one each.
+    """
+    down, own = 0, view.pack.metadata.name
     for found in ctx.store.list("StatefulSet", view.pack.spec.namespace, (labels.SERVICE, assignment.service)):
-        pack = found["metadata"]["labels"].get(labels.PACK)
-        if pack == view.pack.metadata.name:
+        pack = str(found["metadata"]["labels"].get(labels.PACK))
+        if pack == own:
             continue
-        pods = ctx.store.list("Pod", view.pack.spec.namespace, (labels.PACK, str(pack)))
+        pods = [
+            pod
+            for pod in ctx.store.list("Pod", view.pack.spec.namespace, (labels.PACK, pack))
+            if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA
+        ]
         down += max(0, int(found["spec"].get("replicas", 1)) - sum(podstate.is_ready(pod) for pod in pods))
+        revision = current_revision(found)
+        down += pack < own and (revision is None or any(revision_of(pod) != revision for pod in pods))
     return down
 
 

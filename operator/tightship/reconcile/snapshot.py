@@ -147,7 +147,20 @@ def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
     since = _homeless_since(pack, store)
     if since is not None and (now - since).total_seconds() >= UNFIT_SECONDS:
         return Health.UNFIT
+    if node and _cordoned(store.get("Node", "", node)) and _is_down(pack):
+        return Health.UNFIT
     return Health.SOUND
+
+
+def _cordoned(node: Object | None) -> bool:
+    return node is not None and bool((node.get("spec") or {}).get("unschedulable"))
+
+
+def _is_down(pack: GPUPack) -> bool:
+    """Whether nothing serves there: a drained node takes neither holder nor replicas back."""
+    return pack.status.ready_replicas == 0 and any(
+        each.type == names.READY and each.status == "False" for each in pack.status.conditions
+    )
 
 
 def node_gone(node: Object | None, now: datetime) -> bool:

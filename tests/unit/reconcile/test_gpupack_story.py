@@ -96,6 +96,29 @@ async def test_a_holder_that_is_evicted_is_made_anew_on_its_node_and_the_pack_st
     assert world.get("GPUPack", "", PACK)["metadata"]["uid"] == before
 
 
+async def test_a_holder_that_leaves_gets_its_replicas_drained_and_they_come_back_with_the_next() -> None:
+    world = await make_packed()
+    world.change("Pod", SYSTEM, HOLDER, lambda pod: pod["metadata"].update(deletionTimestamp="2026-01-01T00:00:00Z"))
+    await world.settle()
+    assert world.all("StatefulSet")[0]["spec"]["replicas"] == 0
+    assert condition(world, "Held") == ("False", "HolderLost")
+    await world.run()
+    assert condition(world, "Ready") == ("True", "FullyRealised")
+    assert len(replicas(world)) == 2
+
+
+async def test_a_drained_node_gives_its_pack_up_when_there_is_another() -> None:
+    world = await make_packed()
+    world.change("Node", "", "n0", lambda node: node["spec"].update(unschedulable=True))
+    await world.run()
+    assert condition(world, "Ready") == ("True", "FullyRealised")
+    for pod in world.all("Pod"):
+        world.remove("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])
+    await world.run(rounds=20)
+    assert [pack["status"]["node"] for pack in world.all("GPUPack")] == ["n1"]
+    assert condition(world, "Ready", "default-opt-1") == ("True", "FullyRealised")
+
+
 async def test_a_holder_that_comes_back_with_another_gpu_gets_the_pack_replaced() -> None:
     world = await make_packed()
     del world.api.objects[KINDS["Pod"].path(SYSTEM, HOLDER)]

@@ -10,6 +10,8 @@ import pytest
 from pack_world import PRODUCT, World, complete, make_node
 from story import make_service
 from tightship.api.v1alpha1 import labels
+from tightship.reconcile import gpupack
+from tightship.reconcile.queue import Key
 
 NS, NAME = "default", "opt"
 
@@ -202,6 +204,16 @@ async def test_replicas_are_rolled_one_at_a_time() -> None:
     assert condition(world, "Ready") == ("True", "FullyRealised")
     names = {pod["spec"]["containers"][0]["args"][6] for pod in world.all("Pod") if "holder" not in pod["metadata"]["name"]}
     assert names == {"renamed"}
+
+
+async def test_two_packs_that_look_at_once_do_not_both_replace_a_replica() -> None:
+    world = await make_ready()
+    world.change("LLMService", NS, NAME, lambda obj: obj["spec"]["model"].update(servedName="renamed"))
+    await world.settle()
+    world.nodes_act()
+    for pack, replaced in (("default-opt-1", 0), ("default-opt-0", 1), ("default-opt-1", 1)):
+        await gpupack.reconcile(world.ctx, Key("GPUPack", "", pack))
+        assert sum("deletionTimestamp" in pod["metadata"] for pod in world.all("Pod")) == replaced
 
 
 async def test_an_upgraded_operator_restarts_nobody() -> None:

@@ -177,7 +177,7 @@ class Sandbox:
         """This process's environment with KUBECONFIG set."""
         return {**os.environ, "KUBECONFIG": str(self.kubeconfig), "TIGHTSHIP_GATEWAY": self.gateway_url}
 
-    def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True, timeout: float = 120) -> str:
+    def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True, timeout: float = 900) -> str:
         """Run kubectl; returns what it printed.
 
         Raises:
@@ -229,14 +229,30 @@ class Sandbox:
     def kill_container(self, pod: str, container: str, reason: str = "OOMKilled", namespace: str = "default") -> None:
         """End a container at once, with the reason that its status will give."""
         node = self.kubectl("get", "pod", pod, "-n", namespace, "-o", "jsonpath={.status.hostIP}")
-        url = f"https://{node}:10250/sandbox/kill/{namespace}/{pod}/{container}?reason={reason}"
+        self._ask_node(node, f"kill/{namespace}/{pod}/{container}?reason={reason}")
+
+    def lose_gpu(self, node: int, uuid: str) -> None:
+        """Make a GPU of a node, counted from 0, fail: it is allocatable no more, until `find_gpu`."""
+        self._ask_node(self._settings.node_address(node), f"gpus/{uuid}/lost")
+
+    def find_gpu(self, node: int, uuid: str) -> None:
+        """Make a lost GPU healthy again."""
+        self._ask_node(self._settings.node_address(node), f"gpus/{uuid}/found")
+
+    def gpu_uuids(self, node: int) -> list[str]:
+        """The GPUs of a node, counted from 0."""
+        return self._settings.gpu_uuids(node)
+
+    def _ask_node(self, address: str, path: str) -> None:
+        """POST to the sandbox's own part of a node's kubelet."""
         script = (
-            "import ssl,sys,urllib.request as u;"
-            "u.urlopen(u.Request(sys.argv[1],method='POST'),context=ssl._create_unverified_context()).read()"
+            "import ssl, sys, urllib.request as u;"
+            "u.urlopen(u.Request(sys.argv[1], method='POST'), context=ssl._create_unverified_context()).read()"
         )
+        url = f"https://{address}:10250/sandbox/{path}"
         result = self.exec_in_namespace([sys.executable, "-c", script, url])
         if result.returncode:
-            raise SandboxError(f"cannot kill {pod}/{container}: {result.stderr.strip()[-500:]}")
+            raise SandboxError(f"{path}: {result.stderr.strip()[-500:]}")
 
     def kill_pod_processes(self, uid: str) -> None:
         """SIGKILL every process of the pod with that UID, as a fault of its node would."""

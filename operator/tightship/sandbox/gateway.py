@@ -82,7 +82,12 @@ class ServiceGateway:
 
     async def start(self, path: str) -> None:
         """Listen on the Unix socket `path`."""
-        self._session = aiohttp.ClientSession(auto_decompress=False, timeout=aiohttp.ClientTimeout(total=None))
+        # a connection of its own for each request: a kept one would always meet the same endpoint
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(force_close=True, limit=0),
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
         application = web.Application(client_max_size=2**30)
         application.router.add_route("*", "/{namespace}/{service}", self._handle)
         application.router.add_route("*", "/{namespace}/{service}/{rest:.*}", self._handle)

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 from tightship.sandbox import images
 from tightship.sandbox.agent import netns, procfs
 from tightship.sandbox.agent.api import Api, Object, Reflector
@@ -44,7 +46,7 @@ class Config:
     nodes: list[dict[str, Any]]
     certificate: str
     key: str
-    ca: str
+    ca: str | None = None
     token: str | None = None
     engine_cores: list[int] = field(default_factory=list)
     device_socket: str | None = None
@@ -90,7 +92,9 @@ async def run(config: Config) -> None:
     """Serve all nodes until cancelled."""
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(config.certificate, config.key)
-    async with Api(config.server, config.token, config.ca) as api:
+    # probes have a session of their own: no token goes to pods, and no connection is kept that a dead pod would break
+    plain = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True, limit=0))
+    async with plain, Api(config.server, config.token, config.ca) as api:
         recorder = Recorder(api)
         services = Reflector(api, "/api/v1/services")
         endpoints = Reflector(api, "/api/v1/endpoints")
@@ -109,7 +113,7 @@ async def run(config: Config) -> None:
                 directory=directory,
                 api=api,
                 runtime=ProcessRuntime(),
-                prober=NetworkProber(api.session),
+                prober=NetworkProber(plain),
                 recorder=recorder,
                 stock=Stock(spec.gpus, spec.cpus, spec.pods),
                 addresses=Addresses(spec.prefix),

@@ -121,7 +121,7 @@ class Reflector:
                 version: str | None = await self._list()
                 while version is not None:
                     version = await self._watch(version)
-            except (ApiError, aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            except (ApiError, aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError, KeyError) as error:
                 log.debug("watch of %s broke: %s", self._path, error)
             await asyncio.sleep(RELIST_PAUSE)
 

@@ -89,13 +89,6 @@ class Container:
         if self.running is not None:
             await self._end(self.running, grace, why)
 
-    def log_file(self, previous: bool) -> Path:
-        """The log of the latest start, or of the one before it."""
-        number = self.state.restarts - (1 if previous else 0)
-        if not previous and not self._log(number).exists() and number > 0:
-            number -= 1  # waiting for its next start: the kubelet shows the run that ended
-        return self._log(number)
-
     # -- starting -------------------------------------------------------------------------------------------------
 
     def _log(self, number: int) -> Path:

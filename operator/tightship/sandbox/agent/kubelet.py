@@ -1,7 +1,7 @@
 """The kubelet's HTTPS endpoint of each node: logs, commands in containers, and faults on request.
 
 `/containerLogs` is what `kubectl logs` reaches through the API server; `/exec` what `kubectl exec` does (WebSocket
-clients). `/sandbox/...` is the sandbox's own: it ends a container as the kernel's memory killer would.
+clients). `/sandbox/...` is the sandbox's own: it ends a container as the kernel's memory killer would, and makes a GPU fail.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from aiohttp import web
 from tightship.sandbox.agent import logs
 from tightship.sandbox.agent.container import Container
 from tightship.sandbox.agent.node import KUBELET_PORT, Node
+from tightship.sandbox.agent.pod import PodWorker
 from tightship.sandbox.agent.runtime import Running
 
 _STDIN, _STDOUT, _STDERR, _ERROR = range(4)
@@ -37,6 +38,7 @@ class Kubelet:
         application.router.add_get("/healthz", self._healthz)
         application.router.add_get("/containerLogs/{namespace}/{pod}/{container}", self._logs)
         application.router.add_route("*", "/exec/{namespace}/{pod}/{container}", self._exec)
+        application.router.add_post("/sandbox/gpus/{uuid}/{state:lost|found}", self._gpu)
         application.router.add_post("/sandbox/kill/{namespace}/{pod}/{container}", self._kill)
         runner = web.AppRunner(application, access_log=None)
         await runner.setup()
@@ -45,28 +47,34 @@ class Kubelet:
     async def _healthz(self, _: web.Request) -> web.Response:
         return web.Response(text="ok")
 
-    def _find(self, request: web.Request) -> Container:
+    def _container(self, request: web.Request) -> Container:
+        """The container that a request names; it has been started at least once by this agent."""
+        name = request.match_info["container"]
+        worker = self._worker(request)
+        if name not in worker.containers:
+            raise web.HTTPNotFound(text=f"container {name} has not been created yet")
+        return worker.containers[name]
+
+    def _worker(self, request: web.Request) -> PodWorker:
         wanted = request.match_info
         for worker in self._node.workers.values():
             metadata = worker.pod["metadata"]
             if (metadata["namespace"], metadata["name"]) == (wanted["namespace"], wanted["pod"]):
-                if wanted["container"] in worker.containers:
-                    return worker.containers[wanted["container"]]
-                raise web.HTTPNotFound(text=f"container {wanted['container']} has not been created yet")
+                return worker
         raise web.HTTPNotFound(text=f"pod {wanted['namespace']}/{wanted['pod']} is not on node {self._node.spec.name}")
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
-        container = self._find(request)
-        query = request.query
+        query, name, worker = request.query, request.match_info["container"], self._worker(request)
         previous = query.get("previous") == "true"
-        path = container.log_file(previous)
+        container = worker.containers.get(name)
+        try:
+            path = worker.log_file(name, previous)
+        except KeyError:
+            raise web.HTTPNotFound(text=f"the pod has no container {name}") from None
         if not path.exists():
-            state = container.state
-            if previous:
-                text = f'previous terminated container "{state.name}" not found'
-            else:
-                text = f'container "{state.name}" is waiting to start: {state.waiting}'
-            raise web.HTTPBadRequest(text=text)
+            what = "previous terminated container" if previous else "container"
+            reason = "not found" if previous or container is None else f"is waiting to start: {container.state.waiting}"
+            raise web.HTTPBadRequest(text=f'{what} "{name}" {reason}')
         selection = logs.Selection(
             follow=query.get("follow") == "true" and not previous,
             tail=int(query["tailLines"]) if "tailLines" in query else None,
@@ -77,20 +85,28 @@ class Kubelet:
         response = web.StreamResponse(headers={"Content-Type": "text/plain"})
         await response.prepare(request)
         with contextlib.suppress(ConnectionError):
-            async for line in logs.read(path, selection, container.alive):
+            async for line in logs.read(path, selection, container.alive if container else asyncio.Event()):
                 await response.write(line)
             await response.write_eof()
         return response
 
     async def _kill(self, request: web.Request) -> web.Response:
-        container = self._find(request)
+        container = self._container(request)
         if container.running is None:
             raise web.HTTPConflict(text="the container is not running")
         container.running.kill(request.query.get("reason"))
         return web.Response(text="killed\n")
 
+    async def _gpu(self, request: web.Request) -> web.Response:
+        uuid, stock = request.match_info["uuid"], self._node.host.stock
+        if uuid not in stock.gpus:
+            raise web.HTTPNotFound(text=f"no GPU {uuid} on {self._node.spec.name}: it has {', '.join(stock.gpus)}")
+        (stock.missing.add if request.match_info["state"] == "lost" else stock.missing.discard)(uuid)
+        self._node.hurry()
+        return web.Response(text=f"{stock.healthy_gpus()} healthy\n")
+
     async def _exec(self, request: web.Request) -> web.StreamResponse:
-        running = self._find(request).running
+        running = self._container(request).running
         if running is None:
             raise web.HTTPBadRequest(text="the container is not running")
         if request.headers.get("Upgrade", "").lower() != "websocket":

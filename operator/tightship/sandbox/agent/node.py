@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 KUBELET_PORT = 10250
 LEASE_SECONDS = 40
+REGISTER_RETRY = 0.5
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Node:
         self._version = version
         self._heartbeat = heartbeat
         self.workers: dict[str, PodWorker] = {}
-        self.ready = True
+        self._due = asyncio.Event()
         self._since = now()
 
     def on_pod(self, kind: str, pod: Object) -> None:
@@ -100,23 +102,28 @@ class Node:
 
     async def run(self) -> None:
         """Register the node and send heartbeats until cancelled."""
+        registered = False
         while True:
             try:
-                await self._register()
-                break
-            except (ApiError, aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-                log.info("node %s not registered yet: %s", self.spec.name, error)
-                await asyncio.sleep(0.5)
-        while True:
-            try:
+                if not registered:
+                    await self._register()
+                    registered = True
                 await self._beat()
             except ApiError as error:
-                log.warning("heartbeat of %s: %s", self.spec.name, error)
-                if error.status == 404:
-                    await self._register()
+                log.warning("node %s: %s", self.spec.name, error)
+                registered = registered and error.status != 404
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-                log.warning("heartbeat of %s: %s", self.spec.name, error)
-            await asyncio.sleep(self._heartbeat)
+                log.warning("node %s: %s", self.spec.name, error)
+            await self._pause(self._heartbeat if registered else REGISTER_RETRY)
+
+    def hurry(self) -> None:
+        """Send the next heartbeat now: the node has changed."""
+        self._due.set()
+
+    async def _pause(self, seconds: float) -> None:
+        self._due.clear()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._due.wait(), seconds)
 
     async def _register(self) -> None:
         node: Object = {
@@ -134,8 +141,6 @@ class Node:
             await self.host.api.merge(f"/api/v1/nodes/{self.spec.name}", {"metadata": node["metadata"]})
 
     async def _beat(self) -> None:
-        if not self.ready:
-            return
         self.host.allocatable = self.capacity(self.host.stock.healthy_gpus())
         await self.host.api.merge(f"/api/v1/nodes/{self.spec.name}/status", {"status": self._status()})
         path = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import logging
 import shutil
+from pathlib import Path
 
 import aiohttp
 
@@ -73,6 +74,15 @@ class PodWorker:
         """The API server's pod is gone."""
         self._removed = True
         self._leaving.set()
+
+    def log_file(self, container: str, previous: bool) -> Path:
+        """The log of a container's latest start, or of the one before it. Raises KeyError when it has no such container."""
+        state = {state.name: state for state in [*self._inits, *self._mains]}[container]
+        directory = self.directory / "containers" / container
+        latest = directory / f"{state.restarts}.log"
+        if not previous and (latest.exists() or not state.restarts):
+            return latest
+        return directory / f"{state.restarts - 1}.log"  # also while it waits for its next start, as the kubelet does
 
     def processes(self) -> dict[str, list[int]]:
         """Process IDs by container name."""

@@ -424,7 +424,7 @@ async def test_update_of_a_custom_resource_needs_a_version(api: Client) -> None:
     await api.good("POST", THINGS, make_widget())
     code, answer = await api("PUT", f"{THINGS}/a", make_widget())
     assert code == 422
-    assert "metadata.resourceVersion: Invalid value: 0: must be specified for an update" in answer["message"]
+    assert "metadata.resourceVersion: Invalid value: 0x0: must be specified for an update" in answer["message"]
 
 
 # Built-in kinds

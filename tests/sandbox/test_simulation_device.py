@@ -92,10 +92,11 @@ def test_the_tools_say_what_they_say_on_hardware(host: Machine) -> None:
         "name": "NVIDIA-H100-80GB-HBM3",
         "total": 80 * GIB,
         "free": 80 * GIB - RESERVED,
+        "mps": False,
     }
     assert probe == expected
     unseen = json.loads(host.call(ENGINE, "cuda-probe", NVIDIA_VISIBLE_DEVICES="").stdout)
-    assert unseen == {"uuid": None, "name": None, "total": 0, "free": 0}
+    assert unseen == {"uuid": None, "name": None, "total": 0, "free": 0, "mps": False}
 
 
 def test_nvml_reads_the_same_gpu(host: Machine) -> None:

@@ -46,7 +46,7 @@ def make_engine(max_num_seqs: int, blocks: int, *, chunked: bool = False, budget
     return Engine(Scheduling(max_num_seqs, budget, 2048, blocks, chunked_prefill=chunked), OPT.costs)
 
 
-def packed(replicas: int, max_num_seqs: int, blocks: int, seeds: int = 4, requests: int = REQUESTS) -> list[Result]:
+def packed(replicas: int, max_num_seqs: int, blocks: int, seeds: int = 3, requests: int = REQUESTS) -> list[Result]:
     """The published run, several times: all requests there at once, shared out among the replicas."""
     results = []
     for seed in range(seeds):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from simulation_helpers import OPERATOR, Machine, Process, machine, wait_for
+from simulation_helpers import ENGINE, OPERATOR, Machine, Process, machine, wait_for
 from tightship.sandbox.simulation.device import DRIVER_SHARE
 
 RESERVED = 80 * 2**30 // DRIVER_SHARE
@@ -34,8 +35,9 @@ def clients(host: Machine) -> set[int]:
 
 def test_there_is_no_server_before_the_first_client(host: Machine) -> None:
     daemon = host.mps()
-    assert host.mps_command("get_server_list") == ""
-    assert host.mps_command("ps") == ""
+    assert host.mps_command("get_server_list") == host.mps_command("ps") == ""
+    assert json.loads(host.call(ENGINE, "cuda-probe").stdout)["mps"] is True
+    assert host.mps_command("ps") == "", "the probe was a client for a moment only"
     engines = start_engines(host, 2)
     server = host.mps_command("get_server_list").strip()
     assert host.mps_command(f"get_server_status {server}") == "ACTIVE\n"
@@ -63,6 +65,11 @@ def test_a_fault_takes_every_client_and_refuses_new_ones_until_they_have_left(ho
     server = host.mps_command("get_server_list").strip()
     assert host.control("fault") == {"daemons": 1}
     wait_for("the server is in FAULT", lambda: host.mps_command(f"get_server_status {server}") == "FAULT\n", 5)
+    probe = host.call(ENGINE, "cuda-probe")
+    assert (probe.returncode, probe.stderr) == (
+        1,
+        "CUDA error: the MPS server is not ready to accept new MPS client requests\n",
+    )
     late = host.engine(*SMALL)
     assert late.wait() == 1
     assert "the MPS server is not ready to accept new MPS client requests" in late.output

@@ -314,6 +314,28 @@ def test_a_dead_engine_says_so_until_its_process_ends(tmp_path: Path) -> None:
         assert "CUDA error: GPU is lost" in ended(one)
 
 
+def test_sampling_that_sorts_takes_memory_that_no_step_took_before(tmp_path: Path) -> None:
+    """Rows with top_p grow the engine; where a neighbour has left no room, that kills it as on hardware."""
+    body = {"prompt": ["a b c"] * 64, "max_tokens": 3}
+    with machine(tmp_path) as own:
+        one = own.engine(*PACKABLE[:4], "--max-num-seqs", "64", "--max-num-batched-tokens", "256")
+        wait_for("the engine is healthy", one.healthy)
+        one.post("/v1/completions", body)
+        before = own.gpu()["used"]
+        one.post("/v1/completions", {**body, "top_p": 0.9})
+        assert own.gpu()["used"] > before
+        one.post("/v1/completions", {**body, "top_p": 0.9})
+        two = own.engine(*PACKABLE[:4], "--max-num-seqs", "64", "--max-num-batched-tokens", "256")
+        wait_for("the second engine is healthy", two.healthy)
+        with own.device() as hog:
+            free = hog.request("open", uuid=own.uuid)["free"]
+            hog.request("alloc", bytes=free)
+            with pytest.raises(urllib.error.HTTPError, match="500"):
+                two.post("/v1/completions", {**body, "top_p": 0.9})
+            assert "torch.OutOfMemoryError: CUDA out of memory" in ended(two)
+        assert one.healthy()
+
+
 @pytest.mark.parametrize(
     ("arguments", "name", "value"),
     [

@@ -32,6 +32,10 @@ NOT_READY = "the MPS server is not ready to accept new MPS client requests"
 TOO_MANY = "the hardware resources required to create MPS client have been exhausted"
 
 
+class MpsRefusedError(Exception):
+    """The daemon takes no clients now; the message is CUDA's."""
+
+
 def pipe_directory(environ: Mapping[str, str]) -> Path:
     """Return where daemon and clients meet."""
     return Path(environ.get("CUDA_MPS_PIPE_DIRECTORY", DEFAULT_PIPE_DIRECTORY))
@@ -160,6 +164,26 @@ def command(directory: Path, text: str) -> str:
         connection.sendall(json.dumps({"command": text}).encode() + b"\n")
         with connection.makefile("rb") as lines:
             return str(json.loads(lines.readline())["output"])
+
+
+def probe(environ: Mapping[str, str]) -> bool:
+    """Be a client for a moment; return whether there was a daemon.
+
+    Raises:
+        MpsRefusedError: it takes no clients.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        try:
+            connection.connect(str(pipe_directory(environ) / CONTROL))
+            connection.sendall(b'{"attach": true}\n')
+            with connection.makefile("rb") as lines:
+                answer = json.loads(lines.readline())
+        except OSError:
+            return False
+    if "error" in answer:
+        raise MpsRefusedError(answer["error"])
+    return True
 
 
 async def run_daemon(directory: Path, environ: Mapping[str, str]) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from .client import DeviceUnavailableError, list_visible
+from .mps import MpsRefusedError
+from .mps import probe as probe_mps
 
 MIB = 2**20
 _FIELDS: Mapping[str, Callable[[dict[str, Any]], str]] = {
@@ -58,14 +61,22 @@ def nvidia_smi(arguments: list[str]) -> int:
 
 
 def cuda_probe() -> int:
-    """Print the preflight's line: the first GPU the engine will see, and its memory in bytes."""
+    """Print the preflight's line: the first GPU the engine will see, its memory in bytes, and whether MPS is behind it.
+
+    Like any process that opens a GPU the probe becomes a client of MPS for a moment, and fails where MPS takes none.
+    """
     try:
         gpus = list_visible()
+        mps = bool(gpus) and probe_mps(os.environ)
     except DeviceUnavailableError as error:
         print(f"no driver: {error}", file=sys.stderr)
-        gpus = []
+        return 1
+    except MpsRefusedError as error:
+        print(f"CUDA error: {error}", file=sys.stderr)
+        return 1
     first = gpus[0] if gpus else {"uuid": None, "product": None, "total": 0, "free": 0}
-    print(json.dumps({"uuid": first["uuid"], "name": first["product"], "total": first["total"], "free": first["free"]}))
+    figures = {"uuid": first["uuid"], "name": first["product"], "total": first["total"], "free": first["free"]}
+    print(json.dumps({**figures, "mps": mps}))
     return 0
 
 

@@ -31,6 +31,7 @@ PRECISION: Final = 0.03
 RUNNING_LEAST: Final = 0.98
 WARMUP_SECONDS: Final = 0.5
 WARMUP_STEPS: Final = 10
+SETTLE_LEAST: Final = 5.0
 POLL_SECONDS: Final = 0.05
 SAMPLES_PER_WINDOW: Final = 4
 TOP_UPS: Final = 2
@@ -148,7 +149,7 @@ class Meter:
         began = self._clock.now()
         self._load.resize(batch + round(batch * self._surplus))
         for top_up in range(TOP_UPS + 1):
-            if not await self._settle(began + limit):
+            if not await self._settle(seconds, began + limit):
                 return None
             recording = self._load.begin()
             tally = await self._windows(batch, began, seconds, limit, may_top_up=top_up < TOP_UPS)
@@ -163,9 +164,13 @@ class Meter:
             self._surplus = self._load.size / batch - 1
         raise AssertionError("the last round always ends the level")
 
-    async def _settle(self, deadline: float) -> bool:
-        """Wait until each request in flight has had a token, and then the warm-up; False at the deadline."""
-        while not self._load.settled:
+    async def _settle(self, seconds: float, deadline: float) -> bool:
+        """Wait until each request in flight has had a token, and then the warm-up; False at the deadline.
+
+        An engine whose KV cache is full lets requests wait for long: after half the level's time it is measured as it is.
+        """
+        patience = self._clock.now() + max(SETTLE_LEAST, seconds / 2)
+        while not self._load.settled and self._clock.now() < patience:
             if self._clock.now() >= deadline:
                 return False
             await self._pause(POLL_SECONDS)

@@ -33,12 +33,12 @@ from tightship.profiler.report import Report
 
 log = logging.getLogger(__name__)
 
-START_SECONDS: Final = 1800.0
+START_SECONDS: Final = 3600.0
 RESTARTS: Final = 1
-WORST_STEP_SECONDS: Final = 300.0
+WORST_STEP_SECONDS: Final = 600.0
 SEED: Final = 20250311
 CPU_KV_SHARE: Final = 0.4
-DEFAULT_BUDGETED_TOKENS: Final = 2048
+DEFAULT_TOKEN_BUDGET: Final = 2048
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ class Profiler:
             async with confirm.MemoryWatch(self._device, self._clock) as watch:
                 budget = engine.info.max_num_batched_tokens or self._info.max_num_batched_tokens
                 prompts = confirm.make_prompts(self._vocabulary(), SEED)
-                tokens = budget or DEFAULT_BUDGETED_TOKENS
+                tokens = budget or DEFAULT_TOKEN_BUDGET
                 await confirm.worst_step(engine, plan, tokens, prompts, WORST_STEP_SECONDS)
                 self._ledger(plan, watch.peak - before)  # at once: the budget may cut what follows
                 reading = await self._measure_alone(engine, batch)

@@ -8,6 +8,7 @@ Nothing here decides anything: all that is printed is read from the API or answe
 from __future__ import annotations
 
 import argparse
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -42,8 +43,7 @@ class Demo:
     """One run: the API as seen from outside the sandbox, a clock that starts with it, and what was already printed."""
 
     def __init__(self, sandbox: Sandbox, manifest: Mapping[str, Any]) -> None:
-        server = yaml.safe_load(Path(sandbox.kubeconfig).read_text())["clusters"][0]["cluster"]["server"]
-        self.api = httpx.Client(base_url=server, timeout=30)
+        self.api = client(Path(sandbox.kubeconfig))
         self.sandbox = sandbox
         self.manifest = manifest
         self.name = str(manifest["metadata"]["name"])
@@ -144,6 +144,15 @@ class Demo:
         sys.stdout.write(f"\n$ curl {url} -H 'Content-Type: application/json' -d '{json_text(body)}'\n")
         answer = httpx.post(url, json=body, timeout=120).raise_for_status()
         sys.stdout.write(answer.text.strip() + "\n")
+
+
+def client(kubeconfig: Path) -> httpx.Client:
+    """An HTTP client for the cluster of a kubeconfig, as its user."""
+    config = yaml.safe_load(kubeconfig.read_text())
+    cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
+    trusted = ssl.create_default_context(cafile=cluster["certificate-authority"])
+    headers = {"Authorization": f"Bearer {user['token']}"} if "token" in user else {}
+    return httpx.Client(base_url=cluster["server"], verify=trusted, headers=headers, timeout=30)
 
 
 def json_text(body: Mapping[str, Any]) -> str:

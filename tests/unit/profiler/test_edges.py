@@ -247,6 +247,14 @@ async def test_a_file_can_take_the_api_servers_place(tmp_path: Path) -> None:
     assert [point.batch for point in (await sink.read()).status.points] == [4]
 
 
+async def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    report = Report(FileSink(tmp_path / "no" / "such" / "folder.json", make_profile()), api.BatchProfileStatus())
+    report.save()
+    with pytest.raises(ReportError, match="can't be written"):
+        await report.flush(5)
+    await report.close()
+
+
 @pytest.mark.parametrize(
     ("outcome", "rerun", "left"),
     [

@@ -49,6 +49,8 @@ _QUIET = frozenset(
         names.Reason.BUDGET_EXCEEDED,
     }
 )
+#: The same, but only until the condition has been True once: a start isn't a loss.
+_QUIET_AT_FIRST = frozenset({names.Reason.TOO_FEW_REPLICAS})
 #: Reasons that are worth a warning also while things still go on.
 _LOUD = frozenset({names.Reason.UNSCHEDULABLE, names.Reason.IMAGE_PULL_FAILED, names.Reason.NAME_CONFLICT})
 
@@ -79,7 +81,8 @@ def turns(old: Iterable[Mapping[str, Any]], new: Iterable[Mapping[str, Any]]) ->
             continue
         if kind in _NEGATIVE and status == "False" and not was:
             continue
-        bad = status == "True" if kind in _NEGATIVE else status == "False" and reason not in _QUIET
+        quiet = _QUIET if was.get("status") == "True" else _QUIET | _QUIET_AT_FIRST
+        bad = status == "True" if kind in _NEGATIVE else status == "False" and reason not in quiet
         message = condition.get("message", "")
         known = told.get((reason, message))
         told[reason, message] = Turn(reason, message, (bad or reason in _LOUD) or (known is not None and known.warning))

@@ -28,6 +28,8 @@ def condition(text: str) -> dict[str, str]:
         (["Profiled=True/Completed"], ["Profiled=True/Completed: other words"], []),
         (["Packed=True/Placed"], ["Packed=False/InsufficientGPUs: no"], [("InsufficientGPUs", "no", True)]),
         ([], ["Profiled=False/Measuring: wait"], [("Measuring", "wait", False)]),
+        ([], ["Available=False/TooFewReplicas: 0"], [("TooFewReplicas", "0", False)]),
+        (["Available=True/Enough"], ["Available=False/TooFewReplicas: 0"], [("TooFewReplicas", "0", True)]),
         ([], ["Ready=Unknown/Measuring"], []),
         (["Ready=Unknown/Measuring"], ["Ready=False/InsufficientGPUs"], []),
         (["Ready=Unknown/Measuring"], ["Ready=True/FullyRealised: all"], [("FullyRealised", "all", False)]),

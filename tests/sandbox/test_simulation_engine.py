@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tightship.core.advisor import advise
+from tightship.core.colocation import packed_latency
+from tightship.core.curve import Curve, Latency, Metric, Objective, Point, Statistic
 from tightship.sandbox.simulation.calibration import Published, shortened
 from tightship.sandbox.simulation.costs import MODELS
 from tightship.sandbox.simulation.engine import Engine, Scheduling, Sequence
@@ -46,14 +50,17 @@ def make_engine(max_num_seqs: int, blocks: int, *, chunked: bool = False, budget
     return Engine(Scheduling(max_num_seqs, budget, 2048, blocks, chunked_prefill=chunked), OPT.costs)
 
 
-def packed(replicas: int, max_num_seqs: int, blocks: int, seeds: int = 3, requests: int = REQUESTS) -> list[Result]:
+@cache
+def packed(
+    replicas: int, max_num_seqs: int, blocks: int, *, seeds: int = 3, requests: int = REQUESTS
+) -> tuple[Result, ...]:
     """The published run, several times: all requests there at once, shared out among the replicas."""
     results = []
     for seed in range(seeds):
         lengths = sharegpt_lengths(requests, seed)
         loads = [(make_engine(max_num_seqs, blocks), lengths[number::replicas]) for number in range(replicas)]
         results.append(run(Gpu("GPU-1", "H100", Memory(0), seed=seed), loads))
-    return results
+    return tuple(results)
 
 
 def mean(values: list[float]) -> float:
@@ -79,15 +86,44 @@ def test_packed_engines_have_the_published_latency(
 def test_packing_two_pays_more_than_packing_four_at_the_smaller_batch() -> None:
     """The published order of total throughput: 1 x 256, then 4 x 96, then 2 x 256."""
     alone, four, two = (
-        mean([result.total_throughput for result in packed(replicas, batch, blocks, seeds=2)])
+        mean([result.total_throughput for result in packed(replicas, batch, blocks)])
         for replicas, batch, blocks in ((1, 256, 18446), (4, 96, 3744), (2, 256, 8669))
     )
     assert alone * 1.2 < four < two
 
 
+def test_the_advisor_finds_the_published_batches_on_the_simulated_sweep() -> None:
+    """OPT-1.3B: 96 where the SLO is twice the latency at batch 32, 256 where it is four times that."""
+    points = []
+    for batch, _, blocks in ALONE:
+        result, _ = packed(1, batch, blocks, seeds=2, requests=shortened(batch, REQUESTS))
+        latency = Latency(mean=result.mean_itl)
+        points.append(Point(batch, result.total_throughput, latency, requests=result.requests, preemptions=0))
+    curve = Curve(points)
+    reference = curve.at(32)
+    assert reference is not None
+    for factor, batch in ((2, 96), (4, 256)):
+        maximum = factor * (reference.inter_token_latency.mean or 0)
+        objective = Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, maximum)
+        chosen = advise(curve, [objective]).chosen
+        assert chosen is not None
+        assert chosen.batch == batch
+
+
+@pytest.mark.parametrize(("replicas", "batch"), [(2, 32), (3, 64), (4, 16)])
+def test_engines_slow_each_other_down_as_mean_value_analysis_predicts(replicas: int, batch: int) -> None:
+    """From one engine's latency and busy share; every engine has as many requests packed as alone, so drains alike."""
+    requests = 12 * batch
+    alone = packed(1, batch, 4000, requests=requests)
+    together = packed(replicas, batch, 4000, requests=replicas * requests)
+    latency, busy = (mean([getattr(result, name) for result in alone]) for name in ("mean_itl", "gpu_utilization"))
+    predicted = packed_latency(latency, busy, replicas)
+    assert mean([result.mean_itl for result in together]) == pytest.approx(predicted, rel=0.06)
+
+
 @pytest.mark.parametrize(("batch", "peak", "blocks"), [(96, 0.160, 18525), (256, 0.380, 18446)])
 def test_the_cache_fills_as_published(batch: int, peak: float, blocks: int) -> None:
-    peaks = [result.memory_peaks[0] for result in packed(1, batch, blocks)]
+    peaks = [result.memory_peaks[0] for result in packed(1, batch, blocks, seeds=2)]
     assert mean(peaks) == pytest.approx(peak, rel=0.1)
 
 
@@ -123,7 +159,7 @@ def test_llama_alone_has_the_published_latency(paper_data: Path) -> None:
 
 
 def test_a_run_is_repeatable() -> None:
-    first, second = (packed(2, 8, 2000, seeds=1, requests=40)[0] for _ in range(2))
+    first, second = (packed.__wrapped__(2, 8, 2000, seeds=1, requests=40) for _ in range(2))
     assert first == second
 
 

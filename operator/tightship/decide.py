@@ -24,6 +24,7 @@ DEFAULT_MEMORY_RESERVE = "5%"
 DEFAULT_MAX_REPLICAS = 8
 # vLLM's default, for a profile that has lengths but not the engine's word.
 _BLOCK_SIZE = 16
+_LARGEST = 1e15
 
 T = TypeVar("T")
 
@@ -293,15 +294,22 @@ def _duration(value: object) -> float:
 
 def _number(value: object) -> float:
     try:
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            return float(value)
-    except ValueError:
-        pass
-    raise ValueError(f"{value!r} is not a number")
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    # Nothing that is measured comes near the bound, and below it no arithmetic overflows.
+    if not abs(number) <= _LARGEST:
+        raise ValueError(f"{_short(value)} is not a number")
+    return number
 
 
 def _count(value: object) -> int:
     number = _number(value)
-    if not math.isfinite(number) or number != int(number):
-        raise ValueError(f"{value!r} is not a whole number")
+    if number != int(number):
+        raise ValueError(f"{_short(value)} is not a whole number")
     return int(number)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -193,6 +193,7 @@ def edit(**changes: Any) -> str:
         (edit(batch=float("nan")), "status.points[1].batch"),
         (edit(batch=float("inf")), "status.points[1].batch"),
         (edit(totalTokensPerSecond="fast"), "status.points[1].totalTokensPerSecond: 'fast' is not a number"),
+        (edit(totalTokensPerSecond=10**400), "is not a number"),
         (edit(totalTokensPerSecond=-1), "status.points[1]: throughput"),
         (edit(interTokenLatency=5), "status.points[1].interTokenLatency is not a mapping"),
         (edit(interTokenLatency={"mean": 13.9}), "status.points[1].interTokenLatency.mean: 13.9 has no unit"),

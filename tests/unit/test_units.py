@@ -50,14 +50,14 @@ def test_a_printed_duration_reads_back_within_its_digits(seconds: float) -> None
     ("text", "amount"),
     [
         ("64Gi", 64 << 30), ("16G", 16 * 10**9), ("500Mi", 500 << 20), ("1e9", 10**9), ("1E3", 1000), ("1.5Gi", 3 << 29),
-        ("1500m", 2), ("12E", 12 * 10**18), (1024, 1024), ("0", 0), ("0.1Ki", 103), ("1e-1", 1), ("+1k", 1000), (1.5, 2),
+        ("1500m", 2), ("8E", 8 * 10**18), (1024, 1024), ("0", 0), ("0.1Ki", 103), ("1e-1", 1), ("+1k", 1000), (1.5, 2),
     ],
 )  # fmt: skip
 def test_quantities_are_read_exactly_and_rounded_up(text: str | int | float, amount: int) -> None:
     assert parse_quantity(text) == amount
 
 
-@pytest.mark.parametrize("text", ["", "Gi", "64 Gi", "64GB", "-1Gi", "1KI", "1e9999", True, "nan", "1K"])
+@pytest.mark.parametrize("text", ["", "Gi", "64 Gi", "64GB", "-1Gi", "1KI", "1e9999", "12E", True, "nan", "1K"])
 def test_what_is_no_quantity_is_refused_with_the_text_named(text: str | bool) -> None:
     with pytest.raises(ValueError, match="quantity"):
         parse_quantity(text)

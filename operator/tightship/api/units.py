@@ -24,7 +24,9 @@ _DURATION_UNITS: Final = {
 _DURATION_PART: Final = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
 
 _QUANTITY: Final = re.compile(r"([+-]?)(\d+\.?\d*|\.\d+)(?:([KMGTPE]i)|([numkMGTPE])|[eE]([+-]?\d{1,3}))?", re.ASCII)
-_BINARY: Final = {suffix: 1024 ** (power + 1) for power, suffix in enumerate(["Ki", "Mi", "Gi", "Ti", "Pi", "Ei"])}
+_BINARY: Final[dict[str, int]] = {
+    suffix: 1024 ** (power + 1) for power, suffix in enumerate(["Ki", "Mi", "Gi", "Ti", "Pi", "Ei"])
+}
 _DECIMAL: Final = {
     "n": Fraction(1, 10**9),
     "u": Fraction(1, 10**6),
@@ -90,9 +92,12 @@ def parse_quantity(quantity: str | int | float) -> int:
     `64Gi`, `16G`, `500Mi`, `1e9`, `1.5Gi`, `1500m` (= 2) and bare numbers are quantities.
 
     Raises:
-        ValueError: the text is no quantity, or is negative.
+        ValueError: the text is no quantity, is negative, or exceeds the 63 bits that Kubernetes counts in.
     """
-    return math.ceil(_quantity(quantity))
+    amount = math.ceil(_quantity(quantity))
+    if amount >= 1 << 63:
+        raise ValueError(f"quantity {str(quantity)[:40]} is larger than 2^63")
+    return amount
 
 
 def parse_cpu(quantity: str | int | float) -> int:

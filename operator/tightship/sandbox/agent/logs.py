@@ -1,4 +1,7 @@
-"""Container logs: one file a start, each line with its time, as container runtimes write them."""
+"""Container logs: one file a start, each line with its time, as container runtimes write them.
+
+A line is `TIME F TEXT`, or `TIME P TEXT` when the container wrote no line end after it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ async def record(stream: asyncio.StreamReader, path: Path) -> None:
                 continue
             if not line:
                 return
-            file.write(timestamp().encode() + b" " + line.rstrip(b"\n") + b"\n")
+            mark = b" F " if line.endswith(b"\n") else b" P "
+            file.write(timestamp().encode() + mark + line.removesuffix(b"\n") + b"\n")
             file.flush()
 
 
@@ -38,7 +42,7 @@ def tail_text(path: Path, lines: int, limit: int) -> str:
         content = path.read_bytes()[-(limit + lines * 40) :]
     except OSError:
         return ""
-    kept = [line.partition(b" ")[2] for line in content.splitlines()[-lines:]]
+    kept = [line.partition(b" ")[2][2:] for line in content.split(b"\n")[:-1][-lines:]]
     return b"\n".join(kept)[-limit:].decode(errors="replace")
 
 
@@ -63,14 +67,13 @@ async def read(path: Path, selection: Selection, running: asyncio.Event) -> Asyn
         chunk = await asyncio.to_thread(_read_from, path, position)
         whole = chunk.rfind(b"\n") + 1
         position += whole
-        lines = [
-            line for line in chunk[:whole].splitlines() if line[: len(selection.since)].decode() >= selection.since
-        ]
+        whole_lines = chunk[:whole].split(b"\n")[:-1]
+        lines = [line for line in whole_lines if line[: len(selection.since)].decode() >= selection.since]
         if first and selection.tail is not None:
             lines = lines[max(0, len(lines) - selection.tail) :]
         first = False
         for line in lines:
-            text = (line if selection.timestamps else line.partition(b" ")[2]) + b"\n"
+            text = _shown(line, selection.timestamps)
             if selection.limit is not None:
                 text = text[: selection.limit - sent]
             sent += len(text)
@@ -79,6 +82,12 @@ async def read(path: Path, selection: Selection, running: asyncio.Event) -> Asyn
         if not selection.follow or last_round:
             return
         await asyncio.sleep(POLL)
+
+
+def _shown(line: bytes, timestamps: bool) -> bytes:
+    """What a reader gets of a line of the file."""
+    time, mark, text = line.split(b" ", 2)
+    return (time + b" " if timestamps else b"") + text + (b"\n" if mark == b"F" else b"")
 
 
 def _read_from(path: Path, position: int) -> bytes:

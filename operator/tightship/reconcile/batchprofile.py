@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
-from tightship.api.v1alpha1.batchprofile import BatchProfile, Outcome
+from tightship.api.v1alpha1.batchprofile import BatchProfile, Outcome, ProfileKey
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.core.conditions import Condition, find, merge
 from tightship.kube.clock import parse_timestamp
@@ -188,7 +188,25 @@ def read(obj: Object) -> tuple[BatchProfile | None, tuple[str, ...]]:
     name = profile.metadata.name
     if len(name) > MAX_PROFILE_NAME:
         problems.append(f"metadata.name has {len(name)} characters, at most {MAX_PROFILE_NAME} fit into a label")
+    problems += _key_problems(profile)
     return profile, tuple(problems)
+
+
+def _key_problems(profile: BatchProfile) -> list[str]:
+    """A key is immutable, which clusters before 1.25 don't enforce: what was measured for another key answers nothing."""
+    key = profile.spec.key
+    parts = {name: getattr(key, name) for name in ProfileKey.model_fields if name != "hash"}
+    actual = ProfileKey.of(**parts).hash
+    if actual != key.hash:
+        return [
+            f"spec.key.hash is {key.hash[:10]}..., the rest of the key gives {actual[:10]}...: a key can't be edited"
+        ]
+    labelled = profile.metadata.labels.get(labels.PROFILE_KEY)
+    if labelled and not key.hash.startswith(labelled):
+        return [
+            f"spec.key was replaced: this profile was made for key {labelled[:10]}..., make another one for the new key"
+        ]
+    return []
 
 
 def _is_wanted(ctx: Context, obj: Object) -> bool:

@@ -113,6 +113,10 @@ def seen(obj: dict[str, Any] | None = None, **changes: Any) -> Observed:
     )
 
 
+def labelled(profile: dict[str, Any], key: str) -> dict[str, Any]:
+    return {**profile, "metadata": {**profile["metadata"], "labels": {labels.PROFILE_KEY: key}}}
+
+
 UNSCHEDULABLE = make_pod(
     phase="Pending",
     conditions=[
@@ -234,6 +238,18 @@ SITUATIONS: dict[str, tuple[Observed, str, str, str]] = {
         "the Job of the previous one is being removed",
     ),
     "a name too long for a label": (seen(make_profile("p" * 64)), "failed", "InvalidSpec", "64 characters"),
+    "a key that was edited": (
+        seen(make_profile(key=make_key() | {"workload": {"inputTokens": 1, "outputTokens": 2}})),
+        "failed",
+        "InvalidSpec",
+        "a key can't be edited",
+    ),
+    "a key that was replaced": (
+        seen(labelled(make_profile(key=make_key("NVIDIA-L4")), make_key()["hash"][:40])),
+        "failed",
+        "InvalidSpec",
+        "this profile was made for key",
+    ),
     "not a profile": (
         seen({**make_profile(), "spec": {"key": {"hash": "x"}}}),
         "failed",

@@ -44,6 +44,11 @@ _KEY_TEXT = (
     "character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is "
     "'([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')"
 )
+_DATA_KEY = re.compile(r"^[-._a-zA-Z0-9]+$")
+_DATA_TEXT = (
+    "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or 'KEY_NAME',  or "
+    "'key-name', regex used for validation is '[-._a-zA-Z0-9]+')"
+)
 _FREE_NAMES = {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"}
 
 Causes = Iterator[Cause]
@@ -308,6 +313,13 @@ def _structural(schema: Obj, path: str) -> Causes:
                 )
 
 
+def _data(obj: Obj) -> Causes:
+    for field in ("data", "binaryData"):
+        for key in obj.get(field) or {}:
+            if not _DATA_KEY.match(key) or key in (".", ".."):
+                yield Cause("invalid", f"{field}[{key}]", _DATA_TEXT, key)
+
+
 def _limits(obj: Obj) -> Causes:
     capacity = obj["spec"].get("capacity") or {}
     if not capacity.get("storage"):
@@ -324,6 +336,8 @@ _BY_KIND: dict[str, Callable[[Obj], Causes]] = {
     "Job": _job,
     "Service": _service,
     "PersistentVolume": _limits,
+    "ConfigMap": _data,
+    "Secret": _data,
     "CustomResourceDefinition": _custom_resource_definition,
 }
 

@@ -178,9 +178,6 @@ def _job(obj: Obj) -> None:
     if "completions" not in spec and "parallelism" not in spec:
         spec["completions"] = 1
     _put(spec, parallelism=1, manualSelector=False)
-    own = dig(spec, "template", "metadata", "labels")
-    if own and not obj["metadata"].get("labels"):
-        obj["metadata"]["labels"] = dict(own)
     uid = obj["metadata"].get("uid")
     template = spec.setdefault("template", {})
     if uid and not spec["manualSelector"]:
@@ -189,6 +186,9 @@ def _job(obj: Obj) -> None:
         labels = template.setdefault("metadata", {}).setdefault("labels", {})
         labels.update(names)
         spec.setdefault("selector", {"matchLabels": {"batch.kubernetes.io/controller-uid": uid}})
+    own = dig(spec, "template", "metadata", "labels")
+    if own and not obj["metadata"].get("labels"):
+        obj["metadata"]["labels"] = dict(own)
     _template(spec)
     obj.setdefault("status", {})
 

@@ -247,7 +247,13 @@ def _measuring(view: View) -> Condition:
 
 
 def _not_profiled(view: View) -> Condition | None:
-    return None if view.verdict.complete else _waits_for(names.RECOMMENDED, names.PROFILED)
+    if view.verdict.complete:
+        return None
+    failure = failure_of(view.verdict.profile) if view.verdict.profile is not None else None
+    if failure is not None and failure.get("reason") == Reason.INSUFFICIENT_MEMORY:
+        # The engine did not even start: what is too large is known without a curve.
+        return Condition(names.RECOMMENDED, "False", Reason.INSUFFICIENT_MEMORY, str(failure.get("message", "")))
+    return _waits_for(names.RECOMMENDED, names.PROFILED)
 
 
 def _undecidable(view: View) -> Condition | None:

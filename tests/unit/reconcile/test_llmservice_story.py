@@ -372,6 +372,23 @@ async def test_what_cannot_be_had_is_said_with_the_best_that_can(
     assert world.all("GPUPack") == []
 
 
+async def test_a_gpu_too_small_for_the_weights_is_said_without_a_curve() -> None:
+    world = World()
+    world.put(make_service())
+    await world.settle()
+
+    def fail(profile: dict[str, Any]) -> None:
+        text = "the weights need 140Gi, the GPU has 80Gi"
+        failed = {"type": "Failed", "status": "True", "reason": "InsufficientMemory", "message": text}
+        profile["status"] = {"conditions": [failed]}
+
+    world.change("BatchProfile", NS, world.all("BatchProfile")[0]["metadata"]["name"], fail)
+    await world.settle()
+    for gate in ("Profiled", "Recommended", "Ready"):
+        assert condition(world, gate) == ("False", "InsufficientMemory")
+        assert "140Gi" in message(world, gate)
+
+
 async def test_a_profile_without_memory_gives_a_batch_and_no_packing() -> None:
     world = World()
     world.put(make_service())

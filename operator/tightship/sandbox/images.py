@@ -144,7 +144,10 @@ def _device_variables(settings: ImageSettings) -> dict[str, str]:
 
 def _tool_launchers(directory: Path) -> None:
     """Put every stand-in of `images/simulated/bin` on PATH; they need the standard library only, and start fast with that."""
-    _launchers(directory, {tool.name: [*_bare_python(), str(tool)] for tool in (_SIMULATED / "bin").iterdir()})
+    _launchers(
+        directory,
+        {tool.name: [*_bare_python(), str(tool)] for tool in (_SIMULATED / "bin").iterdir() if tool.is_file()},
+    )
 
 
 def _launchers(directory: Path, commands: Mapping[str, Iterable[str]]) -> None:

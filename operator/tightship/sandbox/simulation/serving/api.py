@@ -19,7 +19,6 @@ from ..engine import Engine, Outcome, Sequence
 from . import text
 from .http import Connection, Request, chunk
 from .metrics import Metrics
-from .pacer import Pacer
 
 _DONE = chunk(b"data: [DONE]\n\n")
 DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
@@ -181,11 +180,11 @@ class Job:
 class Api:
     """Routes, answers, and hands tokens from the engine to their streams."""
 
-    def __init__(self, settings: Settings, engine: Engine, pacer: Pacer | None, metrics: Metrics) -> None:
-        """`pacer` None: an engine that isn't up yet."""
+    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
+        """`engine` is what is counted and aborted; requests go to it through `enqueue`, which its driver replaces."""
         self._settings = settings
         self._engine = engine
-        self.pacer = pacer
+        self.enqueue: Callable[[Sequence], None] = engine.add
         self._metrics = metrics
         self._choices: dict[Sequence, Choice] = {}
         self._dead: str | None = None
@@ -262,7 +261,7 @@ class Api:
 
     def _complete(self, request: Request, connection: Connection, *, chat: bool) -> None:
         try:
-            if self._dead or self.pacer is None:
+            if self._dead:
                 raise InvalidRequestError(DEAD, 500)
             body = json.loads(request.body)
             if not isinstance(body, dict):
@@ -282,7 +281,7 @@ class Api:
             job.begin()
         for choice in job.choices:
             self._choices[choice.sequence] = choice
-            self.pacer.add(choice.sequence)
+            self.enqueue(choice.sequence)
 
     def _job(self, connection: Connection, body: Mapping[str, Any], *, chat: bool) -> Job:
         model = body.get("model") or self._settings.served_names[0]

@@ -122,7 +122,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model_tag", nargs="?")
     known: dict[str, list[list[str]]] = json.loads(Path(__file__).with_name("arguments.json").read_text())
     kinds: dict[str, dict[str, Any]] = {
-        "boolean": {"action": "store_true", "default": None},
         "flag": {"action": "store_true", "default": None},
         "list": {"nargs": "+"},
         "optional": {"nargs": "?"},

@@ -45,11 +45,6 @@ class Connection(asyncio.Protocol):
         self._keep_alive = True
         self.on_close: Callable[[], None] | None = None
 
-    @property
-    def busy(self) -> bool:
-        """Whether a request is being answered."""
-        return self._busy
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
         assert isinstance(transport, asyncio.Transport)

@@ -8,9 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..client import NODE_VARIABLE, SOCKET_VARIABLE, DeviceUnavailableError, list_visible
 from ..costs import Model
@@ -53,10 +52,34 @@ class Server:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        api, pacer = self._engine()
+        connections: set[http.Connection] = set()
+        listener = await loop.create_server(
+            lambda: http.Connection(api.handle, connections), self.options.host, self.options.port, reuse_address=True
+        )
+        _log(f"Starting vLLM API server 0 on http://{self.options.host or '0.0.0.0'}:{self.options.port}")
+        _log("Application startup complete.")
+        pacing = asyncio.create_task(pacer.run())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((pacing, stopping, self.died), return_when=asyncio.FIRST_COMPLETED)
+        dead = not stop.is_set()
+        if dead:
+            await self._die(api, pacing, stop)
+        listener.close()
+        if not dead and self.options.shutdown_timeout:
+            await _drained(api, self.options.shutdown_timeout)
+        pacing.cancel()
+        for connection in list(connections):
+            connection.close()
+        self.channel.close()
+        _log("Application shutdown complete.")
+        return 1 if dead else 0
+
+    def _engine(self) -> tuple[Api, Pacer]:
         engine = Engine(self.started.scheduling, self.model.costs)
         metrics = Metrics(self.options.served_names[0], self.started.scheduling.max_model_len, self._cache_config())
-        api = Api(self._settings(), engine, None, metrics)
-        api.pacer = Pacer(
+        api = Api(self._settings(), engine, metrics)
+        pacer = Pacer(
             engine,
             self.channel,
             self.time_scale,
@@ -64,27 +87,8 @@ class Server:
             on_outcome=api.deliver,
             log=_log,
         )
-        connections: set[http.Connection] = set()
-        listener = await loop.create_server(
-            lambda: http.Connection(api.handle, connections), self.options.host, self.options.port, reuse_address=True
-        )
-        _log(f"Starting vLLM API server 0 on http://{self.options.host or '0.0.0.0'}:{self.options.port}")
-        _log("Application startup complete.")
-        pacing = asyncio.create_task(api.pacer.run())
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait((pacing, stopping, self.died), return_when=asyncio.FIRST_COMPLETED)
-        dead = not stop.is_set()
-        if dead:
-            await self._die(api, pacing, stop)
-        elif self.options.shutdown_timeout:
-            await _drained(api, self.options.shutdown_timeout)
-        pacing.cancel()
-        listener.close()
-        for connection in list(connections):
-            connection.close()
-        self.channel.close()
-        _log("Application shutdown complete.")
-        return 1 if dead else 0
+        api.enqueue = pacer.add
+        return api, pacer
 
     async def _die(self, api: Api, pacing: asyncio.Task[None], stop: asyncio.Event) -> None:
         """Do what vLLM does when its engine dies: fail what is in flight, answer 503 until its watchdog ends the process.
@@ -192,7 +196,7 @@ async def _run(options: Options, model: Model, environ: Mapping[str, str]) -> in
     return await Server(options, model, channel, mps, started, scale, died).serve()
 
 
-async def _attached(environ: Mapping[str, str], fatal: Any) -> Channel | None:
+async def _attached(environ: Mapping[str, str], fatal: Callable[[str], None]) -> Channel | None:
     try:
         return await attach_mps(environ, fatal)
     except RefusedError as error:

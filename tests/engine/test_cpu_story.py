@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,6 @@ def sandbox(
     tmp_path_factory: pytest.TempPathFactory,
     kube_assets: Path,
     engine_python: Path,
-    monkeypatch_module: pytest.MonkeyPatch,
 ) -> Iterator[Sandbox]:
     models = tmp_path_factory.mktemp("models")
     subprocess.run([engine_python, ROOT / "scripts" / "make_small_llama.py", models / "small-llama"], check=True)

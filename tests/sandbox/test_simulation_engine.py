@@ -40,7 +40,7 @@ ALONE = [
     (640, 61.677, 18213),
     (768, 72.889, 18135),
 ]
-# Replicas under MPS on one GPU, none of it used in the calibration: replicas, max_num_seqs, mean ITL in ms, tokens per
+# Replicas under MPS on one GPU, not fitted (what was selected with them in view: `calibration`): replicas, max_num_seqs, mean ITL in ms, tokens per
 # second in and out, blocks of KV cache each (same source).
 PACKED = [(2, 96, 18.98, 12313.9, 8749), (4, 96, 31.52, 13172.4, 3744), (2, 256, 37.07, 14669.5, 8669)]
 REQUESTS = 2000

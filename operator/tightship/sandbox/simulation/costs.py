@@ -1,7 +1,8 @@
 """What a step costs: the host's part, the GPU's mean part, and how much of that keeps memory busy.
 
 The knots of the two known models come from the published single-replica runs of arXiv:2503.08311 (raw results: one H100
-with 64 GB, vLLM 0.6, ShareGPT, 2000 prompts at once), found by `calibration`; no packed run was used. Besides them:
+with 64 GB, vLLM 0.6, ShareGPT, 2000 prompts at once), found by `calibration`, which also says what was chosen with packed
+runs in view. Besides them:
 
 - a prefill's base is what separates the published mean from the median inter-token latency at batches 64 to 128, per
   prompt (output tokens / batch decode steps apart): 7.5 ms for OPT-1.3B, 9.2 ms for Llama-2-7B, less its tokens' part;

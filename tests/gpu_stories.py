@@ -235,7 +235,7 @@ def the_operator_may_die_at_any_moment(sandbox: Sandbox) -> None:
     story.wait_until(sandbox, "its packs are gone", lambda: not story.packs(sandbox), 90)
 
 
-def after(seconds: float, look: Callable[[], dict[str, str]]) -> dict[str, str]:
+def after(seconds: float, look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `look` sees some time later: the only way to see that nothing happens."""
     time.sleep(seconds)
     return look()
@@ -249,23 +249,29 @@ def restart(sandbox: Sandbox) -> None:
 
 @told
 def a_settled_cluster_is_left_alone(sandbox: Sandbox) -> None:
-    """Nothing changes, so nothing is written: resource versions stand still, also across an operator's restart."""
+    """Nothing changes, so nothing is written: resource versions stand still, and nothing differs after an operator's restart."""
     service = story.make_service(replicas=2)
     story.apply(sandbox, story.make_profile(service), service)
     story.wait_ready(sandbox, "opt", 2)
 
-    def versions() -> dict[str, str]:
-        kinds = ("llm", "bprof", "gpack", "sts", "svc")
+    def objects(*left_out: str) -> dict[str, Any]:
+        """The objects of the story, less some metadata."""
         return {
-            f"{obj['kind']}/{obj['metadata']['name']}": obj["metadata"]["resourceVersion"]
-            for kind in kinds
+            f"{obj['kind']}/{obj['metadata']['name']}": {
+                **obj,
+                "metadata": {
+                    key: value for key, value in obj["metadata"].items() if key not in ("managedFields", *left_out)
+                },
+            }
+            for kind in ("llm", "bprof", "gpack", "sts", "svc", "pods")
             for obj in story.items(sandbox, kind)
         }
 
-    story.wait_until(sandbox, "versions stand still", lambda: versions() == after(3, versions), 60)
-    before = versions()
+    story.wait_until(sandbox, "nothing is written any more", lambda: objects() == after(4, objects), 60)
+    # A new operator asks the server once whether all is as it should be; 1.20 stamps the time of that into managedFields.
+    before = objects("resourceVersion")
     restart(sandbox)
-    later = after(8, versions)
+    later = after(8, lambda: objects("resourceVersion"))
     assert later == before, {name for name in later if later[name] != before.get(name)}
 
 

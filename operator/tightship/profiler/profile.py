@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -80,9 +81,12 @@ def largest_batch(device: Device, args: tuple[str, ...]) -> int:
 def make_job(profile: api.BatchProfile, model: str, device: Device, environ: Mapping[str, str]) -> Job:
     """What a BatchProfile asks for, on this device. `model`: the path or name that the engine gets as --model."""
     key, how = profile.spec.key, profile.spec.measurement
-    explicit = None
-    if device.identity.kind == "cpu" and not environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        explicit = int(CPU_KV_SHARE * device.identity.memory)
+    explicit: int | None = None
+    environment: dict[str, str | None] = {}
+    if device.identity.kind == "cpu":
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = engine_cores(os.sched_getaffinity(0))
+        if not environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            explicit = int(CPU_KV_SHARE * device.identity.memory)
     return Job(
         settings=EngineSettings(
             model=model,
@@ -91,6 +95,7 @@ def make_job(profile: api.BatchProfile, model: str, device: Device, environ: Map
             args=tuple(key.engine.args),
             max_model_len=key.engine.max_model_len,
             kv_cache_bytes=explicit,
+            environment=environment,
         ),
         lengths=Lengths.constant(key.workload.input_tokens, key.workload.output_tokens),
         budget=parse_duration(how.budget),
@@ -99,6 +104,16 @@ def make_job(profile: api.BatchProfile, model: str, device: Device, environ: Map
         rerun=how.rerun,
         start_timeout=float(environ.get("TIGHTSHIP_START_TIMEOUT", START_SECONDS)),
     )
+
+
+def engine_cores(cores: Set[int]) -> str:
+    """The cores for the engine's threads, as VLLM_CPU_OMP_THREADS_BIND takes them: all but the lowest, where there are several.
+
+    The lowest is left for the engine's API server and the load: an engine on all cores starves its own server, and then neither
+    latency nor throughput means anything. Replicas are bound by the same rule (`tightship.replica`).
+    """
+    ordered = sorted(cores)
+    return ",".join(map(str, ordered[1:] or ordered))
 
 
 class Profiler:

@@ -164,7 +164,8 @@ class Supervisor:
         env = dict(self._env)
         if not self._settings.cuda:
             if not env.get("VLLM_CPU_OMP_THREADS_BIND"):
-                env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+                cores = sorted(os.sched_getaffinity(0))
+            env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[1:] or cores))
             if option(self._command, "--kv-cache-memory-bytes") is not None:
                 env.pop("VLLM_CPU_KVCACHE_SPACE", None)
         return env

@@ -8,6 +8,7 @@ Nothing here decides anything: all that is printed is read from the API or answe
 from __future__ import annotations
 
 import argparse
+import os
 import ssl
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from tightship.sandbox.cluster import Sandbox
 TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json"
 GROUP_PATH = f"/apis/{API_VERSION}"
 SAMPLES = {"simulated": "llmservice-opt.yaml", "vllm": "llmservice-cpu.yaml"}
-BUDGETS = {"simulated": "60s", "vllm": "2m"}
+BUDGETS = {"simulated": "60s", "vllm": "4m"}
 TIMEOUT = 420.0
 """Seconds after which the demo gives up and shows what it sees."""
 TERMINAL_REASONS = (
@@ -208,6 +209,7 @@ def run(args: argparse.Namespace) -> int:
             operator=True,
             models=str(models),
             engine_python=args.engine_python,
+            engine_cores=[max(os.sched_getaffinity(0))] if args.engine == "vllm" else [],
         ) as sandbox:
             demo = Demo(sandbox, manifest)
             demo.say(f"the sandbox is up; KUBECONFIG={sandbox.kubeconfig}")
@@ -230,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--engine", choices=sorted(SAMPLES), default="simulated", help="simulated GPUs, or real vLLM on the CPU"
     )
-    parser.add_argument("--budget", help="profiling budget (default: 60s simulated, 2m real)")
+    parser.add_argument("--budget", help="profiling budget (default: 60s simulated, 4m real)")
     parser.add_argument(
         "--samples", type=Path, default=root / "docs" / "samples", help="folder of the sample manifests"
     )

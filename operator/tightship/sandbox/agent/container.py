@@ -145,7 +145,7 @@ class Container:
             cwd=self.spec.get("workingDir") or "/",
             hostname=pod["spec"].get("hostname") or pod["metadata"]["name"],
             mounts=[*rootfs.base_mounts(), *self._own_mounts(pod), *self._volumes.mounts(self.spec, variables)],
-            cpus=self._host.cores.exclusive if self._grant.cpus else self._host.cores.shared,
+            cpus=self._host.cores.of(len(self._grant.cpus)),
             log=self._log(self.state.restarts),
             network=self._network,
             directory=directory,

@@ -40,6 +40,13 @@ class Cores:
     exclusive: frozenset[int]
     shared: frozenset[int]
 
+    def of(self, cpus: int) -> frozenset[int]:
+        """The cores of a container with `cpus` node CPUs of its own (0: it shares); one with more than there are engine cores
+        runs on the others too, as an engine with a core for its API server must."""
+        if not cpus:
+            return self.shared
+        return self.exclusive if cpus <= len(self.exclusive) else self.exclusive | self.shared
+
 
 @dataclass
 class Host:

@@ -472,6 +472,20 @@ def time_limits_and_faults_end_a_pod(sandbox: Sandbox) -> None:
 
 
 @told
+def a_killed_shim_leaves_no_process(sandbox: Sandbox) -> None:
+    """Even when the container's parent is killed before it can clean up, its processes go and it starts again."""
+    mark = f"stray-{os.getpid()}"
+    script = f"(setsid bash -c 'exec -a {mark} sleep 1000') & exec -a {mark} sleep 1000"
+    apply(sandbox, make_pod("stray", script, pod__restartPolicy="Always"))
+    until("its processes run", lambda: len(processes(mark)) == 2)
+    before = set(processes(mark))
+    uid = get(sandbox, "pod", "stray")["metadata"]["uid"]
+    assert sandbox.exec_in_namespace(["pkill", "-KILL", "-f", f"shim.py .*{uid}"]).returncode == 0
+    until("the old processes are gone", lambda: not before & set(processes(mark)))
+    until("it runs again", lambda: state(get(sandbox, "pod", "stray"))["restartCount"] == 1)
+
+
+@told
 def the_agent_may_die_at_any_time(sandbox: Sandbox) -> None:
     """Containers die with it; the next agent starts them again and counts the restart."""
     mark = f"orphan-{os.getpid()}"

@@ -23,7 +23,7 @@ TIGHTSHIP = [sys.executable, "-m", "tightship", "sandbox"]
 SMALL = ["--no-operator", "--nodes", "1", "--gpus-per-node", "0"]
 
 
-def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(words), capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -121,6 +121,24 @@ def test_a_lost_gpu_is_allocatable_no_more() -> None:
         assert labels["nvidia.com/gpu.product"] == "NVIDIA-H100-80GB-HBM3"
         assert labels["nvidia.com/gpu.memory"] == "81920"
         assert labels["nvidia.com/gpu.count"] == "2"
+
+
+def test_a_user_namespace_is_enough(tmp_path: Path) -> None:
+    """As an ordinary user sees it: root in a user namespace, with every mount of the machine locked."""
+    script = (
+        "import sys, agent_stories as a; from tightship.sandbox.cluster import Sandbox\n"
+        "with Sandbox(sys.argv[1], operator=False, nodes=1, gpus_per_node=0) as sandbox:\n"
+        "    mounts = [a.mount('e', '/etc/made/up'), a.mount('e', '/ro', readOnly=True)]\n"
+        "    script = 'touch /etc/made/up/x && ! touch /ro/y && ls /ro'\n"
+        "    volumes = [{'name': 'e', 'emptyDir': {}}]\n"
+        "    print(a.output(sandbox, 'p', script, volumeMounts=mounts, pod__volumes=volumes))\n"
+    )
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", script, str(tmp_path / "state")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "x"
+    gone(tmp_path / "state")
 
 
 @pytest.mark.parametrize(

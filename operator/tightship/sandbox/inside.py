@@ -106,42 +106,40 @@ class Inside:
             self._processes.kill_all()
 
     async def _up(self, keys: Certificates) -> dict[str, Any]:
-        plane = await self._start_plane(keys)
+        """Start everything, the slow starters first and beside each other; returns how to reach the API."""
+        real = RealPlane.create(self._state / "plane", keys) if self._settings.plane == "real" else None
+        plane = Plane(f"https://{GATEWAY}:{API_PORT}", real.token if real else None, keys.ca)
+        for command in (real.etcd(), real.apiserver()) if real else (embedded(keys),):
+            await self._processes.start(command)
         if self._settings.gpus_per_node:
             await self._processes.start(self._device_command())
         await self._processes.start(self._agent_command(plane, keys))
-        self._keep: list[object] = [await gateway.forward_in(str(self._sockets / API_SOCKET), GATEWAY, API_PORT)]
-        inner = self._state / "kubeconfig.inside"
-        write_kubeconfig(inner, plane.server, plane.token, plane.ca)
         api = await self._held.enter_async_context(Api(plane.server, plane.token, str(plane.ca)))
         await self._wait_for_api(api)
+        for command in (real.controllers(), real.scheduler()) if real else ():
+            await self._processes.start(command)
         await content.install(api, self._settings)
-        services = Reflector(api, "/api/v1/services")
-        self._keep.append(asyncio.create_task(services.run()))
-        outlet = gateway.ServiceGateway(services.store)
-        self._held.push_async_callback(outlet.close)
-        await outlet.start(str(self._sockets / GATEWAY_SOCKET))
-        await self._serve_control()
-        old = self._settings.plane == "real" and await _is_old(api)
+        await self._open(api)
+        old = real is not None and await _is_old(api)
         await content.wait_for_accounts(api, ["default", content.SYSTEM_NAMESPACE], old)
         await content.wait_for_nodes(api, [self._settings.node_name(i) for i in range(self._settings.nodes)])
+        inner = self._state / "kubeconfig.inside"
+        write_kubeconfig(inner, plane.server, plane.token, plane.ca)
         if self._settings.operator:
             await self._processes.start(self._operator_command(inner))
         return {"token": plane.token, "ca": str(plane.ca)}
 
-    async def _start_plane(self, keys: Certificates) -> Plane:
-        if self._settings.plane == "embedded":
-            await self._processes.start(embedded(keys))
-            return Plane(f"https://{GATEWAY}:{API_PORT}", None, keys.ca)
-        real = RealPlane.create(self._state / "plane", keys)
-        for command in (real.etcd(), real.apiserver()):
-            await self._processes.start(command)
-        plane = Plane(f"https://{GATEWAY}:{API_PORT}", real.token, keys.ca)
-        async with Api(plane.server, plane.token, str(keys.ca)) as api:
-            await self._wait_for_api(api)
-        for command in (real.controllers(), real.scheduler()):
-            await self._processes.start(command)
-        return plane
+    async def _open(self, api: Api) -> None:
+        """Open the ways in: the API, the Services, and the control of the sandbox's processes."""
+        self._held.push_async_callback(
+            _close, await gateway.forward_in(str(self._sockets / API_SOCKET), GATEWAY, API_PORT)
+        )
+        services = Reflector(api, "/api/v1/services")
+        self._reflecting = asyncio.create_task(services.run())
+        outlet = gateway.ServiceGateway(services.store)
+        self._held.push_async_callback(outlet.close)
+        await outlet.start(str(self._sockets / GATEWAY_SOCKET))
+        await self._serve_control()
 
     async def _wait_for_api(self, api: Api) -> None:
         while True:
@@ -226,6 +224,10 @@ class Inside:
         runner = web.AppRunner(application, access_log=None)
         await runner.setup()
         await web.UnixSite(runner, str(self._sockets / CONTROL_SOCKET)).start()
+
+
+async def _close(server: asyncio.Server) -> None:
+    server.close()
 
 
 async def _is_old(api: Api) -> bool:

@@ -77,7 +77,7 @@ async def create(address: str) -> PodNetwork:
             f"route add {SERVICE_RANGE} via {GATEWAY} dev eth0\n",
             network.descriptor,
         )
-    except OSError:
+    except BaseException:
         network.close()
         raise
     return network

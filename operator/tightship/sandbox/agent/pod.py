@@ -125,7 +125,9 @@ class PodWorker:
                 return
             expired = not done
             await self._stop_all("DeadlineExceeded" if expired else "Stopping container")
-            await asyncio.wait({life}, timeout=1)
+            if not self.containers:
+                life.cancel()  # it was still waiting for a volume
+            await asyncio.wait({life})
             if expired:
                 self._fail("DeadlineExceeded", "Pod was active on the node longer than the specified deadline")
         except Refused as refusal:
@@ -147,6 +149,8 @@ class PodWorker:
             self._host.api, self.pod, self.directory, self._host.directory / "root", self._host.allocatable
         )
         await self._set_up(volumes)
+        if self._leaving.is_set():
+            return
         self._tasks.append(asyncio.create_task(self._refresh(volumes)))
         inits = self.pod["spec"].get("initContainers") or []
         mains = self.pod["spec"]["containers"]
@@ -180,8 +184,12 @@ class PodWorker:
             self.address = self._host.address
             return
         self.address = self._host.addresses.take()
-        if self._host.connect is not None:
-            self._network = await self._host.connect(self.address)
+        while self._host.connect is not None and self._network is None:
+            try:
+                self._network = await self._host.connect(self.address)
+            except OSError as error:
+                self._event("Warning", "FailedCreatePodSandBox", f"Failed to create pod sandbox: {error}")
+                await asyncio.sleep(self._host.timing.retry)
 
     async def _set_up(self, volumes: Volumes) -> None:
         while True:

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ class _Process:
     main: int
     env: dict[str, str]
     cwd: str
+    namespace: str
     reason: str | None = None
     follower: asyncio.Task[None] | None = None
 
@@ -178,6 +180,7 @@ class ProcessRuntime:
         plan = await asyncio.to_thread(rootfs.plan, spec.mounts)
         path = spec.directory / "shim.json"
         path.write_text(json.dumps(_shim_spec(spec, str(root), plan, writing, netns)))
+        output, sink = await _pipe()
         try:
             shim = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -186,24 +189,24 @@ class ProcessRuntime:
                 str(SHIM),
                 str(path),
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
+                stdout=sink,
                 stderr=asyncio.subprocess.STDOUT,
-                limit=logs.LINE_LIMIT,
                 # a signal to the agent's process group must not take the shim before it has cleaned up
                 start_new_session=True,
                 pass_fds=[writing] if netns is None else [writing, netns],
             )
         finally:
             os.close(writing)
+            os.close(sink)
         answer = await asyncio.to_thread(_read_status, reading)
         if "started" not in answer:
-            assert shim.stdout is not None
-            output = (await shim.stdout.read()).decode(errors="replace")
+            said = (await output.read()).decode(errors="replace")
             await shim.wait()
-            raise StartError(str(answer.get("error") or output[-500:] or "the shim died"))
-        loop = asyncio.get_running_loop()
-        running = _Process(uuid.uuid4().hex, loop.create_future(), shim, int(answer["started"]), spec.env, spec.cwd)
-        running.follower = asyncio.create_task(_follow(running, spec.log))
+            raise StartError(str(answer.get("error") or said[-500:] or "the shim died"))
+        future: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        main = int(answer["started"])
+        running = _Process(uuid.uuid4().hex, future, shim, main, spec.env, spec.cwd, _namespace(shim.pid))
+        running.follower = asyncio.create_task(_follow(running, output, spec.log))
         return running
 
 
@@ -228,11 +231,42 @@ def _read_status(descriptor: int) -> dict[str, Any]:
     return dict(json.loads(line)) if line else {}
 
 
-async def _follow(running: _Process, log: Path) -> None:
+def _namespace(pid: int | str) -> str:
+    """What tells the mount namespace of a process from all others; empty when the process is gone."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return ""
+
+
+def _kill_namespace(namespace: str) -> None:
+    """Kill every process that has a container's mount namespace."""
+    while namespace:
+        found = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _namespace(pid) == namespace]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+async def _pipe() -> tuple[asyncio.StreamReader, int]:
+    """A pipe for a container's output; the end of the shim and the end of the output are two things to wait for."""
+    reading, writing = os.pipe()
+    reader = asyncio.StreamReader(limit=logs.LINE_LIMIT)
+    protocol = asyncio.StreamReaderProtocol(reader)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(reading, "rb", 0))
+    return reader, writing
+
+
+async def _follow(running: _Process, output: asyncio.StreamReader, log: Path) -> None:
     """Copy the output and complete `exit` when the shim is gone."""
-    assert running.shim.stdout is not None
-    await logs.record(running.shim.stdout, log)
+    recording = asyncio.create_task(logs.record(output, log))
     code = await running.shim.wait()
+    if code < 0:  # the shim itself was killed, and has not cleaned up
+        await asyncio.to_thread(_kill_namespace, running.namespace)
+    await recording
     code = code if code >= 0 else 128 - code
     reason = running.reason or ("Completed" if code == 0 else "Error")
     running.exit.set_result(Exit(code, reason))

@@ -8,18 +8,23 @@ import json
 import re
 import ssl
 from collections.abc import AsyncIterator
-from datetime import datetime, timedelta, timezone
-from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 import yaml
 from aiohttp import web
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from plane_world import WIDGETS, Kubectl, Kubelets, eventually, make_job, make_pod, make_set, make_widget
+from plane_world import (
+    WIDGETS,
+    Kubectl,
+    Kubelets,
+    eventually,
+    make_certificate,
+    make_job,
+    make_pod,
+    make_set,
+    make_widget,
+)
 from tightship.sandbox.plane import Plane
 from tightship.sandbox.plane.values import dig
 
@@ -33,6 +38,12 @@ async def plane() -> AsyncIterator[Plane]:
         kubelets.add_node("node-0")
         yield made
         kubelets.stop()
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for loopback, and its key."""
+    return make_certificate(tmp_path)
 
 
 @pytest.fixture
@@ -232,31 +243,6 @@ async def test_get_as_yaml_is_what_was_applied(run: Kubectl) -> None:
     read = yaml.safe_load(await run("get", "wd", "a", "-o", "yaml"))
     assert read["spec"] == {"size": 3, "tags": ["b", "a"], "color": "red", "replicas": 1}
     assert "managedFields" not in read["metadata"]
-
-
-@pytest.fixture
-def tls(tmp_path: Path) -> tuple[Path, Path]:
-    """A self-signed certificate and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    now = datetime.now(timezone.utc)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    cert, secret = tmp_path / "tls.crt", tmp_path / "tls.key"
-    cert.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    secret.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return cert, secret
 
 
 async def test_tls_plane(tls: tuple[Path, Path], tmp_path: Path) -> None:

@@ -139,7 +139,10 @@ class Plane:
     async def start(self) -> Plane:
         """Begins to serve, and starts the controllers."""
         app = self.server.application()
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=2)
+        # Cancelled with its client, a watch or a followed log ends at once instead of at its next write.
+        self._runner = web.AppRunner(
+            app, access_log=None, handle_signals=False, shutdown_timeout=2, handler_cancellation=True
+        )
         await self._runner.setup()
         context = None
         if self._tls:
@@ -163,7 +166,10 @@ class Plane:
         meta = {"name": "kubernetes", "namespace": "default"}
         spec = {"clusterIP": self._admission.first_address(), "ports": [port]}
         self.api.create(self.registry.get("", "services"), "default", {"metadata": meta, "spec": spec})
-        address = {"addresses": [{"ip": self.bind}], "ports": [{"name": "https", "port": self.port}]}
+        address = {
+            "addresses": [{"ip": "127.0.0.1" if self.bind == "0.0.0.0" else self.bind}],
+            "ports": [{"name": "https", "port": self.port}],
+        }
         body = {"metadata": dict(meta), "subsets": [address]}
         self.api.create(self.registry.get("", "endpoints"), "default", body)
 

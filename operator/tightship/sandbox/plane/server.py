@@ -570,8 +570,10 @@ class _Watch:
         if now is None and before is None:
             return None
         if now is None:
-            last = self.api.present(self.resource, change.object)
-            return self._frame("DELETED", last)
+            # What left the selection is shown as it was when it was last selected, at the version of its leaving.
+            shown = change.object if change.type == "DELETED" or change.old is None else change.old
+            meta = {**shown["metadata"], "resourceVersion": change.object["metadata"]["resourceVersion"]}
+            return self._frame("DELETED", self.api.present(self.resource, {**shown, "metadata": meta}))
         return self._frame("MODIFIED" if before is not None else "ADDED", now)
 
     def _selected(self, stored: Obj) -> Obj | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from enum import Enum
 from datetime import datetime, timezone
+from enum import Enum
 from pathlib import Path
 
 # The kubelet keeps this much of a termination message.

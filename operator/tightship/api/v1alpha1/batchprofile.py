@@ -228,7 +228,10 @@ class Outcome(Model):
 
     state: Annotated[Literal["Completed", "BudgetExceeded", "Failed"], Field(description="How it ended.")]
     reason: Annotated[
-        Text | None, Field(description="For Failed: EngineFailed, NoPointInBudget or InsufficientMemory.")
+        Text | None,
+        Field(
+            description="For Failed: EngineFailed, NoPointInBudget, InsufficientMemory, or JobFailed when the Job broke before it could say why."
+        ),
     ] = None
     message: Annotated[
         str | None, Field(max_length=LONG_TEXT, description="In words, with the engine's last words.")

@@ -12,6 +12,7 @@ import yaml
 from chart.helmtools import CHART, NAMESPACE, RELEASE, only, render, run_helm, values_file
 from tightship.__main__ import parser
 from tightship.api import crds
+from tightship.kube.kinds import KINDS, WATCHED
 from tightship.operator_main import options
 
 Values = dict[str, Any]
@@ -210,6 +211,18 @@ def test_grants_name_what_they_grant(helm: Path, tmp_path: Path) -> None:
     binding = only(objects, "ClusterRoleBinding")
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": RELEASE, "namespace": NAMESPACE}]
     assert binding["roleRef"]["name"] == only(objects, "ClusterRole")["metadata"]["name"]
+
+
+def test_what_the_operator_watches_it_may_list_and_watch_everywhere(helm: Path, tmp_path: Path) -> None:
+    rules = only(render(helm, tmp_path, {}), "ClusterRole")["rules"]
+    for kind in (KINDS[name] for name in WATCHED):
+        verbs = {
+            verb
+            for rule in rules
+            if kind.group in rule["apiGroups"] and kind.plural in rule["resources"]
+            for verb in rule["verbs"]
+        }
+        assert {"get", "list", "watch"} <= verbs, kind.name
 
 
 def test_every_rule_is_justified() -> None:

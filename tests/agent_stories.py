@@ -447,12 +447,17 @@ def cgroups(sandbox: Sandbox, uid: str) -> list[str]:
 
 @told
 def guaranteed_cpus_are_the_engine_cores(sandbox: Sandbox) -> None:
-    """A Guaranteed container with whole CPUs runs on the engine cores, every other one on the rest."""
-    whole = {"limits": {"cpu": "2", "memory": "64Mi"}}
+    """A Guaranteed container with whole CPUs runs on the engine cores as far as they go, every other one on the rest."""
+    whole = {"limits": {"cpu": "1", "memory": "64Mi"}}
+    more = {"limits": {"cpu": "2", "memory": "64Mi"}}
     show = "python3 -c 'import os; print(sorted(os.sched_getaffinity(0)))'"
     cores = sorted(os.sched_getaffinity(0))
-    assert output(sandbox, "whole", show, resources=whole).strip() == str([cores[-1]])
-    assert output(sandbox, "part", show).strip() == str(cores[:-1] or cores)
+    exclusive = output(sandbox, "whole", show, resources=whole).strip()
+    assert exclusive == str([cores[-1]]), f"exclusive: {exclusive!r}"
+    spread = output(sandbox, "more", show, resources=more).strip()
+    assert spread == str(cores), f"more CPUs than the one engine core: {spread!r}"
+    shared = output(sandbox, "part", show).strip()
+    assert shared == str(cores[:-1] or cores), f"shared: {shared!r}"
 
 
 @told

@@ -98,9 +98,9 @@ def output(sandbox: Sandbox, pod: str, script: str, **changes: Any) -> str:
 
 
 def clean(sandbox: Sandbox) -> None:
-    sandbox.kubectl(
-        "delete", "sts,job,pod,svc", "-l", "component!=apiserver", "--wait=false", "--now", "--ignore-not-found"
-    )
+    others = ("--field-selector", "metadata.name!=kubernetes", "--wait=false", "--now", "--ignore-not-found")
+    for kind in ("sts", "job", "svc", "pod"):
+        sandbox.kubectl("delete", kind, *others)
     until("no pod is left", lambda: not get(sandbox, "pods").get("items"))
 
 

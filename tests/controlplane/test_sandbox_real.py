@@ -11,7 +11,6 @@ import pytest
 import agent_stories
 from tightship.sandbox.cluster import Sandbox
 
-
 pytestmark = pytest.mark.needs("network_namespace")
 
 

@@ -301,6 +301,14 @@ def wrong_input_is_told_at_once(sandbox: Sandbox) -> None:
     told_so = story.wait_condition(sandbox, "llm/big", "Recommended", "False", "InsufficientMemory")
     assert "80" in told_so["message"]
 
+    # Admission refuses these where it knows CEL; where it doesn't, the operator does, in the same words.
+    for number, arg in enumerate(("--max_num_seqs=7", "--gpu-memory-util=0.9", "-tp=2", "--port", "--ssl-keyfile=x")):
+        refused = story.make_service(f"arg-{number}", engine__args=[arg])
+        answer = sandbox.kubectl("apply", "--validate=false", "-f", "-", stdin=json.dumps(refused), check=False)
+        if "created" in answer:
+            answer = story.wait_condition(sandbox, f"llm/arg-{number}", "Accepted", "False", "InvalidSpec")["message"]
+        assert "refused engine argument" in answer or "parallel sizes above 1 are refused" in answer
+
     sandbox.kubectl("create", "service", "clusterip", "taken", "--tcp=80:80")
     taken = story.make_service("taken")
     story.apply(sandbox, taken)
@@ -308,8 +316,11 @@ def wrong_input_is_told_at_once(sandbox: Sandbox) -> None:
     assert "tightship" not in json.dumps(story.get(sandbox, "svc/taken")["spec"])
     sandbox.kubectl("delete", "svc", "taken")
 
-    refused = sandbox.kubectl("scale", "llm/slow", "--replicas=-1", check=False)
-    assert "greater than or equal to 0" in refused
+    assert "greater than or equal to 0" in sandbox.kubectl("scale", "llm/slow", "--replicas=-1", check=False)
+    negative = story.make_service("negative", replicas=-1)
+    assert "spec.replicas" in sandbox.kubectl(
+        "apply", "--validate=false", "-f", "-", stdin=json.dumps(negative), check=False
+    )
     assert not story.packs(sandbox)
     assert not story.items(sandbox, "pods", "-A", "-l", "app.kubernetes.io/part-of=tightship")
 

@@ -14,6 +14,7 @@ import signal
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,30 @@ def observe(directory: Path, proc: Path) -> dict[str, str]:
 
 def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+@dataclass
+class Look:
+    """What a watcher sees, from when there is something to see: a daemon that is just starting is not one that is down.
+
+    `start_seconds` is the time a daemon gets until its silence is published as DOWN; once it has answered, every silence is.
+    """
+
+    directory: Path
+    proc: Path
+    start_seconds: float = 20.0
+    clock: Callable[[], float] = time.monotonic
+    _began: float | None = None
+    _answered: bool = False
+
+    def __call__(self) -> dict[str, str]:
+        """The annotations to publish now."""
+        annotations = observe(self.directory, self.proc)
+        self._began = self.clock() if self._began is None else self._began
+        self._answered = self._answered or json.loads(annotations[ANNOTATION_MPS])["state"] != "DOWN"
+        if not self._answered and self.clock() - self._began < self.start_seconds:
+            del annotations[ANNOTATION_MPS]
+        return annotations
 
 
 class OwnPod:
@@ -127,7 +152,7 @@ def run(directory: Path, interval: float) -> int:
             f"tightship: environment variable {missing.args[0]} is not set: run this in a holder pod", file=sys.stderr
         )
         return 2
-    watcher = Watcher(lambda: observe(directory, proc), pod.annotate, interval)
+    watcher = Watcher(Look(directory, proc), pod.annotate, interval)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: watcher.stopped.set())
     watcher.run()

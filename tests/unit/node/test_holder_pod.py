@@ -141,6 +141,23 @@ def test_observation(fakes: Fakes, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "gpu.json").stat().st_mode) == 0o644
 
 
+def test_a_daemon_that_is_starting_is_not_down_yet(
+    fakes: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    look = watch.Look(tmp_path, tmp_path, start_seconds=20, clock=lambda: now)
+    with monkeypatch.context() as hidden:
+        hidden.setenv("PATH", str(tmp_path))  # no control program answers
+        assert look() == {}
+        now = 21.0
+        assert json.loads(look()[watch.ANNOTATION_MPS])["state"] == "DOWN", "a daemon that never answers is told"
+    fresh = watch.Look(tmp_path, tmp_path, start_seconds=20, clock=lambda: now)
+    fakes.show(servers=[44], clients=[])
+    assert json.loads(fresh()[watch.ANNOTATION_MPS])["state"] == "ACTIVE"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert json.loads(fresh()[watch.ANNOTATION_MPS])["state"] == "DOWN", "once it has answered, silence is told at once"
+
+
 def test_only_changes_are_written_and_a_failed_write_is_tried_again() -> None:
     looks = iter([{"a": "1"}, {"a": "1"}, {"a": "1", "b": "1"}, {"a": "2", "b": "1"}, {"a": "2", "b": "1"}])
     written: list[Mapping[str, str]] = []

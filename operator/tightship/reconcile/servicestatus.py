@@ -23,7 +23,6 @@ from tightship.core.conditions import Condition, find
 from tightship.core.placement import Shortfall
 from tightship.kube.store import Object, labels_of
 from tightship.manifests import service as service_manifests
-from tightship.manifests.replicas import ANNOTATION_GENERATION
 from tightship.reconcile import podstate
 from tightship.reconcile.packview import current_revision, revision_of
 from tightship.reconcile.snapshot import shape_of
@@ -420,20 +419,21 @@ def _realised(view: View) -> Condition:
     causes = [
         f"pack {pack.metadata.name}: {found.message}"
         for pack in view.packs
-        if (found := _pack_condition(pack, names.REPLICAS_READY)) and found.status != "True"
+        if (found := _pack_condition(pack, names.READY)) and found.status != "True"
     ]
     text = "; ".join([f"{view.ready} of {view.wanted} replicas serve, {len(view.pods)} exist", *causes[:3]])
     return Condition(names.READY, "False", Reason.PROGRESSING, text)
 
 
 def _settled(pack: GPUPack) -> bool:
-    ready = _pack_condition(pack, names.REPLICAS_READY)
+    # Of a pack's gates the sharing counts too: replicas that answer without MPS are not what was measured.
+    ready = _pack_condition(pack, names.READY)
     return pack.status.observed_generation == pack.metadata.generation and ready is not None and ready.status == "True"
 
 
 def _taken_up(view: View, found: Object) -> bool:
     """Whether a StatefulSet was made from this generation, and all its pods from it."""
-    made_from = (found["metadata"].get("annotations") or {}).get(ANNOTATION_GENERATION)
+    made_from = (found["metadata"].get("annotations") or {}).get(labels.ANNOTATION_GENERATION)
     revision, pack = current_revision(found), labels_of(found).get(labels.PACK)
     return (
         made_from == str(view.generation)

@@ -63,6 +63,9 @@ def context_from_lengths(lengths: Iterable[tuple[int, int]], block_size: int) ->
     return Context(mean=float(mean) + block_size / 2, std=math.sqrt(second / weight - mean * mean))
 
 
+MIB = 1 << 20
+
+
 @dataclass(frozen=True)
 class Reserve:
     """Device memory that no replica may take: a number of bytes, or a share of the device from 0 to 1."""
@@ -120,8 +123,9 @@ class Ledger:
         return self.kv_tokens(batch, observed_peak) * self.kv_bytes_per_token
 
     def replica_bytes(self, batch: int, observed_peak: int | None = None) -> int:
-        """M(B) in bytes."""
-        return self.non_kv + self.kv_bytes(batch, observed_peak)
+        """M(B) in bytes, rounded up to whole MiB: what is given out is read by people, too."""
+        need = self.non_kv + self.kv_bytes(batch, observed_peak)
+        return -(-need // MIB) * MIB
 
     def available(self, reserve: Reserve) -> int:
         """Bytes that replicas may share; never below 0."""

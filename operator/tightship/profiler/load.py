@@ -23,6 +23,8 @@ RETRY_SECONDS: Final = 0.2
 FAILURES_IN_A_ROW: Final = 20
 STALL_SECONDS: Final = 90.0
 _TICK: Final = 0.02
+_TIMER_GRAIN: Final = 0.001
+"""The event loop's timers are rounded up to a millisecond (epoll's unit): that much late is not late. Seconds."""
 
 
 @dataclass
@@ -125,7 +127,7 @@ class ClosedLoop:
         self._changed = now
 
     def _tick(self, due: float) -> None:
-        late = self._clock.now() - due
+        late = self._clock.now() - due - _TIMER_GRAIN
         self.recording.lateness.add(max(0.0, late))
         self._ticker = asyncio.get_running_loop().call_later(_TICK, self._tick, self._clock.now() + _TICK)
 

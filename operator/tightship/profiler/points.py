@@ -26,7 +26,8 @@ def latency(histogram: Histogram) -> api.Latency | None:
         return None
     mean = histogram.mean
     values = {name: histogram.quantile(share) for name, share in QUANTILES.items()}
-    texts = {name: format_duration(value) for name, value in {"mean": mean, **values}.items() if value}
+    # Four digits: more than any window resolves.
+    texts = {name: format_duration(float(f"{value:.4g}")) for name, value in {"mean": mean, **values}.items() if value}
     return api.Latency(**texts)
 
 

@@ -88,6 +88,8 @@ def test_what_fits_never_exceeds_the_device(total: int, non_kv: int, batch: int,
     ledger, reserve = make_ledger(total, non_kv), Reserve(amount, Fraction(percent, 100))
     fit = ledger.replicas_max(batch, reserve)
     need = ledger.replica_bytes(batch)
+    assert need % (1 << 20) == 0
+    assert 0 <= need - non_kv - ledger.kv_bytes(batch) < 1 << 20
     if fit:
         assert fit * need + reserve.of(total) <= total
     assert (fit + 1) * need > ledger.available(reserve)

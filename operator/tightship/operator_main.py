@@ -51,12 +51,6 @@ RECONCILERS: dict[str, Reconciler] = {
     "Placement": placement.reconcile,
 }
 
-#: APIs that make Tightship better where they are, and what is missing where they aren't.
-OPTIONAL_APIS = {
-    "policy/v1": "replicas get no PodDisruptionBudget",
-    "resource.k8s.io/v1": "GPUs are held by pods, not by claims",
-}
-
 _RETRY_SECONDS = 3.0
 _SETTLE_SECONDS = 5.0
 _DRAIN_SECONDS = 20.0
@@ -142,7 +136,6 @@ class Operator:
 
     async def _prepare(self, lease: Lease | None) -> None:
         await self._await_cluster()
-        self._discover(self.context)
         if lease is not None:
             await lease.acquire()
         self.metrics.leading(True)
@@ -158,7 +151,6 @@ class Operator:
 
     async def _missing(self) -> str | None:
         try:
-            self.context.capabilities = await self.cluster.capabilities()
             for name in WATCHED_OWN:
                 await self.cluster.list(name, limit=1)
         except NotFound:
@@ -172,12 +164,6 @@ class Operator:
         except KubeError as error:
             return str(error)
         return None
-
-    @staticmethod
-    def _discover(context: Context) -> None:
-        for api, consequence in OPTIONAL_APIS.items():
-            if api not in context.capabilities:
-                log.info("this cluster doesn't serve %s: %s", api, consequence)
 
     async def _work(self, lease: Lease | None, stop: asyncio.Event) -> int:
         """Run workers, watches, resync and the lease together until one ends or `stop` is set."""

@@ -34,7 +34,6 @@ MERGE = "application/merge-patch+json"
 _METHODS = {
     "get": "GET",
     "list": "GET",
-    "discover": "GET",
     "create": "POST",
     "update": "PUT",
     "patch": "PATCH",
@@ -60,16 +59,6 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Let go of connections."""
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """Which group versions the API serves: `"policy/v1" in capabilities`."""
-
-    group_versions: frozenset[str] = frozenset()
-
-    def __contains__(self, group_version: object) -> bool:
-        return group_version in self.group_versions
 
 
 @dataclass(frozen=True)
@@ -218,14 +207,6 @@ class Cluster:
             if limit is not None or not metadata.get("continue"):
                 return Listing(items, str(metadata.get("resourceVersion", "")))
             query["continue"] = metadata["continue"]
-
-    async def capabilities(self) -> Capabilities:
-        """Ask which API groups and versions the server serves."""
-        groups = await self._send("discover", Ref("APIGroupList", "", ""), "/apis")
-        served = {
-            version["groupVersion"] for group in groups.get("groups") or () for version in group.get("versions") or ()
-        }
-        return Capabilities(frozenset(served | {"v1"}))
 
     async def close(self) -> None:
         """Let go of connections."""

@@ -1,8 +1,7 @@
 """The kinds the operator reads and writes, and where the API serves them.
 
 A table instead of discovery: the operator touches a fixed set of kinds, its RBAC names the same set, and a start that
-needs no discovery is fast and fails for clear reasons. What is optional in a cluster is asked for at the start by
-`Cluster.capabilities`.
+needs no discovery is fast and fails for clear reasons.
 """
 
 from __future__ import annotations
@@ -49,21 +48,15 @@ _TABLE = (
     Kind(labels.API_VERSION, "BatchProfile", "batchprofiles"),
     Kind(labels.API_VERSION, "GPUPack", "gpupacks", namespaced=False),
     Kind("v1", "Node", "nodes", namespaced=False),
-    Kind("v1", "Namespace", "namespaces", namespaced=False),
     Kind("v1", "Pod", "pods"),
     Kind("v1", "Service", "services"),
     Kind("v1", "ServiceAccount", "serviceaccounts"),
-    Kind("v1", "ConfigMap", "configmaps"),
-    Kind("v1", "Secret", "secrets"),
-    Kind("v1", "PersistentVolumeClaim", "persistentvolumeclaims"),
     Kind("v1", "Event", "events"),
     Kind("apps/v1", "StatefulSet", "statefulsets"),
     Kind("batch/v1", "Job", "jobs"),
-    Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
     Kind("rbac.authorization.k8s.io/v1", "Role", "roles"),
     Kind("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings"),
     Kind("coordination.k8s.io/v1", "Lease", "leases"),
-    Kind("discovery.k8s.io/v1", "EndpointSlice", "endpointslices"),
 )
 
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _TABLE}

@@ -14,8 +14,6 @@ from tightship.core import placement
 
 _SLUG_LIMIT = 30
 _HASH_DIGITS = 10
-# A label's value holds 63 characters, one fewer than a SHA-256 in hex.
-_LABEL_DIGITS = 63
 
 
 def profile_name(key: ProfileKey) -> str:
@@ -44,9 +42,7 @@ def batch_profile(service: LLMService, key: ProfileKey) -> dict[str, Any]:
         "metadata": {
             "name": name,
             "namespace": service.metadata.namespace,
-            "labels": labels.common(
-                name, labels.COMPONENT_PROFILER, {labels.PROFILE_KEY: key.hash[:_LABEL_DIGITS]}
-            ),
+            "labels": labels.common(name, labels.COMPONENT_PROFILER, {labels.PROFILE_KEY: labels.key_value(key.hash)}),
         },
         "spec": {"key": key.to_dict(), "measurement": measurement},
     }

@@ -42,7 +42,6 @@ GRACE_SECONDS: Final = 60
 FINISHED_TTL_SECONDS: Final = 3600
 SETUP_SECONDS: Final = 2 * 3600
 """What a pod may take beyond its budget: image pull, download of the model, starts and stops of engines."""
-ANNOTATION_RERUN: Final = f"{labels.GROUP}/rerun"
 MAX_PROFILE_NAME: Final = 63
 """The profile's name is the value of a label."""
 _MAX_JOB_NAME: Final = 63  # it becomes a label of its pods
@@ -97,7 +96,7 @@ def profiler_access(profile: BatchProfile) -> list[dict[str, Any]]:
 def profile_job(profile: BatchProfile, attempt: int, image: OperatorImage) -> dict[str, Any]:
     """The Job that makes attempt number `attempt` at `profile`."""
     measurement = profile.spec.measurement
-    annotations = {ANNOTATION_RERUN: measurement.rerun} if measurement.rerun else None
+    annotations = {labels.ANNOTATION_RERUN: measurement.rerun} if measurement.rerun else None
     pod_metadata: dict[str, Any] = {"labels": {**measurement.template.metadata.labels, **_labels(profile)}}
     if measurement.template.metadata.annotations:
         pod_metadata["annotations"] = dict(measurement.template.metadata.annotations)
@@ -120,8 +119,7 @@ def pod_deadline(profile: BatchProfile) -> int:
 
 
 def _labels(profile: BatchProfile) -> dict[str, str]:
-    # A label's value holds 63 characters, one fewer than the key's hash has; profiles carry the same beginning of it.
-    key = profile.spec.key.hash[:40]
+    key = labels.key_value(profile.spec.key.hash)
     extra = {labels.PROFILE: profile.metadata.name, labels.PROFILE_KEY: key}
     return labels.common(profile.metadata.name, labels.COMPONENT_PROFILER, extra)
 

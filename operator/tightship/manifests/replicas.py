@@ -50,8 +50,6 @@ GRACE_SECONDS = 60
 STARTS_IN_A_ROW = 48  # of one GPU: as many as MPS takes clients; a bound that scaling doesn't change
 PROBE_PERIOD = 5
 MEMORY_VARIABLE = "TIGHTSHIP_MEMORY_BYTES"
-ANNOTATION_TEMPLATE = f"{labels.GROUP}/template"
-ANNOTATION_GENERATION = f"{labels.GROUP}/service-generation"
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,8 @@ def statefulset(setup: Setup, replicas: int) -> dict[str, Any]:
             _labels(setup),
             service,
             {
-                ANNOTATION_TEMPLATE: _fingerprint(template),
-                ANNOTATION_GENERATION: str(service.metadata.generation or 0),
+                labels.ANNOTATION_TEMPLATE: _fingerprint(template),
+                labels.ANNOTATION_GENERATION: str(service.metadata.generation or 0),
             },
         ),
         "spec": {

@@ -34,7 +34,6 @@ from tightship.kube.kinds import Ref
 from tightship.kube.store import Object, labels_of
 from tightship.manifests.podparts import ENGINE_CONTAINER, OperatorImage
 from tightship.manifests.profile_job import (
-    ANNOTATION_RERUN,
     MAX_PROFILE_NAME,
     job_name,
     pod_deadline,
@@ -233,7 +232,7 @@ def _is_stuck(ctx: Context, job: Object) -> bool:
 
 
 def _rerun_of(job: Object) -> str | None:
-    found: str | None = (job["metadata"].get("annotations") or {}).get(ANNOTATION_RERUN)
+    found: str | None = (job["metadata"].get("annotations") or {}).get(labels.ANNOTATION_RERUN)
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tightship.kube.clock import Clock
-from tightship.kube.cluster import Capabilities, Cluster
+from tightship.kube.cluster import Cluster
 from tightship.kube.events import Events
 from tightship.kube.store import Store
 
@@ -43,8 +43,7 @@ class Settings:
 class Context:
     """The ports of one operator process.
 
-    `capabilities` says which optional APIs this cluster serves. `starting` is held while a profiling Job is started, so that
-    two profiles don't take the last free slot together.
+    `starting` is held while a profiling Job is started, so that two profiles don't take the last free slot together.
     """
 
     cluster: Cluster
@@ -54,7 +53,6 @@ class Context:
     settings: Settings
     metrics: Metrics
     events: Events
-    capabilities: Capabilities = field(default_factory=Capabilities)
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def report(self, obj: Mapping[str, Any], status: Mapping[str, Any]) -> bool:

@@ -194,7 +194,7 @@ def _engine_of(profile: Object) -> ProfileEngine:
 
 
 def _same_but_for_us(desired: Object, live: Object) -> bool:
-    name = replica_manifests.ANNOTATION_TEMPLATE
+    name = labels.ANNOTATION_TEMPLATE
     return bool(desired["metadata"]["annotations"][name] == (live["metadata"].get("annotations") or {}).get(name))
 
 

@@ -13,7 +13,6 @@ from tightship.api.v1alpha1.gpupack import Assignment, GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.manifests.podparts import OperatorImage, model_argument, node_affinity
 from tightship.manifests.replicas import (
-    ANNOTATION_TEMPLATE,
     DRAIN_SECONDS,
     GRACE_SECONDS,
     Place,
@@ -131,9 +130,9 @@ def test_the_fingerprint_leaves_out_the_operator_s_image_and_nothing_else():
     setup = make_setup()
     newer = replace(setup, image=OperatorImage("tightship/operator:2"))
     changed = make_setup(engine__image="vllm/vllm-openai:next")
-    fingerprint = statefulset(setup, 2)["metadata"]["annotations"][ANNOTATION_TEMPLATE]
-    assert statefulset(newer, 2)["metadata"]["annotations"][ANNOTATION_TEMPLATE] == fingerprint
-    assert statefulset(changed, 2)["metadata"]["annotations"][ANNOTATION_TEMPLATE] != fingerprint
+    fingerprint = statefulset(setup, 2)["metadata"]["annotations"][labels.ANNOTATION_TEMPLATE]
+    assert statefulset(newer, 2)["metadata"]["annotations"][labels.ANNOTATION_TEMPLATE] == fingerprint
+    assert statefulset(changed, 2)["metadata"]["annotations"][labels.ANNOTATION_TEMPLATE] != fingerprint
     assert inject_image(statefulset(newer, 2)) == "tightship/operator:2"
 
 

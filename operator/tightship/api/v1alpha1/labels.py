@@ -37,6 +37,9 @@ COMPONENT_SERVICE: Final = "service"
 
 ANNOTATION_GPU: Final = f"{GROUP}/gpu"
 ANNOTATION_MPS: Final = f"{GROUP}/mps"
+ANNOTATION_TEMPLATE: Final = f"{GROUP}/template"
+ANNOTATION_GENERATION: Final = f"{GROUP}/service-generation"
+ANNOTATION_RERUN: Final = f"{GROUP}/rerun"
 
 NODE_GPU_PRODUCT: Final = "nvidia.com/gpu.product"
 NODE_GPU_MEMORY: Final = "nvidia.com/gpu.memory"
@@ -44,6 +47,13 @@ NODE_GPU_COUNT: Final = "nvidia.com/gpu.count"
 NODE_GPU_SHARING: Final = "nvidia.com/gpu.sharing-strategy"
 NODE_MIG_STRATEGY: Final = "nvidia.com/mig.strategy"
 GPU_RESOURCE: Final = "nvidia.com/gpu"
+
+_VALUE_LIMIT: Final = 63  # characters of a label's value
+
+
+def key_value(key_hash: str) -> str:
+    """The value of `PROFILE_KEY` for a key's hash: a SHA-256 in hex has one character more than a label's value may."""
+    return key_hash[:_VALUE_LIMIT]
 
 
 def common(instance: str, component: str, extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -64,7 +64,7 @@ async def settle() -> None:
 class FakeApi:
     """The transport and the server behind it. `requests` counts (method, kind); `broken` makes it unreachable.
 
-    `refuse` maps (method, kind) to a Status that is answered instead.
+    `refuse` maps (method, kind) to a Status that is answered instead. A dry run counts as "DRYRUN", and stores nothing.
     """
 
     def __init__(self) -> None:
@@ -80,8 +80,8 @@ class FakeApi:
         self.broken = True
 
     def writes(self) -> int:
-        """How many requests were no reads."""
-        return sum(count for (method, _), count in self.requests.items() if method != "GET")
+        """How many requests were to change something."""
+        return sum(count for (method, _), count in self.requests.items() if method not in ("GET", "DRYRUN"))
 
     def put(self, obj: Mapping[str, Any]) -> dict[str, Any]:
         """Make an object without a request, as somebody else would."""
@@ -100,14 +100,18 @@ class FakeApi:
         self, method: str, path: str, query: Mapping[str, str], body: Any, content_type: str
     ) -> tuple[int, dict[str, Any]]:
         kind = _kind_of(path)
-        self.requests[method, kind] += 1
+        dry_run = query.get("dryRun") == "All"
+        self.requests["DRYRUN" if dry_run else method, kind] += 1
         self.queries.append(query)
         if self.broken:
             raise Unreachable(f"{method} {path}: refused")
         if (method, kind) in self.refuse:
             answer = self.refuse[method, kind]
             return answer["code"], answer
+        kept = (dict(self.objects), self._version, self._uid)
         answer = getattr(self, "_" + method.lower())(path, query, copy.deepcopy(body), content_type)
+        if dry_run:
+            self.objects, self._version, self._uid = kept
         return answer[0], copy.deepcopy(answer[1])
 
     def _get(self, path: str, query: Mapping[str, str], body: Any, content_type: str) -> tuple[int, dict[str, Any]]:

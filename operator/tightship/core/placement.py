@@ -258,9 +258,7 @@ class _Board:
         if pack.capacity is None:
             return demand.per_device
         others = sum(
-            each.replicas * each.shape.memory
-            for each in self.pencilled[pack.name]
-            if each.service != demand.service
+            each.replicas * each.shape.memory for each in self.pencilled[pack.name] if each.service != demand.service
         )
         return max(0, min(demand.per_device, (pack.capacity - others) // max(1, shape.memory)))
 

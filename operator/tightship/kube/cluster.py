@@ -35,6 +35,7 @@ _METHODS = {
     "get": "GET",
     "list": "GET",
     "create": "POST",
+    "dryrun": "POST",
     "update": "PUT",
     "patch": "PATCH",
     "apply": "PATCH",
@@ -141,6 +142,15 @@ class Cluster:
         path = KINDS[ref.kind].path(ref.namespace)
         query = {"fieldManager": labels.FIELD_MANAGER}
         return self._seen(await self._send("create", ref, path, query=query, body=obj))
+
+    async def dry_run(self, obj: Object) -> None:
+        """Ask whether `obj` could be created: the server does everything but store it.
+
+        Raises what `create` raises. `AlreadyExists` comes only after admission has let the object pass.
+        """
+        ref = Ref.of(obj)
+        query = {"fieldManager": labels.FIELD_MANAGER, "dryRun": "All"}
+        await self._send("dryrun", ref, KINDS[ref.kind].path(ref.namespace), query=query, body=obj)
 
     async def replace(self, obj: Object) -> dict[str, Any]:
         """PUT the whole of `obj`, which must carry `metadata.resourceVersion`. Raises `Conflict`, `NotFound`."""

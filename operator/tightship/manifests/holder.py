@@ -99,6 +99,11 @@ def holder_pod(
     }
 
 
+def without_account(pod: dict[str, Any]) -> dict[str, Any]:
+    """A holder pod to ask admission about while its ServiceAccount isn't there yet."""
+    return {**pod, "spec": {field: value for field, value in pod["spec"].items() if field != "serviceAccountName"}}
+
+
 def _metadata(pack: GPUPack, namespace: str, annotations: dict[str, str] | None = None) -> dict[str, Any]:
     extra = {labels.PACK: pack.metadata.name}
     return owned_metadata(

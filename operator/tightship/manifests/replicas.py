@@ -125,6 +125,13 @@ def _labels(setup: Setup) -> dict[str, str]:
     return labels.common(name, labels.COMPONENT_REPLICA, extra)
 
 
+def pod_of(statefulset: Mapping[str, Any], ordinal: int) -> dict[str, Any]:
+    """The pod that a StatefulSet would make under an ordinal, as far as admission looks at it."""
+    metadata, template = statefulset["metadata"], statefulset["spec"]["template"]
+    place = {"name": f"{metadata['name']}-{ordinal}", "namespace": metadata["namespace"]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {**template["metadata"], **place}, "spec": template["spec"]}
+
+
 def inject_image(statefulset: Mapping[str, Any]) -> str | None:
     """The operator image that a StatefulSet's pods are injected from."""
     containers = statefulset["spec"]["template"]["spec"].get("initContainers") or []
@@ -249,9 +256,7 @@ def _cpu_resources(setup: Setup) -> dict[str, Any]:
     memory = units.parse_quantity(setup.assignment.memory_per_replica)
     reserve = service.spec.packing.memory_reserve
     if place.memory:
-        kept = (
-            place.memory * float(reserve[:-1]) / 100 if reserve.endswith("%") else units.parse_quantity(reserve)
-        )
+        kept = place.memory * float(reserve[:-1]) / 100 if reserve.endswith("%") else units.parse_quantity(reserve)
         memory = max(memory, int(memory * place.memory / max(1.0, place.memory - kept)))
     others = service.spec.template.spec.engine.resources
     amount = {"cpu": str(cores), "memory": str(memory)}
@@ -273,7 +278,11 @@ def engine_command(setup: Setup) -> list[str]:
     command += ["--kv-cache-memory-bytes", str(units.parse_quantity(assignment.kv_cache))]
     if engine.max_num_batched_tokens and not _given(spec.engine.args, "max-num-batched-tokens"):
         command += ["--max-num-batched-tokens", str(engine.max_num_batched_tokens)]
-    if engine.capture_sizes and not setup.cpu and not _given(spec.engine.args, "cudagraph", "compilation-config", "enforce-eager"):
+    if (
+        engine.capture_sizes
+        and not setup.cpu
+        and not _given(spec.engine.args, "cudagraph", "compilation-config", "enforce-eager")
+    ):
         command += ["--cudagraph-capture-sizes", *(str(size) for size in engine.capture_sizes)]
     return command
 

@@ -38,9 +38,7 @@ def service_object(service: LLMService) -> dict[str, Any]:
         "metadata": owned_metadata(
             service.metadata.name,
             service.metadata.namespace,
-            labels.common(
-                service.metadata.name, labels.COMPONENT_SERVICE, {labels.SERVICE: service.metadata.name}
-            ),
+            labels.common(service.metadata.name, labels.COMPONENT_SERVICE, {labels.SERVICE: service.metadata.name}),
             service,
         ),
         "spec": {

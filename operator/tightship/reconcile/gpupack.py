@@ -2,11 +2,11 @@
 
     gather   the pack, its holder, its StatefulSets and pods, the services on it
     decide   pure functions over that view (`packview`, `core.rollout`)
-    apply    holder, StatefulSets, and the one pod that is to be replaced next
+    apply    holder, StatefulSets (each once admission lets its pods pass), and the one pod that is to be replaced next
     report   one status write, from a fresh look
 
-What must always hold: no replica is started before the holder has said which GPU it holds; a pack never moves to
-another node or GPU; a holder that leaves gets its replicas drained first; one that dies is made anew on the same node, and
+What must always hold: no GPU is taken for replicas that their namespace refuses; no replica is started before the holder has
+said which GPU it holds; a pack never moves to another node or GPU; a holder that leaves gets its replicas drained first; one that dies is made anew on the same node, and
 until its daemon is back the replicas stop by themselves (fencing is theirs); of all replicas of a service at most one that
 serves is being replaced, whatever number of packs they are on; nothing is deleted but pods and StatefulSets of this pack,
 and the pack itself once it is empty.
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
+from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.batchprofile import BatchProfile, ProfileEngine
 from tightship.api.v1alpha1.conditions import Reason
@@ -28,7 +30,8 @@ from tightship.kube.store import Object, labels_of
 from tightship.manifests import holder as holder_manifests
 from tightship.manifests import replicas as replica_manifests
 from tightship.manifests.podparts import OperatorImage
-from tightship.reconcile import packstatus, podstate, snapshot
+from tightship.manifests.replicas import Place
+from tightship.reconcile import admission, packstatus, podstate, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.packview import (
     Problem,
@@ -75,19 +78,20 @@ async def _apply(ctx: Context, view: View) -> list[Problem]:
     """Holder, StatefulSets, roll-out: each on its own, so that trouble with one does not hide the others."""
     problems: list[Problem] = []
     for step in (_hold, _run, _relieve, _roll):
+        gate = names.HELD if step is _hold else names.REPLICAS_READY
         try:
             problems += await step(ctx, view)
         except (NameConflict, OutlivedOwner, Invalid, Forbidden, Conflict) as error:
-            problems.append(_problem(error))
+            problems.append(_problem(error, gate))
     return problems
 
 
-def _problem(error: KubeError) -> Problem:
+def _problem(error: KubeError, gate: str = names.REPLICAS_READY) -> Problem:
     if isinstance(error, NameConflict):
-        return Problem(Reason.NAME_CONFLICT, str(error))
+        return Problem(Reason.NAME_CONFLICT, str(error), gate)
     if isinstance(error, Forbidden | Invalid):
-        return Problem(Reason.SHARING_UNAVAILABLE, str(error))
-    return Problem(Reason.REPLICAS_STARTING, str(error))
+        return Problem(Reason.SHARING_UNAVAILABLE, str(error), gate)
+    return Problem(Reason.NOT_YET_KNOWN if gate == names.HELD else Reason.REPLICAS_STARTING, str(error), gate)
 
 
 async def _hold(ctx: Context, view: View) -> list[Problem]:
@@ -100,16 +104,46 @@ async def _hold(ctx: Context, view: View) -> list[Problem]:
             await ctx.cluster.delete(Ref.of(view.holder), uid=view.holder["metadata"]["uid"])
         return []
     if view.opener is None:
-        return [Problem(Reason.HOLDER_LOST, "the service that opened this pack cannot be read: see its conditions")]
-    settings = ctx.settings
-    for obj in holder_manifests.holder_access(pack, settings.operator_namespace):
+        text = "the service that opened this pack cannot be read: see its conditions"
+        return [Problem(Reason.HOLDER_LOST, text, names.HELD)]
+    namespace = ctx.settings.operator_namespace
+    holder = holder_manifests.holder_pod(pack, view.opener.spec.template.spec, _image(ctx), namespace, pack.status.node)
+    if (refused := await _unwelcome(ctx, view, holder)) is not None:
+        return [refused]
+    for obj in holder_manifests.holder_access(pack, namespace):
         await ctx.cluster.apply(obj)
-    await ctx.cluster.apply(
-        holder_manifests.holder_pod(
-            pack, view.opener.spec.template.spec, _image(ctx), settings.operator_namespace, pack.status.node
-        )
-    )
+    await ctx.cluster.apply(holder)
     return []
+
+
+async def _unwelcome(ctx: Context, view: View, holder: dict[str, Any]) -> Problem | None:
+    """What admission has against the pods of a pack without a holder: the holder, and the replicas that it would take a GPU for.
+
+    Replicas are asked about once, before the first holder; later on their own pods would be in the way of a quota.
+    """
+    words = await admission.refusal(ctx.cluster, holder_manifests.without_account(holder))
+    if words is not None:
+        return Problem(Reason.SHARING_UNAVAILABLE, f"the pack's holder is refused: {words}", names.HELD)
+    if view.pack.status.gpu is not None:
+        return None
+    for assignment in view.pack.spec.assignments:
+        made = _desired(ctx, view, assignment, Place(view.pack.status.node or "", None, None))
+        if made is not None and (words := await admission.refusal(ctx.cluster, replica_manifests.pod_of(made, 0))):
+            text = f"no GPU is taken, since replicas of {assignment.service} are refused: {words}"
+            return Problem(Reason.SHARING_UNAVAILABLE, text, names.HELD)
+    return None
+
+
+def _desired(ctx: Context, view: View, assignment: Assignment, place: Place) -> dict[str, Any] | None:
+    """The StatefulSet of an assignment at a place; None while replicas cannot be made from the manifest as it stands."""
+    service = ctx.store.get("LLMService", view.pack.spec.namespace, assignment.service)
+    if service is None:
+        return None
+    verdict = examine(service, ctx.store)
+    if not verdict.matches(assignment, ctx.store):
+        return None
+    setup = _setup(ctx, view, assignment, verdict, place)
+    return replica_manifests.statefulset(setup, assignment.replicas) if setup is not None else None
 
 
 async def _run(ctx: Context, view: View) -> list[Problem]:
@@ -141,7 +175,7 @@ async def _run_service(ctx: Context, view: View, assignment: Assignment) -> list
     verdict = examine(service, ctx.store)
     if not verdict.matches(assignment, ctx.store):
         return await _scale_only(ctx, assignment, live)
-    setup = _setup(ctx, view, assignment, verdict)
+    setup = _setup(ctx, view, assignment, verdict, holding(view).place)
     if setup is None:
         return await _scale_only(ctx, assignment, live) if live is not None else []
     capacity = snapshot.capacity_of(view.pack, setup.service.spec.packing.memory_reserve)
@@ -160,8 +194,27 @@ async def _run_service(ctx: Context, view: View, assignment: Assignment) -> list
     if not step.template:
         return await _scale_only(ctx, assignment, live, step.replicas)
     desired["spec"]["replicas"] = step.replicas
-    await ctx.cluster.apply(desired)
-    return []
+    refused = await _refused(ctx, view, desired, live)
+    if refused is None or (live is not None and _same_but_for_us(desired, live)):
+        await ctx.cluster.apply(desired)
+    elif live is not None:
+        await _scale_only(ctx, assignment, live, step.replicas)
+    return [refused] if refused is not None else []
+
+
+async def _refused(ctx: Context, view: View, desired: Object, live: Object | None) -> Problem | None:
+    """What admission has against replicas that are to be made, are to change, or have been missing for a while."""
+    ordinal, replaces = 0, live is not None
+    if live is not None and _same_but_for_us(desired, live):
+        absent = admission.missing(view, live)
+        if not absent or admission.patience(view, ctx.clock.now()) > 0:
+            return None
+        ordinal, replaces = absent[0], False
+    words = await admission.refusal(ctx.cluster, replica_manifests.pod_of(desired, ordinal), replaces=replaces)
+    if words is None:
+        return None
+    service = labels_of(desired)[labels.SERVICE]
+    return Problem(Reason.SHARING_UNAVAILABLE, f"replicas of {service} are refused: {words}")
 
 
 async def _scale_only(
@@ -169,7 +222,9 @@ async def _scale_only(
 ) -> list[Problem]:
     """Change nothing but the count: the manifest has changed since what runs was measured, or the template must wait."""
     if live is None:
-        return [Problem(Reason.REPLICAS_STARTING, "the manifest changed before these replicas were made: measuring anew")]
+        return [
+            Problem(Reason.REPLICAS_STARTING, "the manifest changed before these replicas were made: measuring anew")
+        ]
     count = assignment.replicas if replicas is None else replicas
     if count < int(live["spec"].get("replicas", 1)):
         patch = {"metadata": {"uid": live["metadata"]["uid"]}, "spec": {"replicas": count}}
@@ -177,15 +232,14 @@ async def _scale_only(
     return []
 
 
-def _setup(ctx: Context, view: View, assignment: Assignment, verdict: Verdict) -> replica_manifests.Setup | None:
+def _setup(
+    ctx: Context, view: View, assignment: Assignment, verdict: Verdict, place: Place | None
+) -> replica_manifests.Setup | None:
     """What replicas are made from; None until the pack's device is known."""
-    held = holding(view)
     profile = ctx.store.get("BatchProfile", view.pack.spec.namespace, assignment.profile)
-    if held.place is None or verdict.service is None or profile is None:
+    if place is None or verdict.service is None or profile is None:
         return None
-    return replica_manifests.Setup(
-        verdict.service, view.pack, assignment, held.place, _engine_of(profile), _image(ctx)
-    )
+    return replica_manifests.Setup(verdict.service, view.pack, assignment, place, _engine_of(profile), _image(ctx))
 
 
 def _engine_of(profile: Object) -> ProfileEngine:
@@ -213,7 +267,9 @@ async def _roll(ctx: Context, view: View) -> list[Problem]:
     """Replace outdated pods, one at a time over the whole service."""
     for assignment in view.pack.spec.assignments:
         live = ctx.store.get(
-            "StatefulSet", view.pack.spec.namespace, replica_manifests.set_name(assignment.service, view.pack.metadata.name)
+            "StatefulSet",
+            view.pack.spec.namespace,
+            replica_manifests.set_name(assignment.service, view.pack.metadata.name),
         )
         pods = rollout_pods(view, assignment.service, live)
         chosen = rollout.next_to_replace(pods, _others_down(ctx, view, assignment))
@@ -250,5 +306,3 @@ def _others_down(ctx: Context, view: View, assignment: Assignment) -> int:
 
 def _image(ctx: Context) -> OperatorImage:
     return OperatorImage(ctx.settings.operator_image, ctx.settings.image_pull_policy)
-
-

@@ -146,9 +146,7 @@ def _rerun(store: Store, profile: Object) -> str | None:
 
 def _products(devices: list[Devices], store: Store) -> tuple[tuple[str, int, int], ...]:
     """The GPU products of the cluster with their nodes and GPUs. Nodes that are down for the moment still count."""
-    nodes = Counter(
-        product for node in store.list("Node") if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT))
-    )
+    nodes = Counter(product for node in store.list("Node") if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT)))
     gpus: Counter[str] = Counter()
     for each in devices:
         if each.device == "cuda":

@@ -14,7 +14,7 @@ from tightship.api.v1alpha1.gpupack import GPUPackStatus, PackLedger, PackMPS, P
 from tightship.core import conditions
 from tightship.core.conditions import Condition
 from tightship.kube.store import Object, labels_of
-from tightship.reconcile import podstate
+from tightship.reconcile import admission, podstate
 from tightship.reconcile.packview import Holding, Problem, View, current_revision, holding, replica_pods, rollout_pods
 
 ATTACH_SECONDS = 30.0
@@ -39,7 +39,7 @@ def status(view: View, problems: Sequence[Problem], now: datetime) -> dict[str, 
     """The whole status to write."""
     held, pods = holding(view), [pod for pod in replica_pods(view) if not podstate.is_going(pod)]
     gates = [
-        Condition(names.HELD, _status(held.status), held.reason, held.message),
+        _held(held, problems),
         sharing(view, held, now),
         replicas(view, held, problems),
     ]
@@ -62,15 +62,29 @@ def status(view: View, problems: Sequence[Problem], now: datetime) -> dict[str, 
         else None,
         replica_count=_wanted(view),
         ready_replicas=sum(podstate.is_ready(pod) for pod in pods),
-        replicas=[_replica(view, pod, attached) for pod in sorted(pods, key=lambda each: str(each["metadata"]["name"]))],
+        replicas=[
+            _replica(view, pod, attached) for pod in sorted(pods, key=lambda each: str(each["metadata"]["name"]))
+        ],
     ).to_dict()
     existing = (view.obj.get("status") or {}).get("conditions") or []
     return made | {"conditions": conditions.merge(existing, [*gates, ready], generation=generation, now=now)}
 
 
+def _held(held: Holding, problems: Sequence[Problem]) -> Condition:
+    """Whether the device is held; what keeps its holder from being made counts for more than that it isn't there."""
+    found = next((each for each in problems if each.gate == names.HELD), None)
+    passing = found is not None and found.reason == Reason.NOT_YET_KNOWN
+    if found is None or held.status == "True" or (passing and held.status == "False"):
+        return Condition(names.HELD, _status(held.status), held.reason, held.message)
+    return Condition(names.HELD, "Unknown" if passing else "False", found.reason, found.message)
+
+
 def next_look(view: View, problems: Sequence[Problem], now: datetime, retry: float) -> float | None:
-    """Seconds until something changes that no watch tells: a retry, or the end of a replica's time to attach."""
+    """Seconds until something changes that no watch tells: a retry, the end of a replica's time to attach or to be made."""
     waits = [retry] if problems or outdated(view) else []
+    if any(admission.missing(view, found) for found in view.sets):
+        left = admission.patience(view, now)
+        waits.append(left + 1 if left > 0 else retry)
     if not view.cpu:
         for pod in replica_pods(view):
             since = podstate.ready_since(pod)
@@ -91,20 +105,25 @@ def sharing(view: View, held: Holding, now: datetime) -> Condition:
         text = f"MPS server {mps.server} is in FAULT: its {mps.clients} clients are stopped, then it takes new ones"
         return Condition(kind, "False", Reason.MPS_FAULT, text)
     if mps.state == "DOWN":
-        return Condition(kind, "False", Reason.MPS_FAULT, "the MPS daemon does not answer; see the holder's container mps")
+        return Condition(
+            kind, "False", Reason.MPS_FAULT, "the MPS daemon does not answer; see the holder's container mps"
+        )
     loose = [pod for pod in replica_pods(view) if podstate.is_ready(pod) and pod["metadata"]["uid"] not in mps.pods]
     late = [pod for pod in loose if _ready_for(pod, now) >= ATTACH_SECONDS]
     if late:
         text = f"{_names(late)} runs without MPS, so the GPU takes turns instead of sharing; see its log for CUDA_MPS_PIPE_DIRECTORY"
         return Condition(kind, "False", Reason.MPS_NOT_ATTACHED, text)
     if loose:
-        return Condition(kind, "Unknown", Reason.NOT_YET_KNOWN, f"{_names(loose)} has not been seen among MPS's clients yet")
+        return Condition(
+            kind, "Unknown", Reason.NOT_YET_KNOWN, f"{_names(loose)} has not been seen among MPS's clients yet"
+        )
     return Condition(kind, "True", Reason.MPS_ACTIVE, f"MPS is {mps.state} with {mps.clients} clients")
 
 
 def replicas(view: View, held: Holding, problems: Sequence[Problem]) -> Condition:
     """Whether all assigned replicas run, at their newest revision."""
     kind, wanted = names.REPLICAS_READY, _wanted(view)
+    problems = [each for each in problems if each.gate == kind]
     pods = [pod for pod in replica_pods(view) if not podstate.is_going(pod)]
     ready, count = sum(podstate.is_ready(pod) for pod in pods), f"{wanted} assigned"
     if problems:
@@ -119,7 +138,9 @@ def replicas(view: View, held: Holding, problems: Sequence[Problem]) -> Conditio
     if held.place is None and not pods:
         return Condition(kind, "Unknown", Reason.NOT_YET_KNOWN, "replicas are made once the device is held")
     if len(pods) > wanted or len(pods) != len(replica_pods(view)):
-        return Condition(kind, "False", Reason.REPLICAS_STARTING, f"{so_far}; replicas that are no longer wanted are leaving")
+        return Condition(
+            kind, "False", Reason.REPLICAS_STARTING, f"{so_far}; replicas that are no longer wanted are leaving"
+        )
     if ready < wanted:
         starting = [pod for pod in pods if not podstate.is_ready(pod)]
         slot = len(starting) > 1
@@ -129,7 +150,9 @@ def replicas(view: View, held: Holding, problems: Sequence[Problem]) -> Conditio
         return Condition(kind, "False", Reason.WAITING_FOR_START_SLOT if slot else Reason.REPLICAS_STARTING, text)
     behind = outdated(view)
     if behind is None or behind:
-        text = f"{so_far}; " + (f"{behind} run an older revision and are replaced one by one" if behind else "a change is being taken up")
+        text = f"{so_far}; " + (
+            f"{behind} run an older revision and are replaced one by one" if behind else "a change is being taken up"
+        )
         return Condition(kind, "False", Reason.REPLICAS_STARTING, text)
     return Condition(kind, "True", Reason.REPLICAS_READY, so_far)
 
@@ -173,7 +196,7 @@ def _phase(view: View, gates: Sequence[Condition], ready: Condition) -> str:
     if ready.status == "True":
         return "Ready"
     if gates[0].status != "True":
-        return "Holding" if gates[0].status == "Unknown" else "Lost"
+        return "Lost" if gates[0].status == "False" and view.pack.status.gpu else "Holding"
     return "Starting"
 
 

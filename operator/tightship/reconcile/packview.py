@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tightship.api import units
+from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack, PackGPU
@@ -30,10 +31,11 @@ _REVISION = "controller-revision-hash"
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that could not be done: a reason and a message for the pack's conditions."""
+    """Something that could not be done: a reason and a message for one of the pack's conditions."""
 
     reason: str
     message: str
+    gate: str = names.REPLICAS_READY
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ def gather(store: Store, obj: Object) -> View:
     mine = (labels.PACK, pack.metadata.name)
     pods = store.list("Pod", label=mine)
     uid = pack.metadata.uid
-    holders = [pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_HOLDER and _owned(pod, uid)]
+    holders = [
+        pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_HOLDER and _owned(pod, uid)
+    ]
     owner = owner_of(pack)
     name = pack.spec.node or pack.status.node
     return View(
@@ -183,7 +187,9 @@ def _gpu(view: View) -> Holding:
     if trouble:
         return Holding("False", trouble.reason, f"holder {name}: {trouble.message}", node=node, gpu=gpu, mps=mps)
     if published:
-        text = f"container {holder_manifests.MPS_CONTAINER} of holder {name} does not run; its replicas stop until it does"
+        text = (
+            f"container {holder_manifests.MPS_CONTAINER} of holder {name} does not run; its replicas stop until it does"
+        )
         return Holding("False", Reason.HOLDER_LOST, text, node=node, gpu=gpu, mps=mps)
     return Holding("Unknown", Reason.NOT_YET_KNOWN, f"holder {name} is starting", node=node, gpu=gpu)
 
@@ -191,7 +197,9 @@ def _gpu(view: View) -> Holding:
 def _without_holder(view: View, node: str | None) -> Holding:
     recorded, name = view.pack.status.gpu, holder_manifests.holder_name(view.pack)
     if not view.pack.spec.assignments:
-        return Holding("False", Reason.NOT_ASSIGNED, "nobody is assigned; the GPU is given back", node=node, gpu=recorded)
+        return Holding(
+            "False", Reason.NOT_ASSIGNED, "nobody is assigned; the GPU is given back", node=node, gpu=recorded
+        )
     if recorded is None:
         return Holding("Unknown", Reason.NOT_YET_KNOWN, f"holder {name} is being made", node=node)
     ended = ": " + text if view.holder and (text := (view.holder.get("status") or {}).get("message")) else ""

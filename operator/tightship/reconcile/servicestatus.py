@@ -128,9 +128,7 @@ def status(view: View, now: Any) -> dict[str, Any]:
     summary = conditions.ready([*gates, realised], reason=Reason.FULLY_REALISED, message=realised.message)
     extra, absent = _kstatus(summary)
     existing = (view.obj.get("status") or {}).get("conditions") or []
-    merged = conditions.merge(
-        existing, [*gates, summary, *extra], generation=view.generation, now=now, absent=absent
-    )
+    merged = conditions.merge(existing, [*gates, summary, *extra], generation=view.generation, now=now, absent=absent)
     return _fields(view, gates, summary) | {"conditions": merged}
 
 
@@ -161,7 +159,9 @@ def _unsupported(view: View) -> Condition | None:
     if accelerator.device == "cpu":
         if (accelerator.cores or 1) <= view.largest_cores:
             return None
-        text = f"no node has {accelerator.cores} cores; the largest has {view.largest_cores}: lower spec.accelerator.cores"
+        text = (
+            f"no node has {accelerator.cores} cores; the largest has {view.largest_cores}: lower spec.accelerator.cores"
+        )
         return Condition(names.ACCEPTED, "False", reason, text)
     if any(product == accelerator.product for product, _, _ in view.products):
         return None
@@ -179,7 +179,9 @@ def _refused(view: View) -> Condition | None:
 
 
 def _valid(view: View) -> Condition:
-    return Condition(names.ACCEPTED, "True", Reason.VALID, "the manifest is valid, and a GPU or CPU of its kind is in the cluster")
+    return Condition(
+        names.ACCEPTED, "True", Reason.VALID, "the manifest is valid, and a GPU or CPU of its kind is in the cluster"
+    )
 
 
 # Profiled
@@ -215,7 +217,9 @@ def _measured(view: View) -> Condition | None:
     reason = complete.get("reason", Reason.COMPLETED)
     if reason == Reason.COMPLETED and not _waited(view):
         reason = Reason.CACHE_HIT
-    return Condition(names.PROFILED, "True", reason, f"BatchProfile {view.verdict.profile_name}: {complete.get('message', '')}")
+    return Condition(
+        names.PROFILED, "True", reason, f"BatchProfile {view.verdict.profile_name}: {complete.get('message', '')}"
+    )
 
 
 def _waited(view: View) -> bool:
@@ -354,6 +358,16 @@ def _not_shared(view: View) -> Condition | None:
     return None
 
 
+def _refused_pods(view: View) -> Condition | None:
+    for pack in view.packs:
+        running = _pack_condition(pack, names.REPLICAS_READY)
+        if running is not None and running.status == "False" and running.reason == Reason.SHARING_UNAVAILABLE:
+            return Condition(
+                names.PACKED, "False", Reason.SHARING_UNAVAILABLE, f"pack {pack.metadata.name}: {running.message}"
+            )
+    return None
+
+
 def _packed(view: View) -> Condition:
     packs = len(view.packs)
     text = f"{view.assigned} replicas on {packs} packs"
@@ -405,6 +419,7 @@ PACKED: tuple[Check, ...] = (
     _unplaced,
     _not_held,
     _not_shared,
+    _refused_pods,
     _packed,
 )
 AVAILABLE: tuple[Check, ...] = (_enough_serve, _too_few_serve)

@@ -253,7 +253,11 @@ def _tolerated(taint: Mapping[str, Any], tolerations: Iterable[Any]) -> bool:
         each.effect in (None, taint.get("effect"))
         and (
             (each.operator == "Exists" and each.key in (None, "", taint["key"]))
-            or (each.operator != "Exists" and each.key == taint["key"] and (each.value or "") == (taint.get("value") or ""))
+            or (
+                each.operator != "Exists"
+                and each.key == taint["key"]
+                and (each.value or "") == (taint.get("value") or "")
+            )
         )
         for each in tolerations
     )

@@ -32,7 +32,15 @@ SHAPE = Shape("opt-1", batch=96, kv_cache=8 * GIB, memory=20 * GIB)
 
 def make_demand(replicas=4, *, service=OPT, uid="u1", per_device=4, shape=SHAPE, **more):
     return Demand(
-        service, uid, replicas, "cuda", more.pop("product", H100), more.pop("mode", "Reservation"), shape, per_device, **more
+        service,
+        uid,
+        replicas,
+        "cuda",
+        more.pop("product", H100),
+        more.pop("mode", "Reservation"),
+        shape,
+        per_device,
+        **more,
     )
 
 
@@ -69,7 +77,10 @@ def counts(snapshot, planned, service=OPT):
 def test_a_new_service_opens_as_many_packs_as_it_needs():
     snapshot = Snapshot((make_demand(6),), (), make_devices(2, 2))
     planned = plan(snapshot)
-    assert [(pack.name, pack.assignments[0].replicas) for pack in planned.create] == [("team-opt-0", 4), ("team-opt-1", 2)]
+    assert [(pack.name, pack.assignments[0].replicas) for pack in planned.create] == [
+        ("team-opt-0", 4),
+        ("team-opt-1", 2),
+    ]
     assert planned.shortfalls == ()
 
 
@@ -106,11 +117,21 @@ def test_a_larger_shape_moves_only_what_no_longer_fits():
 
 
 def test_too_few_gpus_are_reported_with_numbers():
-    snapshot = Snapshot((make_demand(9),), (make_pack(0, 4, service=ServiceRef("other", "x"), uid="u9"),), make_devices(2))
-    snapshot = replace(snapshot, demands=(*snapshot.demands, make_demand(4, service=ServiceRef("other", "x"), uid="u9")))
+    snapshot = Snapshot(
+        (make_demand(9),), (make_pack(0, 4, service=ServiceRef("other", "x"), uid="u9"),), make_devices(2)
+    )
+    snapshot = replace(
+        snapshot, demands=(*snapshot.demands, make_demand(4, service=ServiceRef("other", "x"), uid="u9"))
+    )
     shortfall = plan(snapshot).shortfall_of(OPT)
     assert shortfall is not None
-    assert (shortfall.wanted, shortfall.placed, shortfall.packs_needed, shortfall.total, shortfall.free) == (9, 4, 2, 2, 0)
+    assert (shortfall.wanted, shortfall.placed, shortfall.packs_needed, shortfall.total, shortfall.free) == (
+        9,
+        4,
+        2,
+        2,
+        0,
+    )
 
 
 def test_a_pack_that_waits_for_its_node_takes_a_gpu_already():
@@ -172,7 +193,10 @@ def test_another_mode_on_a_full_cluster_gives_up_one_pack_at_a_time():
 
 def test_the_longest_waiting_service_gets_the_last_gpu():
     early, late = ServiceRef("b", "early"), ServiceRef("a", "late")
-    demands = (make_demand(1, service=late, since="2026-02-02T00:00:00Z"), make_demand(1, service=early, since="2026-01-01T00:00:00Z"))
+    demands = (
+        make_demand(1, service=late, since="2026-02-02T00:00:00Z"),
+        make_demand(1, service=early, since="2026-01-01T00:00:00Z"),
+    )
     planned = plan(Snapshot(demands, (), make_devices(1)))
     assert [pack.owner for pack in planned.create] == [early]
     assert planned.shortfall_of(late) is not None
@@ -216,9 +240,7 @@ def test_services_whose_names_would_collide_get_different_packs():
 
 
 SERVICES = [ServiceRef("a", "x"), ServiceRef("a", "y"), ServiceRef("b", "x")]
-shapes = st.builds(
-    Shape, st.sampled_from(["p", "q"]), st.integers(1, 3), st.just(1), st.integers(1, 5)
-)
+shapes = st.builds(Shape, st.sampled_from(["p", "q"]), st.integers(1, 3), st.just(1), st.integers(1, 5))
 
 
 @st.composite
@@ -261,7 +283,9 @@ def snapshots(draw):
                     node=draw(st.none() | st.sampled_from(["n0", "n1", "n2", "gone"])),
                     capacity=capacity,
                     health=draw(st.sampled_from(Health)),
-                    assignments=(Assignment(service, draw(st.sampled_from(["u1", "u2"])), replicas, shape),) if replicas else (),
+                    assignments=(Assignment(service, draw(st.sampled_from(["u1", "u2"])), replicas, shape),)
+                    if replicas
+                    else (),
                     excluded=draw(st.frozensets(st.sampled_from(["n0", "n1"]), max_size=1)),
                 )
             )
@@ -326,7 +350,8 @@ def test_packs_are_opened_only_when_none_has_room_and_a_device_is_free(snapshot)
         held = [
             pack
             for pack in snapshot.packs
-            if (pack.device, pack.product) == ("cuda", product) and pack.node in (None, "n0", "n1", "n2")
+            if (pack.device, pack.product) == ("cuda", product)
+            and pack.node in (None, "n0", "n1", "n2")
             and not (pack.node is None and pack.health is Health.LOST)
         ]
         total = sum(each.units for each in snapshot.devices if (each.device, each.product) == ("cuda", product))

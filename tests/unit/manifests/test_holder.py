@@ -19,7 +19,11 @@ def make_pack(**spec):
 
 def make_holder(pack=None, node=None, **template):
     return holder_pod(
-        pack or make_pack(), TemplateSpec.model_validate(template), OperatorImage("op:1", "Always"), "tightship-system", node
+        pack or make_pack(),
+        TemplateSpec.model_validate(template),
+        OperatorImage("op:1", "Always"),
+        "tightship-system",
+        node,
     )
 
 
@@ -29,7 +33,9 @@ def containers(pod):
 
 def test_only_the_daemon_s_container_takes_a_gpu():
     pod = make_holder()
-    gpus = {name: each["resources"].get("limits", {}).get(labels.GPU_RESOURCE) for name, each in containers(pod).items()}
+    gpus = {
+        name: each["resources"].get("limits", {}).get(labels.GPU_RESOURCE) for name, each in containers(pod).items()
+    }
     assert gpus == {"mps": "1", "watch": None}
     values = {each["name"]: each.get("value") for each in containers(pod)["watch"]["env"]}
     assert values["NVIDIA_VISIBLE_DEVICES"] == "none"
@@ -37,7 +43,10 @@ def test_only_the_daemon_s_container_takes_a_gpu():
 
 def test_the_daemon_runs_as_the_replicas_user_and_the_directory_is_prepared_by_root():
     pod = make_holder()
-    assert {name: each["securityContext"]["runAsUser"] for name, each in containers(pod).items()} == {"mps": 1000, "watch": 1000}
+    assert {name: each["securityContext"]["runAsUser"] for name, each in containers(pod).items()} == {
+        "mps": 1000,
+        "watch": 1000,
+    }
     prepare = pod["spec"]["initContainers"][0]
     assert prepare["securityContext"]["runAsUser"] == 0
     assert prepare["command"] == ["tightship", "node", "prepare", "--dir", "/run/tightship/pack", "--uid", "1000"]
@@ -73,7 +82,11 @@ def test_it_takes_the_scheduling_of_the_service():
     )
     spec = pod["spec"]
     assert spec["tolerations"] == [toleration]
-    assert (spec["priorityClassName"], spec["runtimeClassName"], spec["nodeSelector"]) == ("high", "nvidia", {"zone": "a"})
+    assert (spec["priorityClassName"], spec["runtimeClassName"], spec["nodeSelector"]) == (
+        "high",
+        "nvidia",
+        {"zone": "a"},
+    )
 
 
 def test_its_token_reaches_its_own_pod_only():
@@ -81,5 +94,7 @@ def test_its_token_reaches_its_own_pod_only():
     assert role["rules"] == [
         {"apiGroups": [""], "resources": ["pods"], "resourceNames": ["holder-team-opt-0"], "verbs": ["get", "patch"]}
     ]
-    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "holder-team-opt-0", "namespace": "tightship-system"}]
+    assert binding["subjects"] == [
+        {"kind": "ServiceAccount", "name": "holder-team-opt-0", "namespace": "tightship-system"}
+    ]
     assert account["automountServiceAccountToken"] is False

@@ -35,10 +35,18 @@ def make_setup(*, pack=None, engine=None, replicas=2, **changes):
         LLMService.model_validate(service),
         GPUPack.model_validate({"metadata": {"name": "default-opt-0", "uid": "pack-uid"}, "spec": spec}),
         Assignment(
-            service="opt", uid="service-uid", replicas=replicas, batch=96, kv_cache="12Gi", memory_per_replica="20Gi", profile="p"
+            service="opt",
+            uid="service-uid",
+            replicas=replicas,
+            batch=96,
+            kv_cache="12Gi",
+            memory_per_replica="20Gi",
+            profile="p",
         ),
         Place("n0", "GPU-1", 80 * GIB),
-        ProfileEngine.model_validate(engine or {"maxNumBatchedTokens": 8192, "captureSizes": [1, 2, 4], "modelCommit": "abc"}),
+        ProfileEngine.model_validate(
+            engine or {"maxNumBatchedTokens": 8192, "captureSizes": [1, 2, 4], "modelCommit": "abc"}
+        ),
         OperatorImage("tightship/operator:1"),
     )
 
@@ -117,7 +125,9 @@ def test_a_cpu_replica_is_guaranteed_whole_cores_and_its_share_of_the_reserve():
     assert not any(name.startswith(("CUDA_", "NVIDIA_", "VLLM_")) for name in environment(setup))
     assert "--cudagraph-capture-sizes" not in engine_command(setup)
     assert [each["name"] for each in pod(setup)["initContainers"]] == ["inject"]
-    other = replace(setup, pack=setup.pack.model_copy(update={"spec": setup.pack.spec.model_copy(update={"run_as_user": 5})}))
+    other = replace(
+        setup, pack=setup.pack.model_copy(update={"spec": setup.pack.spec.model_copy(update={"run_as_user": 5})})
+    )
     assert [each["name"] for each in pod(other)["initContainers"]] == ["prepare", "inject"]
 
 
@@ -160,7 +170,9 @@ def test_the_user_s_affinity_keeps_its_alternatives_and_gets_ours_in_each():
     assert [term["matchFields"] for term in terms] == [[pin], [pin]]
     assert terms[0]["matchExpressions"] == [{"key": "a", "operator": "Exists"}]
     assert made["podAntiAffinity"] == {"x": 1}
-    assert base["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"][1] == {"matchFields": []}
+    assert base["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"][1] == {
+        "matchFields": []
+    }
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,19 @@ def unschedulable(message: str) -> dict[str, Any]:
         ),
         (
             "no secret",
-            make_pod(**make_container(state={"waiting": {"reason": "CreateContainerConfigError", "message": "no secret"}})),
+            make_pod(
+                **make_container(state={"waiting": {"reason": "CreateContainerConfigError", "message": "no secret"}})
+            ),
             "CrashLoop",
             "no secret",
         ),
         (
             "killed for memory, and running again",
-            make_pod(**make_container(state={"running": {}}, lastState={"terminated": {"reason": "OOMKilled", "exitCode": 137}})),
+            make_pod(
+                **make_container(
+                    state={"running": {}}, lastState={"terminated": {"reason": "OOMKilled", "exitCode": 137}}
+                )
+            ),
             "OOMKilled",
             "restart 2",
         ),

@@ -91,7 +91,9 @@ async def test_a_holder_that_is_evicted_is_made_anew_on_its_node_and_the_pack_st
     await world.run()
     assert condition(world, "Ready") == ("True", "FullyRealised")
     holder = world.get("Pod", SYSTEM, HOLDER)
-    term = holder["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"][0]
+    term = holder["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
+        "nodeSelectorTerms"
+    ][0]
     assert term["matchFields"] == [{"key": "metadata.name", "operator": "In", "values": ["n0"]}]
     assert world.get("GPUPack", "", PACK)["metadata"]["uid"] == before
 
@@ -171,7 +173,9 @@ async def test_a_replica_that_runs_without_mps_is_found_out_after_a_while() -> N
     world = await make_packed()
     world.mps_state = "IDLE"
     bare = '{"state": "ACTIVE", "server": 7, "clients": []}'
-    world.change("Pod", SYSTEM, HOLDER, lambda pod: pod["metadata"]["annotations"].update({labels.ANNOTATION_MPS: bare}))
+    world.change(
+        "Pod", SYSTEM, HOLDER, lambda pod: pod["metadata"]["annotations"].update({labels.ANNOTATION_MPS: bare})
+    )
     await world.settle()
     assert condition(world, "SharingReady")[0] == "Unknown"
     await world.clock.advance(40)
@@ -184,13 +188,23 @@ async def test_a_replica_that_runs_without_mps_is_found_out_after_a_while() -> N
     ("state", "reason", "words"),
     [
         (
-            {"state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}},
+            {
+                "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+                "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}},
+            },
             "OOMKilled",
             "want of memory",
         ),
-        ({"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such tag"}}}, "ImagePullFailed", "no such tag"),
         (
-            {"state": {"waiting": {"reason": "CrashLoopBackOff"}}, "lastState": {"terminated": {"exitCode": 1, "message": "ValueError: bad"}}},
+            {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such tag"}}},
+            "ImagePullFailed",
+            "no such tag",
+        ),
+        (
+            {
+                "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+                "lastState": {"terminated": {"exitCode": 1, "message": "ValueError: bad"}},
+            },
             "CrashLoop",
             "ValueError: bad",
         ),
@@ -230,7 +244,10 @@ async def test_replicas_that_do_not_fit_their_node_move_and_the_node_is_excluded
     def homeless(pod: dict[str, Any]) -> None:
         text = "0/2 nodes are available: 1 Insufficient cpu."
         scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": text}
-        pod["status"] = {"phase": "Pending", "conditions": [{**scheduled, "lastTransitionTime": "2026-01-01T00:00:00Z"}]}
+        pod["status"] = {
+            "phase": "Pending",
+            "conditions": [{**scheduled, "lastTransitionTime": "2026-01-01T00:00:00Z"}],
+        }
 
     set_status(world, replicas(world)[0], homeless)
     await world.settle()
@@ -238,7 +255,9 @@ async def test_replicas_that_do_not_fit_their_node_move_and_the_node_is_excluded
     assert len(world.all("GPUPack")) == 1
     await world.clock.advance(120)
     await world.look_at_everything()
-    assert [pack["spec"].get("excludedNodes") for pack in world.all("GPUPack") if pack["spec"]["assignments"]] == [["n0"]]
+    assert [pack["spec"].get("excludedNodes") for pack in world.all("GPUPack") if pack["spec"]["assignments"]] == [
+        ["n0"]
+    ]
 
 
 async def test_an_empty_pack_goes_only_when_its_replicas_are_gone() -> None:
@@ -246,7 +265,11 @@ async def test_an_empty_pack_goes_only_when_its_replicas_are_gone() -> None:
     world.remove("LLMService", NS, "opt")
     await world.settle()
     assert world.get("GPUPack", "", PACK)["spec"]["assignments"] == []
-    assert all(pod["metadata"].get("deletionTimestamp") is None for pod in world.all("Pod") if pod["metadata"]["name"] == HOLDER)
+    assert all(
+        pod["metadata"].get("deletionTimestamp") is None
+        for pod in world.all("Pod")
+        if pod["metadata"]["name"] == HOLDER
+    )
     await world.run()
     assert world.all("GPUPack") == world.all("Pod") == []
 

@@ -92,7 +92,9 @@ async def test_no_replica_is_made_before_the_holder_has_said_which_gpu_it_holds(
     world.nodes_act()
     await world.settle()
     for made in world.all("StatefulSet"):
-        variables = {each["name"]: each.get("value") for each in made["spec"]["template"]["spec"]["containers"][0]["env"]}
+        variables = {
+            each["name"]: each.get("value") for each in made["spec"]["template"]["spec"]["containers"][0]["env"]
+        }
         gpu = "GPU-" + made["metadata"]["labels"][labels.PACK]
         assert variables["NVIDIA_VISIBLE_DEVICES"] == variables["TIGHTSHIP_GPU_UUID"] == gpu
 
@@ -137,7 +139,9 @@ async def test_scaling_down_empties_the_newest_pack_and_gives_its_gpu_back() -> 
     world.change("LLMService", NS, NAME, lambda obj: obj["spec"].update(replicas=1))
     await world.run()
     assert spread(world) == {"default-opt-0": 1}
-    assert [pod["metadata"]["name"] for pod in world.all("Pod") if "holder" in pod["metadata"]["name"]] == ["holder-default-opt-0"]
+    assert [pod["metadata"]["name"] for pod in world.all("Pod") if "holder" in pod["metadata"]["name"]] == [
+        "holder-default-opt-0"
+    ]
     assert service(world)["status"]["gpus"] == {"used": 1, "saved": 0}
 
 
@@ -202,7 +206,9 @@ async def test_replicas_are_rolled_one_at_a_time() -> None:
     await world.settle()
     assert smallest == 3
     assert condition(world, "Ready") == ("True", "FullyRealised")
-    names = {pod["spec"]["containers"][0]["args"][6] for pod in world.all("Pod") if "holder" not in pod["metadata"]["name"]}
+    names = {
+        pod["spec"]["containers"][0]["args"][6] for pod in world.all("Pod") if "holder" not in pod["metadata"]["name"]
+    }
     assert names == {"renamed"}
 
 
@@ -273,7 +279,11 @@ async def test_a_service_that_is_not_ours_is_left_alone_and_nothing_is_half_made
         ({"engine__args": ["--port=1"]}, "InvalidSpec", "--port=1"),
         ({"replicas": -1}, "InvalidSpec", "replicas"),
         ({"model__source": "s3://bucket"}, "InvalidSpec", "hf://"),
-        ({"accelerator": {"device": "cpu", "cores": 99, "memory": "4Gi"}}, "UnsupportedAccelerator", "99 cores; the largest has 8"),
+        (
+            {"accelerator": {"device": "cpu", "cores": 99, "memory": "4Gi"}},
+            "UnsupportedAccelerator",
+            "99 cores; the largest has 8",
+        ),
     ],
 )
 async def test_bad_manifests_are_refused_in_words_and_nothing_is_half_made(

@@ -49,7 +49,12 @@ async def test_a_pack_of_the_wanted_name_that_the_watch_has_not_shown_abandons_t
     world = World()
     world.put(make_service(replicas=2))
     await world.settle()
-    unseen = {"apiVersion": labels.API_VERSION, "kind": "GPUPack", "metadata": {"name": "default-opt-0"}, "spec": {"namespace": "x"}}
+    unseen = {
+        "apiVersion": labels.API_VERSION,
+        "kind": "GPUPack",
+        "metadata": {"name": "default-opt-0"},
+        "spec": {"namespace": "x"},
+    }
     world.api.put(unseen)
     world.store.observe({**world.all("BatchProfile")[0]})
     profile = world.all("BatchProfile")[0]

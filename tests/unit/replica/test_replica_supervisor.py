@@ -329,7 +329,9 @@ def test_on_a_cpu_there_is_no_holder_and_the_engine_is_bound_to_its_cores(pack: 
     replica = pack.start(device="cpu")
     eventually(serving(pack))
     cores = sorted(os.sched_getaffinity(0))
-    assert pack.events("start")[0]["bind"] == ",".join(map(str, cores[1:] or cores)), "the lowest is left for its API server"
+    assert pack.events("start")[0]["bind"] == ",".join(map(str, cores[1:] or cores)), (
+        "the lowest is left for its API server"
+    )
     assert pack.events("start")[0]["share"] is None
     replica.process.terminate()
     assert replica.ends() == 0

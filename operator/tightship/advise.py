@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -109,9 +110,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"tightship advise: {args.filename}: {error}", file=sys.stderr)
         return EXIT_USAGE
     if args.output == "json":
-        print(json.dumps(to_json(answer, explain=args.explain), indent=2))
+        text = json.dumps(to_json(answer, explain=args.explain), indent=2)
     else:
-        print("\n".join(to_table(answer, explain=args.explain)))
+        text = "\n".join(to_table(answer, explain=args.explain))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # The reader has what it wanted (`| head -1`). What is still buffered has nowhere to go, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if answer.feasible else EXIT_INFEASIBLE
 
 

@@ -109,12 +109,11 @@ def run(args: argparse.Namespace) -> int:
     except (_InputError, ProfileError) as error:
         print(f"tightship advise: {args.filename}: {error}", file=sys.stderr)
         return EXIT_USAGE
-    if args.output == "json":
-        text = json.dumps(to_json(answer, explain=args.explain), indent=2)
-    else:
-        text = "\n".join(to_table(answer, explain=args.explain))
     try:
-        print(text, flush=True)
+        if args.output == "json":
+            print(json.dumps(to_json(answer, explain=args.explain), indent=2), flush=True)
+        else:
+            print("\n".join(to_table(answer, explain=args.explain)), flush=True)
     except BrokenPipeError:
         # The reader has what it wanted (`| head -1`). What is still buffered has nowhere to go, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

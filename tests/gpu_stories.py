@@ -47,7 +47,8 @@ def from_apply_to_packed_replicas(sandbox: Sandbox) -> None:
     """Apply the sample; it is measured, advised, packed two by two on two GPUs, answers, scales, and goes, its profile stays."""
     service = yaml.safe_load((SAMPLES / "llmservice-opt.yaml").read_text())
     name, model = service["metadata"]["name"], service["spec"]["model"]["servedName"]
-    sandbox.kubectl("apply", "--validate=false", "-f", str(SAMPLES / "llmservice-opt.yaml"))
+    service["spec"]["profiling"]["budget"] = "75s"
+    story.apply(sandbox, service)
     sandbox.kubectl("wait", f"llm/{name}", "--for=condition=Profiled", "--timeout=240s")
     for gate in ("Recommended", "Packed", "Ready"):
         sandbox.kubectl("wait", f"llm/{name}", f"--for=condition={gate}", "--timeout=120s")
@@ -215,7 +216,7 @@ def a_lost_holder_is_replaced(sandbox: Sandbox) -> None:
 @told
 def the_operator_may_die_at_any_moment(sandbox: Sandbox) -> None:
     """Killed while measuring, while packing, while scaling and while deleting, the operator ends in the same state."""
-    service = story.make_service(profiling__budget="20s")
+    service = story.make_service(profiling__budget="45s")
     story.apply(sandbox, service)
     story.wait_condition(sandbox, "llm/opt", "Profiled", "False", "Measuring", seconds=90)
     restart(sandbox)

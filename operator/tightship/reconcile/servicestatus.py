@@ -290,7 +290,8 @@ def _unknown_memory(view: View) -> Condition | None:
         return None
     text = (
         f"BatchProfile {view.verdict.profile_name} holds no memory ledger, so nobody can tell how many replicas share a GPU: "
-        "measure it (set spec.profiling.rerun), or import a profile with `memory`"
+        "measure it again with time for the confirmation run (raise spec.profiling.budget, give spec.profiling.rerun a new text), "
+        "or import a profile with `memory`"
     )
     return Condition(names.PACKED, "False", Reason.SHARING_UNAVAILABLE, text)
 

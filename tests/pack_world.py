@@ -40,8 +40,22 @@ class Api(FakeApi):
     def __init__(self) -> None:
         super().__init__()
         self.applied: dict[str, Any] = {}
+        self.refuses: Callable[[dict[str, Any]], str | None] = lambda pod: None
+
+    def _post(self, path: str, query: Any, body: Any, content_type: str) -> tuple[int, dict[str, Any]]:
+        return self._refused(body) or super()._post(path, query, body, content_type)
+
+    def _refused(self, body: Any) -> tuple[int, dict[str, Any]] | None:
+        """The answer of admission to a pod that it doesn't take."""
+        words = self.refuses(body) if body.get("kind") == "Pod" else None
+        if words is None:
+            return None
+        text = f'pods "{body["metadata"]["name"]}" is forbidden: {words}'
+        return 403, {"kind": "Status", "code": 403, "reason": "Forbidden", "message": text}
 
     def _patch(self, path: str, query: Any, body: Any, content_type: str) -> tuple[int, dict[str, Any]]:
+        if path not in self.objects and (refused := self._refused(body)):
+            return refused
         if content_type.startswith("application/apply-patch") and not path.endswith("/status") and path in self.objects:
             live = self.objects[path]
             spec = body.get("spec")
@@ -80,7 +94,10 @@ class TickingClock(FakeClock):
 
 
 class World:
-    """One cluster and one operator. `gpus` are GPUs per node; `started` decides which pods become ready."""
+    """One cluster and one operator. `gpus` are GPUs per node; `started` decides which pods become ready.
+
+    `api.refuses` is admission: a function of a pod that says why it is not taken, or None.
+    """
 
     def __init__(self, gpus: tuple[int, ...] = (2, 2), cores: int = 8, product: str = PRODUCT) -> None:
         self.api, self.clock = Api(), TickingClock()
@@ -205,8 +222,9 @@ class World:
         pods = {p["metadata"]["name"]: p for p in self.all("Pod") if _controller(p) == metadata["uid"]}
         names = [f"{metadata['name']}-{ordinal}" for ordinal in range(spec["replicas"])]
         for name in names:
-            if name not in pods:
-                self.api.put(_pod_of(found, name, revision))
+            made = _pod_of(found, name, revision)
+            if name not in pods and self.api.refuses(made) is None:
+                self.api.put(made)
         for name in set(pods) - set(names):
             del self.api.objects[KINDS["Pod"].path(metadata["namespace"], name)]
         status = {

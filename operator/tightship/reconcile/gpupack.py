@@ -6,10 +6,10 @@
     report   one status write, from a fresh look
 
 What must always hold: no GPU is taken for replicas that their namespace refuses; no replica is started before the holder has
-said which GPU it holds; a pack never moves to another node or GPU; a holder that leaves gets its replicas drained first; one that dies is made anew on the same node, and
-until its daemon is back the replicas stop by themselves (fencing is theirs); of all replicas of a service at most one that
-serves is being replaced, whatever number of packs they are on; nothing is deleted but pods and StatefulSets of this pack,
-and the pack itself once it is empty.
+said which GPU it holds; a pack never moves to another node or GPU; a holder that leaves gets its replicas drained first; one
+that dies is made anew on the same node, and until its daemon is back the replicas stop by themselves (fencing is theirs); of
+all replicas of a service at most one that serves is being replaced, whatever number of packs they are on; nothing is deleted
+but pods and StatefulSets of this pack, and the pack itself once it is empty.
 """
 
 from __future__ import annotations

@@ -28,6 +28,20 @@ def told(function: Callable[[Sandbox], None]) -> Callable[[Sandbox], None]:
     return function
 
 
+def make_models(folder: Path) -> str:
+    """What the volume behind the claim `models` holds: `too-big`, whose 70 billion weights no simulated GPU takes."""
+    config = {
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "intermediate_size": 28672,
+        "vocab_size": 128256,
+    }
+    (folder / "too-big").mkdir()
+    (folder / "too-big" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    return str(folder)
+
+
 def clean(sandbox: Sandbox) -> None:
     """Delete what a story made, and see that nothing is left of it."""
     sandbox.kubectl("delete", "llm,bprof", "--all", "--wait=false")
@@ -337,6 +351,10 @@ def the_engines_own_words_reach_the_user(sandbox: Sandbox) -> None:
         told_so = story.wait_condition(sandbox, f"llm/{name}", "Profiled", "False", "EngineFailed", seconds=120)
         assert words in told_so["message"]
         assert story.condition(story.get(sandbox, f"llm/{name}"), "Ready")["reason"] == "EngineFailed"
+    heavy = story.make_service("heavy", model__source="pvc://models/too-big")
+    story.apply(sandbox, heavy)
+    told_so = story.wait_condition(sandbox, "llm/heavy", "Profiled", "False", "InsufficientMemory", seconds=120)
+    assert "CUDA out of memory" in told_so["message"]
     assert not story.packs(sandbox)
 
 

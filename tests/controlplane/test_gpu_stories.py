@@ -13,8 +13,8 @@ from tightship.sandbox.cluster import Sandbox
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory, kube_assets: Path) -> Iterator[Sandbox]:
-    models = tmp_path_factory.mktemp("models")
-    with Sandbox(plane="real", state=tmp_path_factory.mktemp("sandbox"), operator=True, models=str(models)) as running:
+    models = gpu_stories.make_models(tmp_path_factory.mktemp("models"))
+    with Sandbox(plane="real", state=tmp_path_factory.mktemp("sandbox"), operator=True, models=models) as running:
         yield running
 
 

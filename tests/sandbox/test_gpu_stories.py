@@ -13,10 +13,8 @@ from tightship.sandbox.cluster import Sandbox
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory, kubectl: Path) -> Iterator[Sandbox]:
-    models = tmp_path_factory.mktemp("models")
-    with Sandbox(
-        plane="embedded", state=tmp_path_factory.mktemp("sandbox"), operator=True, models=str(models)
-    ) as running:
+    models = gpu_stories.make_models(tmp_path_factory.mktemp("models"))
+    with Sandbox(plane="embedded", state=tmp_path_factory.mktemp("sandbox"), operator=True, models=models) as running:
         yield running
 
 

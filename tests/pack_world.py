@@ -223,8 +223,11 @@ class World:
         names = [f"{metadata['name']}-{ordinal}" for ordinal in range(spec["replicas"])]
         for name in names:
             made = _pod_of(found, name, revision)
-            if name not in pods and self.api.refuses(made) is None:
-                self.api.put(made)
+            if name in pods:
+                continue
+            if self.api.refuses(made) is not None:
+                return  # as the real controller: no status until every pod could be made
+            self.api.put(made)
         for name in set(pods) - set(names):
             del self.api.objects[KINDS["Pod"].path(metadata["namespace"], name)]
         status = {

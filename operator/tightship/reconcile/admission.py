@@ -19,7 +19,7 @@ from tightship.kube.clock import parse_timestamp
 from tightship.kube.cluster import Cluster
 from tightship.kube.errors import AlreadyExists, Forbidden, Invalid, NamespaceTerminating
 from tightship.kube.store import Object
-from tightship.reconcile.packview import View, current_revision
+from tightship.reconcile.packview import View
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,10 @@ def _advice(words: str, namespace: str) -> str:
 
 
 def missing(view: View, live: Object) -> list[int]:
-    """Ordinals of a StatefulSet's pods that are not there at all, though its controller has seen how many there should be."""
-    if current_revision(live) is None:
-        return []
+    """Ordinals of a StatefulSet's pods that are not there at all.
+
+    The StatefulSet's status is no help: its controller doesn't write one as long as it can't make a pod.
+    """
     there = {str(pod["metadata"]["name"]) for pod in view.pods}
     name, count = live["metadata"]["name"], int(live["spec"].get("replicas", 1))
     return [ordinal for ordinal in range(count) if f"{name}-{ordinal}" not in there]

@@ -24,7 +24,8 @@ What always holds, whatever the snapshot:
 
 - A pack's ledger is never exceeded: replicas x memory <= capacity where the capacity is known, and replicas <= per_device.
 - No service gets more replicas than it wants.
-- No pack is opened for a service while one of its packs has room, and never more packs than devices are free.
+- No pack is opened for a service while one of its packs has room, and never more packs than devices are free: the packs of
+  one pass are counted together, in units and in memory.
 - The plan depends on the snapshot's content, not on the order of its parts; planning on a plan's own result is empty.
 """
 
@@ -83,9 +84,9 @@ class Assignment:
 class Demand:
     """What one service wants.
 
-    ``shape`` is None while there is no decision to act on; ``per_device`` and ``units`` are then ignored. ``units`` is what a
-    pack takes of a node: one GPU, or a number of cores. ``nodes`` are the nodes its packs may be on (None: any);
-    ``since`` orders the services (an RFC 3339 creation time).
+    ``shape`` is None while there is no decision to act on; ``per_device`` and ``units`` are then ignored. ``units`` and ``memory``
+    are what a pack takes of a node: one GPU and nothing else, or a number of cores and of bytes. ``nodes`` are the nodes its
+    packs may be on (None: any); ``since`` orders the services (an RFC 3339 creation time).
     """
 
     service: ServiceRef
@@ -99,14 +100,16 @@ class Demand:
     units: int = 1
     nodes: frozenset[str] | None = None
     since: str = ""
+    memory: int = 0
 
 
 @dataclass(frozen=True)
 class Pack:
     """One held device: ``capacity`` is the bytes its replicas may use together (None until the device is known).
 
-    ``ordinal`` grows with each pack that a service opens, so the highest is the newest. ``excluded`` are nodes that this pack
-    must not be on, because the service's replicas did not fit there.
+    ``units`` and ``memory`` are what it takes of its node, as in a demand. ``ordinal`` grows with each pack that a service
+    opens, so the highest is the newest. ``excluded`` are nodes that this pack must not be on, because the service's replicas
+    did not fit there.
     """
 
     name: str
@@ -121,16 +124,18 @@ class Pack:
     health: Health = Health.SOUND
     assignments: tuple[Assignment, ...] = ()
     excluded: frozenset[str] = frozenset()
+    memory: int = 0
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of one kind on one node: ``units`` GPUs of a product, or cores."""
+    """The devices of one kind on one node: ``units`` GPUs of a product; or cores, and the bytes of ``memory`` beside them."""
 
     node: str
     device: str
     product: str
     units: int
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,10 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Shortfall:
-    """Replicas without a place. Units are GPUs or cores; ``total`` and ``free`` count those this service may use."""
+    """Replicas without a place. Units are GPUs or cores; ``total`` and ``free`` count those this service may use.
+
+    ``free`` counts only nodes that have ``memory_per_pack`` bytes left; ``memory_free`` is the most that one of its nodes has.
+    """
 
     service: ServiceRef
     device: str
@@ -156,6 +164,8 @@ class Shortfall:
     units_per_pack: int
     total: int
     free: int
+    memory_per_pack: int = 0
+    memory_free: int = 0
 
 
 @dataclass(frozen=True)
@@ -271,20 +281,25 @@ class _Board:
                 nodes.add(pack.node)
         return frozenset(nodes)
 
-    def supply(self, demand: Demand) -> dict[str, int]:
-        """Free units on each node that this service may use, before packs that have no node yet."""
+    def left(self, demand: Demand) -> dict[str, tuple[int, int]]:
+        """Units and bytes left on each node that this service may use, before packs that have no node yet."""
         excluded = self.excluded(demand)
-        free = {
-            each.node: each.units
+        left = {
+            each.node: (each.units, each.memory)
             for each in self.snapshot.devices
             if (each.device, each.product) == (demand.device, demand.product)
             and (demand.nodes is None or each.node in demand.nodes)
             and each.node not in excluded
         }
         for pack in (*self.snapshot.packs, *self.opened):
-            if pack.device == demand.device and pack.node in free:
-                free[pack.node] -= pack.units
-        return free
+            if pack.device == demand.device and pack.node in left:
+                units, memory = left[pack.node]
+                left[pack.node] = units - pack.units, memory - pack.memory
+        return left
+
+    def supply(self, demand: Demand) -> dict[str, int]:
+        """Free units on each of those nodes that has the memory of a pack left."""
+        return {node: units for node, (units, memory) in self.left(demand).items() if memory >= demand.memory}
 
     def unbound(self, demand: Demand) -> int:
         """Units that packs without a node will take somewhere."""
@@ -323,6 +338,7 @@ class _Board:
                 node=node,
                 assignments=(Assignment(demand.service, demand.uid, replicas, shape),),
                 excluded=self.excluded(demand),
+                memory=demand.memory,
             )
         )
         return True
@@ -452,4 +468,6 @@ def _shortfall(board: _Board, demand: Demand, placed: int, kept: int) -> Shortfa
         units_per_pack=demand.units,
         total=total,
         free=board.free(demand),
+        memory_per_pack=demand.memory,
+        memory_free=max((max(0, memory) for _, memory in board.left(demand).values()), default=0),
     )

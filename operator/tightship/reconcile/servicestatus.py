@@ -318,6 +318,9 @@ def _too_few_gpus(view: View) -> Condition | None:
         f"({view.verdict.per_device} replicas to a pack of {short.units_per_pack}); of {short.total} that this service may use "
         f"{short.free} are free"
     )
+    if short.memory_per_pack:
+        need, most = units.format_quantity(short.memory_per_pack), units.format_quantity(short.memory_free)
+        text += f" on nodes with the {need} that a pack takes (at most {most} is free on one)"
     if short.kept:
         text += f"; {short.kept} replicas stay where they are until then"
     text += ". Add a node, free a GPU, or lower spec.replicas"

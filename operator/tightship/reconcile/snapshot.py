@@ -66,8 +66,9 @@ def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: St
         shape,
         verdict.per_device,
         (accelerator.cores or 1) if cpu else 1,
-        frozenset(node["metadata"]["name"] for node in store.list("Node") if _usable(node, service, packs)),
+        frozenset(node["metadata"]["name"] for node in store.list("Node") if _usable(node, service)),
         since,
+        memory=units.parse_quantity(accelerator.memory or "0") if cpu else 0,
     )
 
 
@@ -121,6 +122,7 @@ def pack_of(pack: GPUPack, verdict: Verdict | None, store: Store, now: datetime)
             for each in sorted(spec.assignments, key=lambda each: each.service)
         ),
         excluded=frozenset(spec.excluded_nodes),
+        memory=units.parse_quantity(spec.memory or "0") if cpu else 0,
     )
 
 
@@ -205,7 +207,7 @@ def devices_of(nodes: Iterable[Object]) -> Iterable[Devices]:
         if product and labels.GPU_RESOURCE in there:
             yield Devices(name, "cuda", product, units.parse_quantity(there[labels.GPU_RESOURCE]))
         if cores_of(node):
-            yield Devices(name, "cpu", CPU_PRODUCT, cores_of(node))
+            yield Devices(name, "cpu", CPU_PRODUCT, cores_of(node), units.parse_quantity(there.get("memory", "0")))
 
 
 def cores_of(node: Object) -> int:
@@ -226,24 +228,14 @@ def _homeless_since(pack: GPUPack, store: Store) -> datetime | None:
     return min(waits, default=None)
 
 
-def _usable(node: Object, service: LLMService, packs: Iterable[GPUPack]) -> bool:
+def _usable(node: Object, service: LLMService) -> bool:
     """Whether a pack of this service may be on a node, as far as can be told without the scheduler."""
-    template, accelerator = service.spec.template.spec, service.spec.accelerator
+    template = service.spec.template.spec
     carried = labels_of(node)
     if any(carried.get(key) != value for key, value in template.node_selector.items()):
         return False
     taints = (node.get("spec") or {}).get("taints") or []
-    if not all(_tolerated(taint, template.tolerations) for taint in taints):
-        return False
-    if accelerator.device == "cuda" or accelerator.memory is None:
-        return True
-    memory = ((node.get("status") or {}).get("allocatable") or {}).get("memory", "0")
-    held = sum(
-        units.parse_quantity(pack.spec.memory)
-        for pack in packs
-        if pack.spec.device == "cpu" and pack.spec.node == node["metadata"]["name"] and pack.spec.memory
-    )
-    return units.parse_quantity(memory) - held >= units.parse_quantity(accelerator.memory)
+    return all(_tolerated(taint, template.tolerations) for taint in taints)
 
 
 def _tolerated(taint: Mapping[str, Any], tolerations: Iterable[Any]) -> bool:

@@ -215,6 +215,18 @@ def test_a_core_set_goes_to_the_fullest_node_that_still_has_room():
     assert (created.node, created.units) == ("n1", 2)
 
 
+def test_core_sets_of_one_pass_share_a_nodes_memory():
+    demand = Demand(OPT, "u1", 4, "cpu", "cpu", "CPUSet", SHAPE, 1, units=2, memory=20 * GIB)
+    snapshot = Snapshot(
+        (demand,), (), (Devices("n0", "cpu", "cpu", 16, 50 * GIB), Devices("n1", "cpu", "cpu", 16, 20 * GIB))
+    )
+    planned = plan(snapshot)
+    assert sorted(pack.node for pack in planned.create) == ["n0", "n0", "n1"]
+    shortfall = planned.shortfall_of(OPT)
+    assert (shortfall.placed, shortfall.total, shortfall.free) == (3, 32, 0)
+    assert (shortfall.memory_per_pack, shortfall.memory_free) == (20 * GIB, 10 * GIB)
+
+
 @pytest.mark.parametrize(
     ("service", "ordinal", "name"),
     [
@@ -263,6 +275,7 @@ def snapshots(draw):
                     units=1 if device == "cuda" else draw(st.integers(1, 3)),
                     nodes=draw(st.none() | st.frozensets(st.sampled_from(["n0", "n1", "n2"]))),
                     since=draw(st.sampled_from(["", "1", "2"])),
+                    memory=0 if device == "cuda" else draw(st.integers(0, 3)),
                 )
             )
     packs = []
@@ -287,10 +300,11 @@ def snapshots(draw):
                     if replicas
                     else (),
                     excluded=draw(st.frozensets(st.sampled_from(["n0", "n1"]), max_size=1)),
+                    memory=0 if device == "cuda" else draw(st.integers(0, 3)),
                 )
             )
     devices = [
-        Devices(node, device, product, draw(st.integers(0, 3)))
+        Devices(node, device, product, draw(st.integers(0, 3)), 0 if device == "cuda" else draw(st.integers(0, 6)))
         for node in ("n0", "n1", "n2")
         for device, product in (("cuda", "H"), ("cuda", "L"), ("cpu", "cpu"))
     ]
@@ -365,3 +379,16 @@ def test_packs_are_opened_only_when_none_has_room_and_a_device_is_free(snapshot)
                 used = sum(each.replicas for each in pack.assignments)
                 fits = demand.per_device if pack.capacity is None else pack.capacity // demand.shape.memory
                 assert used >= min(demand.per_device, fits)
+
+
+@settings(max_examples=300, deadline=None)
+@given(snapshots())
+def test_core_sets_opened_on_a_node_fit_it_together(snapshot):
+    planned = plan(snapshot)
+    for node in {pack.node for pack in planned.create if pack.device == "cpu"}:
+        there = [pack for pack in (*snapshot.packs, *planned.create) if (pack.device, pack.node) == ("cpu", node)]
+        (has,) = [each for each in snapshot.devices if (each.device, each.node) == ("cpu", node)]
+        assert sum(pack.units for pack in there) <= has.units
+        # A pack that takes no memory may go where others have taken more than there is.
+        if any(pack.memory for pack in planned.create if pack.node == node):
+            assert sum(pack.memory for pack in there) <= has.memory

@@ -145,3 +145,20 @@ async def test_a_service_that_cannot_be_read_loses_nothing() -> None:
     world.change("LLMService", NS, "opt", lambda obj: obj["spec"].pop("model"))
     await world.run()
     assert sum(each["replicas"] for pack in world.all("GPUPack") for each in pack["spec"]["assignments"]) == 4
+
+
+async def test_core_sets_opened_in_one_pass_share_the_memory_of_their_node() -> None:
+    world = World(gpus=(0,))
+    cores = {"device": "cpu", "cores": 2, "coresPerReplica": 1, "memory": "140Gi"}
+    for name in ("one", "two"):
+        world.put(make_service(name, replicas=1, accelerator=cores))
+    await world.settle()
+    world.change("BatchProfile", NS, world.all("BatchProfile")[0]["metadata"]["name"], complete)
+    await world.run(rounds=20)
+    assert [pack["metadata"]["name"] for pack in world.all("GPUPack")] == ["default-one-0"]
+    status, reason, message = world.condition("LLMService", NS, "two", "Packed")
+    assert (status, reason) == ("False", "InsufficientGPUs")
+    assert (
+        "of 8 that this service may use 0 are free on nodes with the 140Gi that a pack takes (at most 116Gi is free on one)"
+        in message
+    )

@@ -79,6 +79,7 @@ def gather(ctx: Context, obj: Object, refusals: Refusals = (), shortfall: Shortf
         obj=obj,
         verdict=verdict,
         products=_products(devices, store),
+        divided=_divided(store),
         largest_cores=max((snapshot.cores_of(node) for node in store.list("Node")), default=0),
         refusals=refusals,
         sets=tuple(store.list("StatefulSet", namespace, (labels.SERVICE, name))),
@@ -146,9 +147,22 @@ def _rerun(store: Store, profile: Object) -> str | None:
 
 def _products(devices: list[Devices], store: Store) -> tuple[tuple[str, int, int], ...]:
     """The GPU products of the cluster with their nodes and GPUs. Nodes that are down for the moment still count."""
-    nodes = Counter(product for node in store.list("Node") if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT)))
+    nodes = Counter(
+        product
+        for node in store.list("Node")
+        if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT)) and snapshot.divided(node) is None
+    )
     gpus: Counter[str] = Counter()
     for each in devices:
         if each.device == "cuda":
             gpus[each.product] += each.units
     return tuple((product, nodes[product], gpus[product]) for product in sorted(nodes))
+
+
+def _divided(store: Store) -> tuple[tuple[str, str, str], ...]:
+    """Product, node and words for each node whose GPUs are not to be had whole."""
+    return tuple(
+        (product, str(node["metadata"]["name"]), how)
+        for node in store.list("Node")
+        if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT)) and (how := snapshot.divided(node))
+    )

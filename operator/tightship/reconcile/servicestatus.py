@@ -81,6 +81,7 @@ class View:
     pods: tuple[Object, ...]
     shortfall: Shortfall | None
     approved: bool
+    divided: tuple[tuple[str, str, str], ...] = ()  # product, node, how its GPUs are divided
 
     @property
     def generation(self) -> int:
@@ -165,6 +166,13 @@ def _unsupported(view: View) -> Condition | None:
         return Condition(names.ACCEPTED, "False", reason, text)
     if any(product == accelerator.product for product, _, _ in view.products):
         return None
+    shared = [
+        f"node {node}'s are divided {how}" for product, node, how in view.divided if product == accelerator.product
+    ]
+    if shared:
+        text = f"no node gives whole GPUs of product {accelerator.product}: {'; '.join(shared)}. Tightship shares GPUs itself: "
+        text += "turn that off on a node, or change spec.accelerator.product"
+        return Condition(names.ACCEPTED, "False", reason, text)
     there = ", ".join(f"{name} ({gpus} GPUs on {nodes} nodes)" for name, nodes, gpus in view.products)
     have = f"this cluster has {there}" if there else "no node of this cluster carries the label nvidia.com/gpu.product"
     text = f"no node has GPU product {accelerator.product}; {have}: change spec.accelerator.product or add a node"

@@ -204,10 +204,22 @@ def devices_of(nodes: Iterable[Object]) -> Iterable[Devices]:
             continue
         name, there = node["metadata"]["name"], (node.get("status") or {}).get("allocatable") or {}
         product = labels_of(node).get(labels.NODE_GPU_PRODUCT)
-        if product and labels.GPU_RESOURCE in there:
+        if product and labels.GPU_RESOURCE in there and divided(node) is None:
             yield Devices(name, "cuda", product, units.parse_quantity(there[labels.GPU_RESOURCE]))
         if cores_of(node):
             yield Devices(name, "cpu", CPU_PRODUCT, cores_of(node), units.parse_quantity(there.get("memory", "0")))
+
+
+def divided(node: Object) -> str | None:
+    """How a node's GPUs are divided among pods already, in words; None where a pod gets a whole one."""
+    carried, there = labels_of(node), (node.get("status") or {}).get("allocatable") or {}
+    strategy = carried.get(labels.NODE_MIG_STRATEGY, "none")
+    slices = any(key.startswith(labels.MIG_RESOURCES) and units.parse_quantity(amount) for key, amount in there.items())
+    # Strategy `mixed` gives slices resources of their own, `single` gives them the whole GPU's name and a product of their own.
+    if strategy != "none" and (slices or "-MIG-" in carried.get(labels.NODE_GPU_PRODUCT, "")):
+        return f"into MIG slices (strategy {strategy})"
+    sharing = carried.get(labels.NODE_GPU_SHARING, "none")
+    return f"by the device plugin ({sharing})" if sharing != "none" else None
 
 
 def cores_of(node: Object) -> int:

@@ -419,3 +419,39 @@ async def test_a_new_rerun_text_is_passed_on_to_the_profile() -> None:
     world.change("LLMService", NS, NAME, lambda obj: obj["spec"]["profiling"].update(rerun="new driver"))
     await world.settle()
     assert world.all("BatchProfile")[0]["spec"]["measurement"]["rerun"] == "new driver"
+
+
+@pytest.mark.parametrize(
+    ("product", "carried", "resources", "words"),
+    [
+        (
+            PRODUCT,
+            {labels.NODE_MIG_STRATEGY: "mixed"},
+            {"nvidia.com/mig-1g.10gb": "4"},
+            "into MIG slices (strategy mixed)",
+        ),
+        (f"{PRODUCT}-MIG-1g.10gb", {labels.NODE_MIG_STRATEGY: "single"}, {}, "into MIG slices (strategy single)"),
+        (f"{PRODUCT}-SHARED", {labels.NODE_GPU_SHARING: "time-slicing"}, {}, "by the device plugin (time-slicing)"),
+        (
+            PRODUCT,
+            {labels.NODE_GPU_SHARING: "none", labels.NODE_MIG_STRATEGY: "mixed"},
+            {"nvidia.com/mig-1g.10gb": "0"},
+            "",
+        ),
+    ],
+)
+async def test_gpus_that_are_divided_already_are_refused(
+    product: str, carried: dict[str, str], resources: dict[str, str], words: str
+) -> None:
+    world = World(gpus=(2,), product=product)
+
+    def divide(node: dict[str, Any]) -> None:
+        node["metadata"]["labels"].update(carried)
+        node["status"]["allocatable"].update(resources)
+
+    world.change("Node", "", "n0", divide)
+    world.put(make_service(accelerator={"device": "cuda", "product": product}))
+    await world.settle()
+    status, reason, message = world.condition("LLMService", NS, "opt", "Accepted")
+    assert (status, reason) == (("False", "UnsupportedAccelerator") if words else ("True", "Valid"))
+    assert words in message

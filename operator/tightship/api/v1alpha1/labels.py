@@ -42,11 +42,10 @@ ANNOTATION_GENERATION: Final = f"{GROUP}/service-generation"
 ANNOTATION_RERUN: Final = f"{GROUP}/rerun"
 
 NODE_GPU_PRODUCT: Final = "nvidia.com/gpu.product"
-NODE_GPU_MEMORY: Final = "nvidia.com/gpu.memory"
-NODE_GPU_COUNT: Final = "nvidia.com/gpu.count"
 NODE_GPU_SHARING: Final = "nvidia.com/gpu.sharing-strategy"
 NODE_MIG_STRATEGY: Final = "nvidia.com/mig.strategy"
 GPU_RESOURCE: Final = "nvidia.com/gpu"
+MIG_RESOURCES: Final = "nvidia.com/mig-"
 
 _VALUE_LIMIT: Final = 63  # characters of a label's value
 

@@ -209,9 +209,8 @@ def _key_problems(profile: BatchProfile) -> list[str]:
 
 
 def _is_wanted(ctx: Context, obj: Object) -> bool:
-    metadata = obj["metadata"]
     by_hand = labels_of(obj).get(labels.MANAGED_BY) != labels.PRODUCT
-    return by_hand or bool(wanted_by(obj, ctx.store.list("LLMService", metadata["namespace"])))
+    return by_hand or bool(wanted_by(obj, ctx.store))
 
 
 def _belongs(child: Object, owner: Object) -> bool:
@@ -293,7 +292,7 @@ def _ended(seen: Observed) -> Decision | None:
 def _unwanted(seen: Observed) -> Decision | None:
     if seen.wanted:
         return None
-    message = "no LLMService asks for this measurement; it goes on from what is measured when one does"
+    message = "no LLMService needs this measurement; it goes on from what is measured when one does"
     return Decision("idle", Reason.WAITING, message, remove=_active(seen.jobs))
 
 

@@ -6,7 +6,7 @@ the two cannot disagree, and neither waits for a status that the other has still
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,19 +103,27 @@ def key_hash(profile: Object) -> str:
     return str(profile["spec"]["key"]["hash"])
 
 
-def wanted_by(profile: Object, services: Iterable[Object]) -> list[str]:
-    """Names of the services (of the profile's namespace) that a measurement is for: those of its key, or that name it."""
+def wanted_by(profile: Object, store: Store) -> list[str]:
+    """Names of the services (of the profile's namespace) that a measurement is for.
+
+    Those that would decide from it: what another complete profile of the same key answers needs no GPU. And those that asked
+    for it again (`profiling.rerun`), whatever else is there.
+    """
     names_found = []
-    for obj in services:
+    for obj in store.list("LLMService", profile["metadata"]["namespace"]):
         if obj["metadata"].get("deletionTimestamp"):
             continue
         try:
             service = parse_service(obj)
         except InvalidSpecError:
             continue
-        reference = service.spec.profile_ref
-        own = profile_key(service.spec).hash == key_hash(profile)
-        if own and (reference is None or reference.name == profile["metadata"]["name"]):
+        key, again = profile_key(service.spec), service.spec.profiling.rerun
+        if key.hash != key_hash(profile):
+            continue
+        _, used = _profile(service, key, store)
+        asked = service.spec.profile_ref is None and again is not None
+        asked = asked and again == (profile["spec"].get("measurement") or {}).get("rerun")
+        if asked or used == profile["metadata"]["name"]:
             names_found.append(service.metadata.name)
     return names_found
 

@@ -160,7 +160,7 @@ SITUATIONS: dict[str, tuple[Observed, str, str, str]] = {
     "imported": (seen(IMPORTED), "complete", "Imported", "2 points came with the profile"),
     "imported, whatever a Job does": (seen(IMPORTED, jobs=jobs(None)), "complete", "Imported", "2 points"),
     "all slots taken": (seen(busy=1), "waiting", "Waiting", "1 of 1 profiling Jobs are running"),
-    "nobody wants it": (seen(wanted=False), "idle", "Waiting", "no LLMService asks"),
+    "nobody wants it": (seen(wanted=False), "idle", "Waiting", "no LLMService needs"),
     "pod not there yet": (seen(jobs=jobs(None)), "running", "Measuring", "its pod isn't there yet"),
     "no pod for a long time": (
         seen(jobs=({**make_job(), "metadata": {**make_job()["metadata"], "creationTimestamp": timestamp(BEGIN)}},)),
@@ -547,6 +547,30 @@ async def test_a_measurement_nobody_wants_gives_its_gpu_back_and_goes_on_later()
     world.store.observe({**service, "metadata": {**service["metadata"], "uid": "another"}})
     await world.look()
     assert world.jobs() == ["opt-2"]
+
+
+@pytest.mark.parametrize(
+    ("rerun", "jobs"),
+    [
+        pytest.param(None, [], id="answered elsewhere"),
+        pytest.param("again", ["opt-1"], id="asked for again all the same"),
+    ],
+)
+async def test_what_another_complete_profile_answers_is_not_measured_on(rerun: str | None, jobs: list[str]) -> None:
+    world = World()
+    service = make_service()
+    service["spec"]["profiling"] = {"rerun": rerun} if rerun else {}
+    key = profile_key(parse_service(world.put(service)).spec).to_dict()
+    profile = make_profile(key=key, measurement={"rerun": rerun} if rerun else {})
+    profile["metadata"]["labels"] = {labels.MANAGED_BY: labels.PRODUCT}
+    world.put(profile)
+    await world.look()
+    assert world.jobs() == ["opt-1"]
+    complete = {"type": "Complete", "status": "True", "reason": "Imported", "message": "from Git"}
+    imported = make_profile("imported", {"conditions": [complete]}, key=key)
+    world.put(imported)
+    await world.look()
+    assert world.jobs() == jobs
 
 
 async def test_a_job_of_that_name_that_is_not_ours_is_left_alone() -> None:

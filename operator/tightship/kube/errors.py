@@ -7,7 +7,7 @@
     |   |-- NotFound            404: no such object, or no such kind
     |   |-- AlreadyExists       409 on create
     |   |-- Conflict            409 on a write that carried a resourceVersion, a uid or an unforced apply
-    |   |-- Invalid             400, 422: the object breaks the schema, or an admission rule
+    |   |-- Invalid             400, 422: the object breaks the schema, or an admission rule; so does an apply's 500 that says so
     |   |-- Forbidden           401, 403: RBAC, or an admission plug-in
     |   |   `-- NamespaceTerminating   nothing new can be made there, and everything in it goes away
     |   `-- Unavailable         429, 5xx: the server is busy or broken; later it may work
@@ -121,6 +121,9 @@ _BY_STATUS: dict[int, type[ApiError]] = {
     429: Unavailable,
 }
 
+_UNTYPED_PATCH = "failed to create typed patch object"
+"""How a server-side apply says that a field is not in the kind's schema; the status is 500, and the next try ends alike."""
+
 
 def from_response(what: str, status: int, body: Mapping[str, Any]) -> ApiError:
     """The exception for a failed response.
@@ -134,6 +137,8 @@ def from_response(what: str, status: int, body: Mapping[str, Any]) -> ApiError:
     kind = _BY_STATUS.get(status, Unavailable if status >= 500 else ApiError)
     if status == 422 and any(cause.get("field") == "metadata.uid" for cause in causes):
         kind = Conflict  # how an apply is told that another object has the name now
+    if status == 500 and message.startswith(_UNTYPED_PATCH):
+        kind = Invalid
     if status == 409 and reason == "AlreadyExists":
         kind = AlreadyExists
     if status == 403 and any(cause.get("reason") == "NamespaceTerminating" for cause in causes):

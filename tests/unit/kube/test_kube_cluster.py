@@ -248,6 +248,7 @@ async def test_every_request_is_counted_also_those_without_an_answer(api: FakeAp
         (401, {}, Forbidden),
         (429, {}, Unavailable),
         (500, {}, Unavailable),
+        (500, {"message": "failed to create typed patch object: .spec.x: field not declared in schema"}, Invalid),
         (503, {"message": "<html>"}, Unavailable),
     ],
 )

@@ -134,8 +134,15 @@ def _profile(service: LLMService, key: ProfileKey, store: Store) -> tuple[Object
         name = service.spec.profile_ref.name
         return store.get("BatchProfile", namespace, name), name
     found = [each for each in store.list("BatchProfile", namespace) if key_hash(each) == key.hash]
-    # What is complete comes first, then our own name: a profile from Git may have any name.
-    found.sort(key=lambda each: (not is_complete(each), each["metadata"]["name"] != own_name, each["metadata"]["name"]))
+    # What is complete comes first, then what tells how replicas share a GPU, then our own name: a profile from Git may have any.
+    found.sort(
+        key=lambda each: (
+            not is_complete(each),
+            not (each.get("status") or {}).get("memory"),
+            each["metadata"]["name"] != own_name,
+            each["metadata"]["name"],
+        )
+    )
     return (found[0], found[0]["metadata"]["name"]) if found else (None, own_name)
 
 

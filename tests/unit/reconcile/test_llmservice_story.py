@@ -413,6 +413,15 @@ async def test_a_profile_without_memory_gives_a_batch_and_no_packing() -> None:
     assert service(world)["status"]["recommendation"]["batch"] > 1
     assert condition(world, "Packed") == ("False", "SharingUnavailable")
 
+    assert "import a profile with `memory`" in message(world, "Packed")
+    imported = copy.deepcopy(world.all("BatchProfile")[0])
+    imported["metadata"] = {"name": "from-git", "namespace": NS}
+    complete(imported)
+    world.put(imported)
+    await world.run()
+    assert service(world)["status"]["profile"]["name"] == "from-git"
+    assert condition(world, "Packed") == ("True", "Placed")
+
 
 async def test_a_new_rerun_text_is_passed_on_to_the_profile() -> None:
     world = await make_ready()

@@ -124,11 +124,16 @@ def _run(args: argparse.Namespace) -> int:
             child = subprocess.Popen(command, env=sandbox.environment())
             while True:
                 try:
-                    return child.wait()
+                    return _exit_status(child.wait())
                 except KeyboardInterrupt:
                     child.send_signal(signal.SIGINT)
 
     return _guard(work)
+
+
+def _exit_status(code: int) -> int:
+    """What a shell would say of a command that ended so: 128 and the signal, where it died of one."""
+    return code if code >= 0 else 128 - code
 
 
 def _down(args: argparse.Namespace) -> int:

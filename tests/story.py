@@ -223,20 +223,24 @@ def answers(sandbox: Sandbox, service: str, model: str) -> bool:
 
 
 def check_settled(sandbox: Sandbox) -> None:
-    """What must hold of any settled cluster: no GPU held twice or for nothing, ledgers within memory, no orphans."""
+    """What must hold of any settled cluster: no GPU held twice or for nothing, and soon no orphans (they are collected, not deleted)."""
     gpacks = items(sandbox, "gpupacks")
     gpus = [pack["status"]["gpu"]["uuid"] for pack in gpacks if pack.get("status", {}).get("gpu", {}).get("uuid")]
     assert len(gpus) == len(set(gpus)), f"a GPU is held twice: {gpus}"
     for pack in gpacks:
-        assert sum(entry["replicas"] for entry in pack["spec"].get("assignments", [])), (
-            f"{pack['metadata']['name']} holds a GPU for nothing"
-        )
+        held_for = sum(entry["replicas"] for entry in pack["spec"].get("assignments", []))
+        assert held_for, f"{pack['metadata']['name']} holds a GPU for nothing"
     names = {pack["metadata"]["name"] for pack in gpacks}
-    for kind in ("pods", "sts"):
-        for obj in items(sandbox, kind, "-A", "-l", "tightship.dev/pack"):
-            assert obj["metadata"]["labels"]["tightship.dev/pack"] in names, (
-                f"orphaned {kind} {obj['metadata']['name']}"
-            )
+
+    def orphans() -> list[str]:
+        return [
+            f"{kind} {obj['metadata']['name']}"
+            for kind in ("pods", "sts")
+            for obj in items(sandbox, kind, "-A", "-l", "tightship.dev/pack")
+            if obj["metadata"]["labels"]["tightship.dev/pack"] not in names
+        ]
+
+    wait_until(sandbox, "nothing is left of packs that are gone", lambda: not orphans())
 
 
 def attached_pods(sandbox: Sandbox) -> set[str]:

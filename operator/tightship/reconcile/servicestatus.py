@@ -309,7 +309,7 @@ def _unapproved(view: View) -> Condition | None:
         return None
     decision = view.verdict.decision
     text = (
-        f"batch {decision.batch if decision else '?'} with {view.verdict.per_device} replicas per GPU is recommended; "
+        f"batch {decision.batch if decision else '?'} with {view.verdict.per_device} per GPU is recommended; "
         "set spec.autoApply to true to apply it"
     )
     return Condition(names.PACKED, "False", Reason.AWAITING_APPROVAL, text)
@@ -323,7 +323,7 @@ def _too_few_gpus(view: View) -> Condition | None:
     device = "cores" if short.device == "cpu" else f"{short.product} GPUs"
     text = (
         f"{missing} of {short.wanted} replicas have no place: they need {short.packs_needed * short.units_per_pack} more {device} "
-        f"({view.verdict.per_device} replicas to a pack of {short.units_per_pack}); of {short.total} that this service may use "
+        f"({view.verdict.per_device} to a pack of {short.units_per_pack}); of {short.total} that this service may use "
         f"{short.free} are free"
     )
     if short.memory_per_pack:

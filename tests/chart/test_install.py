@@ -73,7 +73,8 @@ class Cluster:
         return self.sandbox.kubectl("logs", "-n", NAMESPACE, "-l", selector, "--tail=-1", check=False)
 
     def metrics(self) -> str:
-        """What the operator shows Prometheus, through the metrics Service."""
+        """What the operator shows Prometheus, through the metrics Service; a probe that came late may have emptied it for a moment."""
+        self.wait_available(1)
         service = f"/api/v1/namespaces/{NAMESPACE}/services/{RELEASE}-metrics:http"
         return self.sandbox.kubectl("get", "--raw", f"{service}/proxy/metrics")
 

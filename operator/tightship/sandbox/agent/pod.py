@@ -245,6 +245,8 @@ class PodWorker:
             self._phase = "Failed" if failed else "Succeeded"
         for task in self._tasks:
             task.cancel()
+        # First the devices, then the word: who reads of the end may be given them at once.
+        self._host.stock.release(self.uid)
         await self._patch_status()
         metadata = self.pod["metadata"]
         body = {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}}

@@ -9,8 +9,6 @@ import yaml
 
 from tightship.api import crds
 from tightship.sandbox.agent.api import Api, ApiError, Object
-from tightship.sandbox.agent.netns import GATEWAY
-from tightship.sandbox.real import API_PORT
 from tightship.sandbox.settings import Settings
 
 SYSTEM_NAMESPACE = "tightship-system"
@@ -78,21 +76,15 @@ def _ready(node: Object) -> bool:
 
 
 async def _api_service(api: Api) -> None:
-    """The Service `kubernetes` of a control plane that does not keep its own."""
-    labels = {"component": "apiserver", "provider": "kubernetes"}
-    metadata = {"name": "kubernetes", "namespace": "default", "labels": labels}
-    port = {"name": "https", "port": 443, "protocol": "TCP", "targetPort": API_PORT}
-    spec = {"clusterIP": SERVICE_ADDRESS, "ports": [port]}
-    service = {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec}
-    subset = {"addresses": [{"ip": GATEWAY}], "ports": [{"name": "https", "port": API_PORT, "protocol": "TCP"}]}
-    endpoints = {"apiVersion": "v1", "kind": "Endpoints", "metadata": metadata, "subsets": [subset]}
-    try:
-        await api.get("/api/v1/namespaces/default/services/kubernetes")
-    except ApiError as error:
-        if error.status != 404:
-            raise
-        await _create(api, "/api/v1/namespaces/default/services", service)
-        await _create(api, "/api/v1/namespaces/default/endpoints", endpoints)
+    """Return when the Service `kubernetes` is there: each control plane makes its own, the real one a moment after it is ready."""
+    while True:
+        try:
+            await api.get("/api/v1/namespaces/default/services/kubernetes")
+            return
+        except ApiError as error:
+            if error.status != 404:
+                raise
+        await asyncio.sleep(0.2)
 
 
 async def _create(api: Api, path: str, body: Object) -> None:

@@ -158,7 +158,7 @@ def a_stateful_set_answers_behind_its_service(sandbox: Sandbox) -> None:
 def a_job_runs_and_its_end_is_told(sandbox: Sandbox) -> None:
     """Init containers run first and in order; exit codes, reasons and messages reach the status."""
     volume = {"name": "v", "emptyDir": {}}
-    mounts = [mount("v", "/work/deep/inside")]
+    mounts = [mount("v", "/data/deep/inside")]
     inits = [
         {
             "name": name,
@@ -169,7 +169,7 @@ def a_job_runs_and_its_end_is_told(sandbox: Sandbox) -> None:
         for name in ("first", "second")
     ]
     spec = make_pod(
-        "j", "cat /work/deep/inside/log", volumeMounts=mounts, pod__volumes=[volume], pod__initContainers=inits
+        "j", "cat /data/deep/inside/log", volumeMounts=mounts, pod__volumes=[volume], pod__initContainers=inits
     )
     job = {
         "apiVersion": "batch/v1",

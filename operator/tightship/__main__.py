@@ -14,7 +14,10 @@ from importlib import metadata
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("tightship.operator_main", "run the operator"),
-    "advise": ("tightship.advise", "decide batch and replicas from a BatchProfile manifest, without a cluster"),
+    "advise": (
+        "tightship.commands.advise",
+        "decide batch and replicas from a BatchProfile manifest, without a cluster",
+    ),
     "inject": ("tightship.inject", "copy what runs in engine images into a directory (used by init containers)"),
     "node": ("tightship.node.main", "hold a GPU and run MPS on it (used by holder pods)"),
     "sandbox": ("tightship.sandbox.cli", "a cluster on this machine, to try and to test the operator"),

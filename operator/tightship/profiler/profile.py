@@ -97,7 +97,7 @@ def make_job(profile: api.BatchProfile, model: str, device: Device, environ: Map
             kv_cache_bytes=explicit,
             environment=environment,
         ),
-        lengths=Lengths.constant(key.workload.input_tokens, key.workload.output_tokens),
+        lengths=Lengths.constant(key.workload.input_tokens or 1, key.workload.output_tokens or 1),
         budget=parse_duration(how.budget),
         objectives=tuple(points.objectives(how.objectives)),
         efficiency_floor=float(how.efficiency_floor),

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tightship.api.v1alpha1 import labels
-from tightship.api.v1alpha1.batchprofile import BatchProfile, KeyEngine, KeyModel, ProfileKey
-from tightship.api.v1alpha1.spec import AcceleratorSpec, Workload
+from tightship.api.v1alpha1.batchprofile import BatchProfile, KeyEngine, KeyModel, KeyWorkload, ProfileKey
+from tightship.api.v1alpha1.spec import AcceleratorSpec
 from tightship.api.v1alpha1.template import Resources
 from tightship.manifests.podparts import OperatorImage
 from tightship.manifests.profile_job import job_name, profile_job, profiler_access
@@ -46,7 +46,7 @@ def make_profile(
         model=KeyModel(source=source),
         engine=KeyEngine(image="vllm/vllm-openai:v0.33.0"),
         accelerator=accelerator,
-        workload=Workload(input_tokens=111, output_tokens=292),
+        workload=KeyWorkload(input_tokens=111, output_tokens=292),
         resources=Resources(),
     )
     metadata = {"name": name, "namespace": "team", "uid": "u-1"}

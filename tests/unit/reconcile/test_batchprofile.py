@@ -10,8 +10,8 @@ import pytest
 
 from fake_api import BEGIN, FakeApi, FakeClock
 from tightship.api.v1alpha1 import labels
-from tightship.api.v1alpha1.batchprofile import KeyEngine, KeyModel, Outcome, ProfileKey
-from tightship.api.v1alpha1.spec import AcceleratorSpec, Workload
+from tightship.api.v1alpha1.batchprofile import KeyEngine, KeyModel, KeyWorkload, Outcome, ProfileKey
+from tightship.api.v1alpha1.spec import AcceleratorSpec
 from tightship.api.v1alpha1.template import Resources
 from tightship.api.v1alpha1.validation import parse_service, profile_key
 from tightship.core.conditions import timestamp
@@ -41,7 +41,7 @@ def make_key(product: str = H100) -> dict[str, Any]:
         model=KeyModel(source="hf://facebook/opt-1.3b"),
         engine=KeyEngine(image="vllm/vllm-openai:v0.33.0"),
         accelerator=AcceleratorSpec(device="cuda", product=product),
-        workload=Workload(input_tokens=111, output_tokens=292),
+        workload=KeyWorkload(input_tokens=111, output_tokens=292),
         resources=Resources(),
     ).to_dict()
 

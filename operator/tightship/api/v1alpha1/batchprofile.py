@@ -26,7 +26,7 @@ from tightship.api.v1alpha1.common import (
     Text,
     list_map,
 )
-from tightship.api.v1alpha1.spec import AcceleratorSpec, ModelCache, Objective, Statistic, Workload
+from tightship.api.v1alpha1.spec import AcceleratorSpec, LengthsFrom, ModelCache, Objective, Statistic
 from tightship.api.v1alpha1.template import EnvVar, PodTemplate, Resources
 
 KIND = "BatchProfile"
@@ -63,6 +63,17 @@ class KeyEngine(Model):
     ] = Field(default_factory=list)
 
 
+class KeyWorkload(Model):
+    """The requests that were put on the engine: mean lengths, or the digest of a set of lengths."""
+
+    input_tokens: Annotated[int | None, Field(ge=1, description="Mean prompt length, in tokens.")] = None
+    output_tokens: Annotated[int | None, Field(ge=1, description="Mean completion length, in tokens.")] = None
+    lengths_digest: Annotated[
+        str | None,
+        Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the lengths' text: what is in it, not where it lies."),
+    ] = None
+
+
 class ProfileKey(Model):
     """All that a measurement depends on. No objective is in it: a changed objective costs no GPU time."""
 
@@ -70,7 +81,7 @@ class ProfileKey(Model):
     model: Annotated[KeyModel, Field(description="The model.")]
     engine: Annotated[KeyEngine, Field(description="The engine.")]
     accelerator: Annotated[AcceleratorSpec, Field(description="What it ran on.")]
-    workload: Annotated[Workload, Field(description="The requests.")]
+    workload: Annotated[KeyWorkload, Field(description="The requests.")]
     resources: Annotated[Resources, Field(description="CPU and memory of the engine's container.")] = Field(
         default_factory=Resources
     )
@@ -81,6 +92,24 @@ class ProfileKey(Model):
         unhashed = cls.model_construct(hash="", **parts)
         content = json.dumps(unhashed.to_dict() | {"hash": None}, sort_keys=True, separators=(",", ":"))
         return cls(hash=hashlib.sha256(content.encode()).hexdigest(), **parts)
+
+
+class Pair(Model):
+    """A batch, and how many replicas of it share one GPU."""
+
+    batch: Annotated[int, Field(ge=1, le=1_000_000, description="Requests in flight in each replica.")]
+    replicas: Annotated[int, Field(ge=1, le=48, description="Replicas on the GPU.")]
+
+
+class Extension(Model):
+    """Packing trials asked for after the measurement was done; the curve stays."""
+
+    request: Annotated[Text, Field(description="Any new text asks anew; the outcome names the one it answers.")]
+    pairs: Annotated[
+        list[Pair],
+        Field(min_length=1, max_length=16, description="What to try.", json_schema_extra=list_map("batch", "replicas")),
+    ]
+    budget: Annotated[Duration, Field(description="Time for these trials, from the first healthy engine.")] = "20m"
 
 
 class Measurement(Model):
@@ -101,11 +130,24 @@ class Measurement(Model):
     memory_reserve: Annotated[
         str, Field(max_length=32, pattern=RESERVE_PATTERN, description="Memory left free: a percentage or a quantity.")
     ] = "5%"
+    max_replicas_per_gpu: Annotated[
+        int, Field(alias="maxReplicasPerGPU", ge=1, le=48, description="Most replicas on one GPU that are tried.")
+    ] = 8
+    minimum_gain: Annotated[
+        Decimal, Field(description="Least gain of packing that is worth a trial: it places the trials.")
+    ] = "1.05"
+    lengths_from: Annotated[
+        LengthsFrom | None,
+        Field(description="Where the lengths are that the key has the digest of; the Job mounts them."),
+    ] = None
     cache: Annotated[ModelCache | None, Field(description="Where files fetched from a hub are kept.")] = None
     template: Annotated[PodTemplate, Field(description="What the Job's pod gets besides.")] = Field(
         default_factory=PodTemplate
     )
     rerun: Annotated[str | None, Field(max_length=128, description="Any new text measures again.")] = None
+    extend: Annotated[
+        Extension | None, Field(description="Packing trials to make beside those there are; the rest is kept.")
+    ] = None
 
 
 class Latency(Model):
@@ -149,6 +191,70 @@ class Point(Model):
     ] = Field(default_factory=list)
 
 
+class Trial(Model):
+    """What was measured with several replicas on one GPU, all loaded at once. Rates are of all of them together."""
+
+    batch: Annotated[int, Field(ge=1, le=1_000_000, description="Requests in flight in each replica.")]
+    replicas: Annotated[int, Field(ge=1, le=48, description="Replicas on the GPU.")]
+    running_mean: Annotated[
+        Decimal | None, Field(description="Mean number of requests that one replica ran at once.")
+    ] = None
+    requests_per_second: Annotated[Decimal | None, Field(description="Requests finished per second.")] = None
+    output_tokens_per_second: Annotated[Decimal | None, Field(description="Tokens generated per second.")] = None
+    total_tokens_per_second: Annotated[
+        Decimal | None, Field(description="Prompt and generated tokens per second: R T_R(B).")
+    ] = None
+    inter_token_latency: Annotated[Latency | None, Field(description="Time between tokens, weighed by tokens.")] = None
+    time_to_first_token: Annotated[Latency | None, Field(description="Time to the first token, without queueing.")] = (
+        None
+    )
+    requests: Annotated[int | None, Field(ge=0, description="Requests finished while measuring.")] = None
+    preemptions: Annotated[int | None, Field(ge=0, description="Requests preempted for want of KV cache.")] = None
+    gpu_utilization: Annotated[Decimal | None, Field(description="NVML utilization.gpu, 0 to 1.")] = None
+    memory_utilization: Annotated[Decimal | None, Field(description="NVML utilization.memory, 0 to 1.")] = None
+    memory: Annotated[Quantity | None, Field(description="Device memory that all engines took at the most.")] = None
+    kv_cache: Annotated[Quantity | None, Field(description="KV cache of each engine.")] = None
+    window: Annotated[Duration | None, Field(description="Length of the measured window.")] = None
+    half_width: Annotated[Decimal | None, Field(description="Half-width of the rate's 95 % interval, relative.")] = None
+    unresolved: Annotated[
+        list[Statistic],
+        Field(
+            max_length=5,
+            description="Statistics with too few engine steps behind them.",
+            json_schema_extra={"x-kubernetes-list-type": "set"},
+        ),
+    ] = Field(default_factory=list)
+    slowest: Annotated[
+        Decimal | None, Field(description="The slowest replica's rate over the mean of all: 1 where they share fairly.")
+    ] = None
+    message: Annotated[str | None, Field(max_length=1024, description="What is doubtful about it, in words.")] = None
+
+
+class Load(Model):
+    """What was put on the engine."""
+
+    basis: Annotated[
+        Literal["Means", "Lengths"], Field(description="Whether every request had the mean lengths, or one of a set.")
+    ]
+    requests: Annotated[int, Field(ge=1, description="Requests in the set.")] = 1
+    input_tokens: Annotated[Decimal | None, Field(description="Their mean prompt length, in tokens.")] = None
+    output_tokens: Annotated[Decimal | None, Field(description="Their mean completion length, in tokens.")] = None
+    seed: Annotated[int, Field(description="Seed of the random numbers: order, ages and token ids.")]
+    prefix_caching: Annotated[
+        Literal["Off"], Field(description="The engine's prefix cache is off while measuring, and in the replicas.")
+    ] = "Off"
+
+
+class Cost(Model):
+    """Device seconds by what they were spent on."""
+
+    starts: Annotated[Decimal, Field(description="Starting engines, the first one included.")] = "0"
+    sweep: Annotated[Decimal, Field(description="The sweep.")] = "0"
+    baseline: Annotated[Decimal, Field(description="The engine's default batch.")] = "0"
+    confirmation: Annotated[Decimal, Field(description="The confirmation run.")] = "0"
+    trials: Annotated[Decimal, Field(description="The packing trials.")] = "0"
+
+
 class ProfileGPU(Model):
     """What the engine ran on."""
 
@@ -181,8 +287,12 @@ class ProfileEngine(Model):
 class Progress(Model):
     """How far the measurement is."""
 
-    stage: Annotated[Literal["Starting", "Sweeping", "Confirming", "Done"], Field(description="What is being done.")]
+    stage: Annotated[
+        Literal["Starting", "Sweeping", "Baseline", "Confirming", "Trying", "Done"],
+        Field(description="What is being done."),
+    ]
     batch: Annotated[int | None, Field(description="The batch being measured.")] = None
+    replicas: Annotated[int | None, Field(description="The replicas it is measured with, in a trial.")] = None
     points: Annotated[int, Field(description="Points measured so far.")] = 0
     elapsed: Annotated[Duration | None, Field(description="Time since the first healthy engine.")] = None
     message: Annotated[str | None, Field(max_length=1024, description="The same in words.")] = None
@@ -209,6 +319,23 @@ class ProfileMemory(Model):
     ] = None
 
 
+class Arrivals(Model):
+    """How a replica did when requests arrived at random times (a Poisson process), as users' requests do."""
+
+    offered_requests_per_second: Annotated[Decimal, Field(description="Rate at which requests arrived.")]
+    requests_per_second: Annotated[Decimal | None, Field(description="Rate at which they were finished.")] = None
+    time_to_first_token: Annotated[Latency | None, Field(description="Time to the first token, queueing included.")] = (
+        None
+    )
+    inter_token_latency: Annotated[Latency | None, Field(description="Time between tokens, weighed by tokens.")] = None
+    requests: Annotated[int | None, Field(ge=0, description="Requests that arrived.")] = None
+    running_mean: Annotated[Decimal | None, Field(description="Mean number of requests the engine ran at once.")] = None
+    waiting_mean: Annotated[Decimal | None, Field(description="Mean number of requests that waited.")] = None
+    preemptions: Annotated[int | None, Field(ge=0, description="Requests preempted for want of KV cache.")] = None
+    window: Annotated[Duration | None, Field(description="How long requests arrived.")] = None
+    sustained: Annotated[bool | None, Field(description="Whether the engine kept up: its queue did not grow.")] = None
+
+
 class Confirmation(Model):
     """How the confirmation run compares with the sweep at the same batch."""
 
@@ -219,6 +346,12 @@ class Confirmation(Model):
     latency_ratio: Annotated[Decimal | None, Field(description="Mean time between tokens here over the sweep's.")] = (
         None
     )
+    arrivals: Annotated[
+        Arrivals | None, Field(description="Poisson arrivals at 80 % of the capacity, which a closed loop can't tell.")
+    ] = None
+    sustainable_requests_per_second: Annotated[
+        Decimal | None, Field(description="Requests per second that one replica sustains.")
+    ] = None
     agrees: Annotated[bool | None, Field(description="Whether both ratios are within their intervals plus 2 %.")] = None
     message: Annotated[str | None, Field(max_length=1024, description="What disagrees, in words.")] = None
 
@@ -237,6 +370,9 @@ class Outcome(Model):
         str | None, Field(max_length=LONG_TEXT, description="In words, with the engine's last words.")
     ] = None
     rerun: Annotated[Text | None, Field(description="The spec.measurement.rerun this outcome answers.")] = None
+    extend: Annotated[Text | None, Field(description="The spec.measurement.extend.request this outcome answers.")] = (
+        None
+    )
 
 
 class Measured(Model):
@@ -250,7 +386,23 @@ class Measured(Model):
     ] = Field(default_factory=list)
     memory: Annotated[ProfileMemory | None, Field(description="The memory ledger.")] = None
     confirmation: Annotated[Confirmation | None, Field(description="The confirmation run.")] = None
-    gpu_seconds: Annotated[Decimal | None, Field(description="GPU time the measurement took.")] = None
+    load: Annotated[Load | None, Field(description="What was put on the engine.")] = None
+    baseline: Annotated[
+        Point | None, Field(description="The engine as its user would have run it: its own default batch, saturated.")
+    ] = None
+    trials: Annotated[
+        list[Trial],
+        Field(
+            max_length=256,
+            description="Packings that were measured, in no order.",
+            json_schema_extra=list_map("batch", "replicas"),
+        ),
+    ] = Field(default_factory=list)
+    gpu_seconds: Annotated[
+        Decimal | None,
+        Field(description="GPU time the measurement took from the first healthy engine, all attempts together."),
+    ] = None
+    cost: Annotated[Cost | None, Field(description="GPU time by what it was spent on.")] = None
 
 
 class BatchProfileSpec(Model):

@@ -19,7 +19,17 @@ from tightship.api.v1alpha1.common import (
     Text,
     list_map,
 )
-from tightship.api.v1alpha1.spec import ACCELERATOR_RULES, SLO, AcceleratorSpec, EngineSpec, ModelSpec, Workload
+from tightship.api.v1alpha1.spec import (
+    ACCELERATOR_RULES,
+    SLO,
+    WORKLOAD_RULES,
+    AcceleratorSpec,
+    EngineSpec,
+    Metric,
+    ModelSpec,
+    Statistic,
+    Workload,
+)
 from tightship.api.v1alpha1.template import PodTemplate
 
 KIND = "LLMService"
@@ -47,6 +57,13 @@ class ProfilingSpec(Model):
         ),
     ] = "20m"
     rerun: Annotated[str | None, Field(max_length=128, description="Any new text measures again, on purpose.")] = None
+    extend: Annotated[
+        str | None,
+        Field(
+            max_length=128,
+            description="Any new text has the recommended packing tried, where it is only estimated, with this budget.",
+        ),
+    ] = None
 
 
 class PackingSpec(Model):
@@ -86,7 +103,7 @@ class LLMServiceSpec(Model):
     model: Annotated[ModelSpec, Field(description="Which model to serve.")]
     engine: Annotated[EngineSpec, Field(description="Which engine serves it.")]
     accelerator: Annotated[AcceleratorSpec, Field(description="What it runs on.", json_schema_extra=ACCELERATOR_RULES)]
-    workload: Annotated[Workload, Field(description="The requests it will see.")]
+    workload: Annotated[Workload, Field(description="The requests it will see.", json_schema_extra=WORKLOAD_RULES)]
     slo: Annotated[
         SLO,
         Field(description="The latency that must hold. Without objectives only the efficiency floor limits the batch."),
@@ -110,6 +127,36 @@ class LLMServiceSpec(Model):
     ] = Field(default_factory=PodTemplate)
 
 
+class LatencyFigure(Model):
+    """One latency beside the objective on it."""
+
+    metric: Annotated[Metric, Field(description="InterTokenLatency or TimeToFirstToken.")]
+    statistic: Annotated[Statistic, Field(description="The statistic of the objective.")]
+    value: Annotated[Duration | None, Field(description="What it comes to; absent where it was not measured.")] = None
+    max: Annotated[Duration, Field(description="The objective.")]
+
+
+class DefaultEngine(Model):
+    """The engine as its user would have run it, one replica to a GPU with its own default batch."""
+
+    batch: Annotated[int, Field(description="Its default max_num_seqs.")]
+    total_tokens_per_second: Annotated[Decimal | None, Field(description="Its tokens per second, saturated.")] = None
+    latencies: Annotated[
+        list[LatencyFigure], Field(max_length=2, description="Its latencies.", json_schema_extra=list_map("metric"))
+    ] = Field(default_factory=list)
+    meets_objectives: Annotated[bool | None, Field(description="Whether it meets the objectives.")] = None
+
+
+class Applied(Model):
+    """What is run until a better pair has been tried."""
+
+    batch: Annotated[int, Field(description="vLLM's max_num_seqs.")]
+    replicas_per_gpu: Annotated[int, Field(alias="replicasPerGPU", description="Replicas on one GPU.")]
+    kv_cache: Annotated[Quantity | None, Field(description="KV cache of one replica.")] = None
+    memory_per_replica: Annotated[Quantity | None, Field(description="GPU memory of one replica.")] = None
+    expected_gain: Annotated[Decimal | None, Field(description="Its gain over the best of one replica.")] = None
+
+
 class Recommendation(Model):
     """What the advisor decided, and why."""
 
@@ -126,6 +173,18 @@ class Recommendation(Model):
     basis: Annotated[
         Literal["Measured", "Estimated"], Field(description="Whether the packing was measured or predicted.")
     ]
+    tokens_per_second: Annotated[Decimal | None, Field(description="Tokens per second of one GPU.")] = None
+    latencies: Annotated[
+        list[LatencyFigure],
+        Field(max_length=2, description="Latencies, packed.", json_schema_extra=list_map("metric")),
+    ] = Field(default_factory=list)
+    default_engine: Annotated[
+        DefaultEngine | None, Field(description="The engine's own defaults beside it, measured in the same run.")
+    ] = None
+    applied: Annotated[
+        Applied | None,
+        Field(description="Where the recommendation is estimated: what runs until profiling.extend has had it tried."),
+    ] = None
     binding_limit: Annotated[
         Literal["SLO", "Efficiency", "Memory", "Sweep"], Field(description="What kept the batch from being larger.")
     ]

@@ -165,11 +165,42 @@ ACCELERATOR_RULES = validations(
 )
 
 
-class Workload(Model):
-    """Mean lengths of the requests that the service will see."""
+class ConfigMapKey(Model):
+    """One entry of a ConfigMap of the same namespace."""
 
-    input_tokens: Annotated[int, Field(ge=1, le=1_000_000, description="Mean prompt length, in tokens.")]
-    output_tokens: Annotated[int, Field(ge=2, le=1_000_000, description="Mean completion length, in tokens.")]
+    name: Annotated[Name, Field(description="The ConfigMap; it carries the label tightship.dev/lengths.")]
+    key: Annotated[Name, Field(description="The entry.")]
+
+
+class LengthsFrom(Model):
+    """Where the lengths of real requests are."""
+
+    config_map: Annotated[
+        ConfigMapKey,
+        Field(
+            description="Lines of `input,output` in tokens, JSON pairs, or ShareGPT-like conversations.",
+        ),
+    ]
+
+
+WORKLOAD_RULES = validations(
+    (
+        "has(self.lengthsFrom) ? !has(self.inputTokens) && !has(self.outputTokens) : has(self.inputTokens) && has(self.outputTokens)",
+        "a workload is either both inputTokens and outputTokens, the mean lengths, or lengthsFrom, the lengths themselves",
+    )
+)
+
+
+class Workload(Model):
+    """The requests that the service will see: their mean lengths, or the lengths themselves."""
+
+    input_tokens: Annotated[int | None, Field(ge=1, le=1_000_000, description="Mean prompt length, in tokens.")] = None
+    output_tokens: Annotated[
+        int | None, Field(ge=2, le=1_000_000, description="Mean completion length, in tokens.")
+    ] = None
+    lengths_from: Annotated[
+        LengthsFrom | None, Field(description="Lengths of real requests, instead of their means: better, where known.")
+    ] = None
 
 
 Metric = Literal["InterTokenLatency", "TimeToFirstToken"]

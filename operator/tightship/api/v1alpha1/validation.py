@@ -6,6 +6,7 @@ patterns (`spec.py`, `template.py`), so the two cannot drift apart.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from tightship.api import units
 from tightship.api.v1alpha1 import common
-from tightship.api.v1alpha1.batchprofile import KeyEngine, KeyModel, ProfileKey
+from tightship.api.v1alpha1.batchprofile import KeyEngine, KeyModel, KeyWorkload, ProfileKey
 from tightship.api.v1alpha1.llmservice import MAX_NAME_LENGTH, LLMService, LLMServiceSpec
 from tightship.api.v1alpha1.spec import (
     PARALLEL_ONE_PATTERN,
@@ -24,6 +25,7 @@ from tightship.api.v1alpha1.spec import (
     REFUSED_ARGS_RULE,
     SOURCE_RULE,
     AcceleratorSpec,
+    Workload,
 )
 from tightship.api.v1alpha1.template import RESERVED_ENV, TemplateSpec
 
@@ -66,6 +68,7 @@ def service_problems(service: LLMService) -> Iterator[str]:
     yield from _source_problems(spec.model.source)
     yield from engine_arg_problems(spec.engine.args)
     yield from _accelerator_problems(spec.accelerator)
+    yield from _workload_problems(spec.workload)
     yield from _env_problems(spec.template.spec)
     yield from _number_problems(spec)
     metrics = [objective.metric for objective in spec.slo.objectives]
@@ -108,6 +111,17 @@ def _accelerator_problems(accelerator: AcceleratorSpec) -> Iterator[str]:
             )
 
 
+def _workload_problems(workload: Workload) -> Iterator[str]:
+    means = [name for name in ("input_tokens", "output_tokens") if getattr(workload, name) is not None]
+    if workload.lengths_from is None and len(means) < 2:
+        yield (
+            "spec.workload: give both inputTokens and outputTokens, the mean lengths of your requests, or lengthsFrom, "
+            "the lengths themselves"
+        )
+    elif workload.lengths_from is not None and means:
+        yield "spec.workload: lengthsFrom holds the lengths themselves: leave inputTokens and outputTokens out beside it"
+
+
 def _env_problems(template: TemplateSpec) -> Iterator[str]:
     for variable in template.engine.env:
         if variable.name.startswith(RESERVED_ENV):
@@ -129,9 +143,23 @@ def _number_problems(spec: LLMServiceSpec) -> Iterator[str]:
             yield f"spec.slo.objectives: {objective.metric} max {objective.max} can't be met by any engine"
 
 
-def profile_key(spec: LLMServiceSpec) -> ProfileKey:
-    """What a measurement for this service depends on, hashed."""
-    engine = spec.template.spec.engine
+def lengths_digest(text: str) -> str:
+    """What the profile key holds of a set of lengths: the SHA-256 of its text, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def profile_key(spec: LLMServiceSpec, lengths: str | None = None) -> ProfileKey:
+    """What a measurement for this service depends on, hashed.
+
+    `lengths` is the text of the ConfigMap entry that `workload.lengthsFrom` names.
+
+    Raises:
+        ValueError: `lengthsFrom` is given and the text isn't.
+    """
+    engine, workload = spec.template.spec.engine, spec.workload
+    if workload.lengths_from is not None and lengths is None:
+        raise ValueError("the key of a workload with lengthsFrom needs the text of its lengths")
+    digest = lengths_digest(lengths) if workload.lengths_from is not None and lengths is not None else None
     return ProfileKey.of(
         model=KeyModel(source=spec.model.source, revision=spec.model.revision),
         engine=KeyEngine(
@@ -142,7 +170,9 @@ def profile_key(spec: LLMServiceSpec) -> ProfileKey:
             env_from=[_source_name(source) for source in engine.env_from],
         ),
         accelerator=spec.accelerator,
-        workload=spec.workload,
+        workload=KeyWorkload(
+            input_tokens=workload.input_tokens, output_tokens=workload.output_tokens, lengths_digest=digest
+        ),
         resources=engine.resources,
     )
 

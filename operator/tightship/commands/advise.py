@@ -10,13 +10,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
 from tightship.api.units import format_duration, format_quantity, parse_duration
+from tightship.commands.manifest import InputError, read_profile
 from tightship.core.advisor import Candidate, Recommendation
 from tightship.core.curve import Metric, Objective, Statistic
 from tightship.decide import (
@@ -31,11 +29,6 @@ from tightship.decide import (
 
 EXIT_USAGE = 2
 EXIT_INFEASIBLE = 3
-_KIND = "BatchProfile"
-
-
-class _InputError(ValueError):
-    """A file, or a question, that nothing can be decided from."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -106,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             memory_reserve=args.memory_reserve,
             max_replicas=args.max_replicas_per_gpu,
         )
-    except (_InputError, ProfileError) as error:
+    except (InputError, ProfileError) as error:
         print(f"tightship advise: {args.filename}: {error}", file=sys.stderr)
         return EXIT_USAGE
     try:
@@ -118,50 +111,6 @@ def run(args: argparse.Namespace) -> int:
         # The reader has what it wanted (`| head -1`). What is still buffered has nowhere to go, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if answer.feasible else EXIT_INFEASIBLE
-
-
-def read_profile(filename: str) -> Mapping[str, Any]:
-    """The one BatchProfile in a file of YAML or JSON documents, a `List` included; `-` is standard input.
-
-    Raises:
-        ValueError: the file can't be read, or holds none or several.
-    """
-    try:
-        text = sys.stdin.read() if filename == "-" else Path(filename).read_text(encoding="utf-8")
-        documents = list(yaml.safe_load_all(text))
-    except OSError as error:
-        raise _InputError(error.strerror or str(error)) from error
-    except UnicodeDecodeError as error:
-        raise _InputError("not a text file in UTF-8") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise _InputError(f"not YAML: {' '.join(str(error).split())}") from error
-    objects = list(_objects(documents))
-    profiles = [obj for obj in objects if obj.get("kind", _KIND) == _KIND]
-    if not profiles:
-        kinds = ", ".join(sorted({str(obj["kind"]) for obj in objects})) or "nothing"
-        raise _InputError(f"holds {kinds}, no {_KIND}")
-    if len(profiles) > 1:
-        names = ", ".join(_name(profile) for profile in profiles)
-        raise _InputError(f"holds {len(profiles)} {_KIND}s ({names}): give one at a time")
-    return profiles[0]
-
-
-def _objects(documents: list[Any]) -> Iterator[Mapping[str, Any]]:
-    for document in documents:
-        if document is None:
-            continue
-        if not isinstance(document, Mapping):
-            raise _InputError(f"a {_KIND} is a mapping, not {type(document).__name__}")
-        items = document.get("items")
-        if str(document.get("kind", "")).endswith("List") and isinstance(items, list):
-            yield from _objects(items)
-        else:
-            yield document
-
-
-def _name(profile: Mapping[str, Any]) -> str:
-    metadata = profile.get("metadata")
-    return str(metadata.get("name", "unnamed")) if isinstance(metadata, Mapping) else "unnamed"
 
 
 def _objectives(args: argparse.Namespace) -> list[Objective]:
@@ -322,7 +271,7 @@ def _replicas(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m tightship.advise`; returns the exit status."""
+    """`python -m tightship.commands.advise`; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="tightship advise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tightship import advise, decide
+from tightship import decide
 from tightship.api.v1alpha1.spec import Objective as ApiObjective
+from tightship.commands import advise
 
 GIB = 1 << 30
 ROWS = [(1, 381.4, 3.623, 0.865), (32, 5734.1, 7.51, 0.643), (96, 9032.8, 13.89, 0.575), (256, 10809.8, 29.27, 0.548)]
@@ -246,7 +247,7 @@ def test_a_missing_or_binary_file(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_it_runs_as_a_module(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tightship.advise", "-f", write(tmp_path, make_profile()), "--itl", "2ms"]
+    command = [sys.executable, "-m", "tightship.commands.advise", "-f", write(tmp_path, make_profile()), "--itl", "2ms"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == advise.EXIT_INFEASIBLE
     assert "no batch meets the SLO" in done.stdout
@@ -255,7 +256,15 @@ def test_it_runs_as_a_module(tmp_path: Path) -> None:
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "tightship.advise", "-f", write(tmp_path, make_profile()), "--itl", "15ms"]
+    command = [
+        sys.executable,
+        "-m",
+        "tightship.commands.advise",
+        "-f",
+        write(tmp_path, make_profile()),
+        "--itl",
+        "15ms",
+    ]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")

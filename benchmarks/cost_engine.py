@@ -1,0 +1,414 @@
+"""Cost and agreement on a real engine: one adaptive sweep against a restart of the engine for every batch.
+
+Two references, both of which start the engine anew for every batch and send a fixed number of prompts at once:
+
+- `paper`: the published procedure (arXiv:2503.08311), driven by the profiler's own client;
+- `vllm-sweep`: `vllm bench sweep serve` with `max_num_seqs` and `max_concurrency` linked.
+
+A finite run drains: with 200 prompts and batch 64 a quarter of its time has fewer than 64 requests in flight. So throughputs are compared
+over the time in which the engine was saturated, which this script reads from the engine's counters while the reference runs; the raw
+figure of the run stands beside it. Ours is `tightship profile`, the command, with packing trials left out (one replica).
+
+Prints a table, writes JSON, and says on which machine. Engines are bound to one core, load and API server to the others: without that
+the figures mean nothing. Needs an otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tightship.api.units import parse_duration
+from tightship.decide import decision_from_profile, objectives_from_api
+from tightship.api.v1alpha1.spec import Objective
+from tightship.profiler.lengths import Prompts
+from tightship.profiler.metrics import EngineSample, parse_sample
+from tightship.profiler.model import read_model
+from tightship.profiler.wire import Completion, HttpChannel
+
+VLLM_BENCH = Path(__file__).with_name("vllm_bench.py")
+SATURATED = 0.98
+SAMPLE_SECONDS = 0.25
+READY_SECONDS = 300.0
+
+
+@dataclass
+class Level:
+    """What one batch gave. Rates in total tokens (in and out) a second, times in seconds."""
+
+    batch: int
+    start: float
+    duration: float
+    raw: float
+    saturated: float | None
+    itl: float | None
+
+
+@dataclass
+class Watch:
+    """Reads an engine's counters while somebody else loads it."""
+
+    url: str
+    samples: list[EngineSample] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Watch]:
+        """Sample until the block ends."""
+        thread = threading.Thread(target=self._run, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._stop.set()
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            before = time.monotonic()
+            with contextlib.suppress(OSError, urllib.error.URLError):
+                text = urllib.request.urlopen(f"{self.url}/metrics", timeout=5).read().decode()
+                self.samples.append(parse_sample(text, at=(before + time.monotonic()) / 2))
+
+    def saturated_rate(self, batch: int) -> float | None:
+        """Generated tokens a second while at least 98 % of `batch` requests ran, from the first such moment to the last."""
+        full = [sample for sample in self.samples if sample.running >= SATURATED * batch]
+        if len(full) < 3:
+            return None
+        return (full[-1].generation_tokens - full[0].generation_tokens) / (full[-1].at - full[0].at)
+
+    def sessions(self) -> list[list[EngineSample]]:
+        """The samples by engine: a counter that falls is another engine's."""
+        found: list[list[EngineSample]] = []
+        for sample in self.samples:
+            if not found or sample.generation_tokens < found[-1][-1].generation_tokens:
+                found.append([])
+            found[-1].append(sample)
+        return found
+
+
+def server_command(options: argparse.Namespace, port: int, batch: int | None) -> list[str]:
+    """The engine's command line."""
+    bound = ["taskset", "-c", options.server_cores] if options.server_cores else []
+    command = [*bound, options.python, "-m", "vllm.entrypoints.openai.api_server", "--model", options.model]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(options.max_model_len)]
+    command += [*options.engine_arg, "--no-enable-prefix-caching"]
+    return command + (["--max-num-seqs", str(batch)] if batch else [])
+
+
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    """The engine's environment: bound to its cores, offline."""
+    return {
+        **os.environ,
+        "VLLM_CPU_OMP_THREADS_BIND": options.engine_cores,
+        "VLLM_CPU_KVCACHE_SPACE": str(options.kv_gib),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+
+
+@contextlib.contextmanager
+def served(options: argparse.Namespace, batch: int) -> Iterator[tuple[int, float]]:
+    """A healthy engine; yields its port and the seconds its start took."""
+    port = free_port()
+    began = time.monotonic()
+    with (options.work / f"engine-{batch}.log").open("w") as log:
+        process = subprocess.Popen(
+            server_command(options, port, batch),
+            env=environment(options),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        while not healthy(port):
+            if process.poll() is not None or time.monotonic() - began > READY_SECONDS:
+                raise SystemExit(f"the engine did not start: see {log.name}")
+            time.sleep(0.25)
+        yield port, time.monotonic() - began
+    finally:
+        stop(process)
+
+
+def healthy(port: int) -> bool:
+    """Whether the engine answers."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End an engine with all its processes."""
+    for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class _Timed:
+    """One request of the finite run."""
+
+    def __init__(self, done: asyncio.Future[None]) -> None:
+        self.done = done
+        self.first: float | None = None
+        self.last = 0.0
+        self.count = 0
+
+    def tokens(self, count: int) -> None:
+        self.last = time.monotonic()
+        self.first = self.first or self.last
+        self.count += count
+
+    def finished(self) -> None:
+        self.done.set_result(None)
+
+    def failed(self, reason: str, final: bool) -> None:
+        self.done.set_exception(RuntimeError(reason))
+
+
+async def finite_run(options: argparse.Namespace, port: int) -> tuple[float, float]:
+    """Send all prompts at once; the duration of the whole, and the mean time between tokens, in seconds."""
+    loop = asyncio.get_running_loop()
+    channel = HttpChannel("127.0.0.1", port, options.model)
+    prompts = Prompts(read_model(options.model, None, os.environ).vocabulary, seed=0)
+    began = time.monotonic()
+    answers = [_Timed(loop.create_future()) for _ in range(options.prompts)]
+    for answer in answers:
+        channel.submit(Completion(prompts.draw(options.input_tokens), options.output_tokens), answer)
+    await asyncio.gather(*(answer.done for answer in answers))
+    took = time.monotonic() - began
+    await channel.close()
+    waited = sum(answer.last - (answer.first or answer.last) for answer in answers)
+    return took, waited / sum(answer.count - 1 for answer in answers)
+
+
+def factor(options: argparse.Namespace) -> float:
+    """Total tokens over generated tokens."""
+    return 1 + float(options.input_tokens / options.output_tokens)
+
+
+def paper(options: argparse.Namespace) -> list[Level]:
+    """The published procedure: an engine for each batch, all prompts at once."""
+    levels = []
+    for batch in options.batches:
+        with served(options, batch) as (port, start), Watch(f"http://127.0.0.1:{port}").running() as watch:
+            took, itl = asyncio.run(finite_run(options, port))
+        raw = options.prompts * (options.input_tokens + options.output_tokens) / took
+        rate = watch.saturated_rate(min(batch, options.prompts))
+        levels.append(Level(batch, start, took, raw, rate and rate * factor(options), itl))
+        tell(f"paper: batch {batch}: {took:.0f} s, {raw:.0f} tokens/s raw")
+    return levels
+
+
+def vllm_sweep(options: argparse.Namespace) -> list[Level]:
+    """`vllm bench sweep serve`, an engine for each batch."""
+    port = free_port()
+    folder = options.work / "sweep"
+    folder.mkdir()
+    for name, key in (("serve", "max_num_seqs"), ("bench", "max_concurrency")):
+        (folder / f"{name}.json").write_text(json.dumps([{key: batch} for batch in options.batches]))
+    bench = [options.python, str(VLLM_BENCH), "serve", "--backend", "openai"]
+    bench += ["--model", options.model, "--endpoint", "/v1/completions", "--host", "127.0.0.1", "--port", str(port)]
+    bench += ["--dataset-name", "random", "--random-input-len", str(options.input_tokens)]
+    bench += ["--random-output-len", str(options.output_tokens), "--num-prompts", str(options.prompts), "--ignore-eos"]
+    command = [options.python, str(VLLM_BENCH), "sweep"]
+    command += ["--serve-cmd", shlex.join(server_command(options, port, None)), "--bench-cmd", shlex.join(bench)]
+    command += ["--serve-params", str(folder / "serve.json"), "--bench-params", str(folder / "bench.json")]
+    command += ["--link-vars", "max_num_seqs=max_concurrency", "--num-runs", "1", "--after-bench-cmd", "true"]
+    command += ["--output-dir", str(folder), "--experiment-name", "run"]
+    began = time.monotonic()
+    with Watch(f"http://127.0.0.1:{port}").running() as watch, (options.work / "sweep.log").open("w") as log:
+        done = subprocess.run(command, env=environment(options), stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise SystemExit(f"vllm bench sweep serve failed: see {options.work / 'sweep.log'}")
+    whole = time.monotonic() - began
+    results = [json.loads(path.read_text()) for path in sorted((folder / "run").glob("*/run=0.json"))]
+    results.sort(key=lambda each: each["max_concurrency"])
+    rates: dict[int, float] = {}
+    for session, batch in zip(watch.sessions(), options.batches, strict=False):
+        rate = Watch("", session).saturated_rate(batch)
+        if rate:
+            rates[batch] = rate * factor(options)
+    busy = sum(each["duration"] for each in results)
+    start = (whole - busy) / max(1, len(results))
+    return [
+        Level(
+            each["max_concurrency"],
+            start,
+            each["duration"],
+            each["total_token_throughput"],
+            rates.get(each["max_concurrency"]),
+            each["mean_itl_ms"] / 1000,
+        )
+        for each in results
+    ]
+
+
+def ours(options: argparse.Namespace, objective: str) -> tuple[dict[str, Any], float]:
+    """`tightship profile`; the profile and the seconds it took in all."""
+    output = options.work / "profile.yaml"
+    command = [*(["taskset", "-c", options.server_cores] if options.server_cores else [])]
+    command += [sys.executable, "-m", "tightship", "profile", "--model", options.model, "--python", options.python]
+    command += ["--device", "cpu", "--cores", str(options.cores), "--cores-per-replica", str(options.cores)]
+    command += ["--memory", options.memory, "--max-model-len", str(options.max_model_len)]
+    command += [f"--engine-arg={arg}" for arg in options.engine_arg]
+    command += ["--input-tokens", str(options.input_tokens), "--output-tokens", str(options.output_tokens)]
+    command += ["--itl", objective, "--max-replicas-per-gpu", "1", "--budget", "20m", "-o", str(output)]
+    began = time.monotonic()
+    subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True)
+    profile: dict[str, Any] = yaml.safe_load(output.read_text())
+    return profile, time.monotonic() - began
+
+
+def advised(profile: dict[str, Any], objective: str) -> int | None:
+    """The batch that the advisor takes from a profile."""
+    wanted = objectives_from_api([Objective(metric="InterTokenLatency", max=objective)])
+    return decision_from_profile(profile, wanted, max_replicas=1).batch
+
+
+def as_profile(levels: Sequence[Level]) -> dict[str, Any]:
+    """The reference's saturated levels as a profile, for the same advisor."""
+    points = [
+        {
+            "batch": level.batch,
+            "totalTokensPerSecond": f"{level.saturated or level.raw:.3f}",
+            "interTokenLatency": {"mean": f"{(level.itl or 0) * 1000:.4f}ms"},
+        }
+        for level in levels
+    ]
+    return {"status": {"points": points}}
+
+
+def report(options: argparse.Namespace, levels: list[Level], profile: dict[str, Any], whole: float) -> dict[str, Any]:
+    """Print the tables; return what goes into the JSON."""
+    results = profile["spec"]["results"]
+    points = {point["batch"]: point for point in results["points"]}
+    rows, deviations = [], []
+    for level in levels:
+        point = points.get(level.batch)
+        own = float(point["totalTokensPerSecond"]) if point else None
+        base = level.saturated or level.raw
+        deviation = own / base - 1 if own else None
+        deviations += [] if deviation is None or level.saturated is None else [abs(deviation)]
+        rows.append(
+            [
+                str(level.batch),
+                f"{level.raw:.0f}",
+                f"{level.saturated:.0f}" if level.saturated else "-",
+                f"{own:.0f}" if own else "-",
+                f"{deviation:+.1%}" if deviation is not None else "-",
+                f"{1000 * level.itl:.1f}" if level.itl else "-",
+                f"{1000 * parse_duration(point['interTokenLatency']['mean']):.1f}" if point else "-",
+                f"{level.duration:.0f}",
+            ]
+        )
+    heads = ["batch", "T raw", "T saturated", "T ours", "deviation", "ITL ms", "ITL ours", "seconds"]
+    table(heads, rows)
+    cost = results.get("cost") or {}
+    sweep = float(cost.get("sweep", results["gpuSeconds"]))
+    reference = sum(level.duration for level in levels)
+    starts = sum(level.start for level in levels)
+    own_start = float(cost.get("starts", 0)) or statistics.mean(level.start for level in levels)
+    summary = {
+        "reference": options.reference,
+        "reference seconds without starts": round(reference, 1),
+        "reference seconds with starts": round(reference + starts, 1),
+        "our sweep, seconds without starts": round(sweep, 1),
+        "our seconds in all, confirmation and baseline included": round(whole, 1),
+        "ratio without starts": round(reference / sweep, 1),
+        "ratio with starts": round((reference + starts) / (sweep + own_start), 1),
+        "largest deviation of T, saturated": f"{max(deviations, default=0.0):.1%}",
+        "batch advised from the reference": advised(as_profile(levels), options.itl),
+        "batch advised from ours": advised(profile, options.itl),
+        "objective": f"mean ITL {options.itl}",
+        "batches we measured": sorted(points),
+    }
+    table(["", ""], [[name, str(value)] for name, value in summary.items()])
+    return {"summary": summary, "levels": [vars(level) for level in levels], "results": results}
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns."""
+    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
+    for row in [heads, *rows] if any(heads) else rows:
+        print("  ".join(cell.rjust(width) if any(heads) else cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print(flush=True)
+
+
+def tell(text: str) -> None:
+    """Progress, beside the table."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", required=True, help="interpreter that has vLLM")
+    parser.add_argument("--model", required=True, help="model directory (scripts/make_small_llama.py writes one)")
+    parser.add_argument("--reference", choices=["paper", "vllm-sweep"], default="paper", help="default: %(default)s")
+    parser.add_argument("--batches", default="1,2,4,8,16,32,64", help="the reference's batches (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=200, help="prompts a batch (default: %(default)s)")
+    parser.add_argument("--input-tokens", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--output-tokens", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--max-model-len", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--engine-arg", action="append", default=["--dtype=bfloat16", "--enforce-eager"])
+    parser.add_argument("--engine-cores", default="1", help="cores of the engine's threads (default: %(default)s)")
+    parser.add_argument("--server-cores", default="", help="cores of all the rest, for taskset (default: not bound)")
+    parser.add_argument("--cores", type=int, default=2, help="cores of the device (default: %(default)s)")
+    parser.add_argument("--memory", default="8Gi", help="memory of the device (default: %(default)s)")
+    parser.add_argument("--kv-gib", type=int, default=2, help="KV cache of the reference's engines (default: %(default)s)")
+    parser.add_argument("--itl", default="60ms", help="the objective that batches are advised for (default: %(default)s)")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file")
+    options = parser.parse_args(argv)
+    options.batches = [int(batch) for batch in options.batches.split(",")]
+    return options
+
+
+def main() -> int:
+    """Run the reference, then ours, and compare."""
+    options = parse()
+    with tempfile.TemporaryDirectory(prefix="tightship-bench-") as work:
+        options.work = Path(work)
+        tell("ours: tightship profile")
+        profile, whole = ours(options, options.itl)
+        tell(f"reference: {options.reference}, {len(options.batches)} batches of {options.prompts} prompts")
+        levels = {"paper": paper, "vllm-sweep": vllm_sweep}[options.reference](options)
+        found = report(options, levels, profile, whole)
+    if options.output:
+        options.output.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

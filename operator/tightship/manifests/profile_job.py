@@ -232,14 +232,14 @@ def _lengths_volumes(profile: BatchProfile) -> list[dict[str, Any]]:
     if source is None:
         return []
     items = [{"key": source.config_map.key, "path": _LENGTHS_NAME}]
-    return [{"name": "lengths", "configMap": {"name": source.config_map.name, "items": items}}]
+    return [{"name": "tightship-lengths", "configMap": {"name": source.config_map.name, "items": items}}]
 
 
 def _lengths_mounts(profile: BatchProfile) -> list[dict[str, Any]]:
     """By subPath, so that it stays as it was at the start: the kubelet would put a later edition in its place while it is read."""
     if profile.spec.measurement.lengths_from is None:
         return []
-    return [{"name": "lengths", "mountPath": LENGTHS_FILE, "subPath": _LENGTHS_NAME, "readOnly": True}]
+    return [{"name": "tightship-lengths", "mountPath": LENGTHS_FILE, "subPath": _LENGTHS_NAME, "readOnly": True}]
 
 
 def _engine_container(profile: BatchProfile, room: int | None) -> dict[str, Any]:
@@ -309,6 +309,4 @@ def _times(amounts: Mapping[str, str], replicas: int) -> dict[str, str]:
 
 
 def _written(name: str, amount: int) -> str:
-    if name == "memory":
-        return units.format_quantity(amount)
-    return str(amount // 1000) if amount % 1000 == 0 else f"{amount}m"
+    return units.format_quantity(amount) if name == "memory" else units.format_cpu(amount)

@@ -464,9 +464,14 @@ def _job_failed(seen: Observed, message: str) -> Decision:
     rerun = seen.profile.spec.measurement.rerun if seen.profile else None
     measured = _measured(seen)
     if seen.extending and seen.extend is not None and measured is not None:
-        state = "BudgetExceeded" if measured.reason == Reason.BUDGET_EXCEEDED else "Completed"
         said = _no_trials(seen, message)[:8000]
-        outcome = Outcome(state=state, reason=Reason.JOB_FAILED, message=said, rerun=rerun, extend=seen.extend.request)
+        outcome = Outcome(
+            state="BudgetExceeded" if measured.reason == Reason.BUDGET_EXCEEDED else "Completed",
+            reason=Reason.JOB_FAILED,
+            message=said,
+            rerun=rerun,
+            extend=seen.extend.request,
+        )
         return _measured(replace(seen, outcome=outcome)) or measured
     outcome = Outcome(state="Failed", reason=Reason.JOB_FAILED, message=message[:8000], rerun=rerun)
     return Decision("failed", Reason.JOB_FAILED, _final(message), outcome=outcome)

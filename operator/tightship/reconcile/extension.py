@@ -44,29 +44,21 @@ def request(verdict: Verdict) -> Extension | None:
 
 
 def words(verdict: Verdict) -> str | None:
-    """What the reader of an estimated packing must know: what runs meanwhile, and what it waits for."""
-    service, profile, decision = verdict.service, verdict.profile, verdict.decision
-    pair = untried(verdict)
-    if pair is None or service is None or profile is None or decision is None or decision.applied is None:
+    """How it stands with the trial of a packing that is only estimated; None where nobody asked for it."""
+    service, profile, pair = verdict.service, verdict.profile, untried(verdict)
+    if pair is None or service is None or profile is None:
         return None
-    applied = decision.applied
-    meanwhile = (
-        "" if applied == decision.chosen else f"batch {applied.batch} with {applied.replicas} per GPU runs meanwhile; "
-    )
-    tried = f"batch {pair.batch} with {pair.replicas} per GPU is estimated"
     if is_imported(profile):
-        how = (
-            f"BatchProfile {verdict.profile_name} was imported (spec.results), so nothing can be tried for it: import it with `trials`, "
-            "or delete it to have this manifest measured here"
+        return (
+            f"BatchProfile {verdict.profile_name} was imported (spec.results), so profiling.extend can't have anything tried: import it "
+            "with `trials`, or delete it to have this manifest measured here"
         )
-    elif asked := pending(profile):
+    if asked := pending(profile):
         mine = asked.startswith(f"{service.metadata.name}/")
-        how = f"{'its trial' if mine else f'the trial that {asked} asked for'} is under way"
-    elif _dealt_with(profile, service.metadata.name) is not None:
-        how = "give spec.profiling.extend another text to have it tried (the last one was answered)"
-    else:
-        how = "give spec.profiling.extend any text to have it tried"
-    return f"{tried}; {meanwhile}{how}"
+        return "its trial is under way" if mine else f"the trials that {asked} asked for are under way"
+    if service.spec.profiling.extend is not None and not is_due(verdict):
+        return f"profiling.extend {service.spec.profiling.extend!r} was answered: another text has it tried"
+    return None
 
 
 def _dealt_with(profile: Object, service: str) -> str | None:

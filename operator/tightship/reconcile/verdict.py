@@ -49,18 +49,21 @@ class Verdict:
 
     @property
     def shape(self) -> Shape | None:
-        """What every replica should run with; None where there is no answer, or memory was not measured."""
+        """What every replica should run with: what was measured as it would run, never a packing that is only estimated.
+
+        None where there is no answer, or memory was not measured.
+        """
         decision = self.decision
-        if self.problems or decision is None or not decision.feasible or decision.batch is None:
+        if self.problems or decision is None or decision.applied is None or self.profile_name is None:
             return None
-        if decision.kv_cache is None or decision.memory_per_replica is None or self.profile_name is None:
+        if decision.applied_kv_cache is None or decision.applied_memory is None:
             return None
-        return Shape(self.profile_name, decision.batch, decision.kv_cache, decision.memory_per_replica)
+        return Shape(self.profile_name, decision.applied.batch, decision.applied_kv_cache, decision.applied_memory)
 
     @property
     def per_device(self) -> int:
-        """Replicas on one GPU or CPU set; 0 where there is no answer."""
-        return (self.decision.replicas or 0) if self.decision else 0
+        """Replicas that may share one GPU or CPU set now; 0 where there is no answer."""
+        return self.decision.applied.replicas if self.decision and self.decision.applied else 0
 
     def matches(self, assignment: Assignment, store: Store) -> bool:
         """Whether the profile behind an assignment is complete and of this service's key.

@@ -229,7 +229,7 @@ SITUATIONS: dict[str, tuple[Observed, str, str, str]] = {
         "JobFailed",
         "exit status 1 (restart 0): no such module: httpx",
     ),
-    "took too long": (seen(jobs=jobs("Failed"), pods=(TOO_LATE,)), "failed", "JobFailed", "not done after 8400 s"),
+    "took too long": (seen(jobs=jobs("Failed"), pods=(TOO_LATE,)), "failed", "JobFailed", "not done after 13200 s"),
     "ended without a word": (seen(jobs=jobs("Complete")), "failed", "JobFailed", "reported no outcome"),
     "measured anew": (
         seen(superseded=jobs(None)),

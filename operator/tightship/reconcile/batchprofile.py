@@ -364,10 +364,13 @@ def _measured(seen: Observed) -> Decision | None:
         return None
     if outcome is None:
         return Decision("complete", was["reason"], was["message"])
-    if seen.extend is None or outcome.extend != seen.extend.request:
+    if outcome.extend is None:
         return None
     return Decision(
-        "complete", was["reason"], f"{points} points measured; {_no_trials(seen, outcome.message)}", outcome=own
+        "complete",
+        was["reason"],
+        f"{points} points measured; {_no_trials(outcome.extend, outcome.message)}",
+        outcome=own,
     )
 
 
@@ -379,8 +382,7 @@ def _asked_again(seen: Observed) -> bool:
     return (told is not None and told.rerun != rerun) or any(_rerun_of(job) != rerun for job in seen.superseded)
 
 
-def _no_trials(seen: Observed, message: str | None) -> str:
-    request = seen.extend.request if seen.extend else ""
+def _no_trials(request: str, message: str | None) -> str:
     return f"the trials that {request} asked for failed: {message or 'no message'} (a new text in profiling.extend tries again)"
 
 
@@ -464,7 +466,7 @@ def _job_failed(seen: Observed, message: str) -> Decision:
     rerun = seen.profile.spec.measurement.rerun if seen.profile else None
     measured = _measured(seen)
     if seen.extending and seen.extend is not None and measured is not None:
-        said = _no_trials(seen, message)[:8000]
+        said = _no_trials(seen.extend.request, message)[:8000]
         outcome = Outcome(
             state="BudgetExceeded" if measured.reason == Reason.BUDGET_EXCEEDED else "Completed",
             reason=Reason.JOB_FAILED,

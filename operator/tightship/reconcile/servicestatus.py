@@ -410,8 +410,11 @@ def _packed(view: View) -> Condition:
     text = f"{view.assigned} replicas on {packs} packs"
     if view.packs:
         text += " (" + ", ".join(f"{pack.metadata.name}: {assigned_to(pack, view.uid)}" for pack in view.packs) + ")"
-    decision = view.verdict.decision
-    if decision is None or view.verdict.per_device != 1:
+    decision, most = view.verdict.decision, view.verdict.per_device
+    needed = -(-view.assigned // most) if most else packs
+    if packs > needed:
+        text += f"; {most} fit on each, so {needed} would do: replicas that serve are not moved, `kubectl scale` to {needed} and back packs them"
+    if decision is None or most != 1:
         return Condition(names.PACKED, "True", Reason.PLACED, text)
     if decision.applied != decision.chosen:
         more = f"one replica on each until batch {decision.batch} with {decision.replicas} per GPU has been tried (profiling.extend)"

@@ -323,7 +323,7 @@ def _in_vain(seen: Observed) -> str:
     """What is asked of an imported profile that no measurement will answer."""
     measurement = seen.profile.spec.measurement if seen.profile else None
     asked = [name for name in ("rerun", "extend") if measurement is not None and getattr(measurement, name) is not None]
-    return f", whatever measurement.{' and measurement.'.join(asked)} asks for" if asked else ""
+    return f", whatever is in measurement.{' and measurement.'.join(asked)}" if asked else ""
 
 
 def _superseded(seen: Observed) -> Decision | None:

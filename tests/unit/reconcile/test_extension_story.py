@@ -112,8 +112,10 @@ async def test_a_text_has_it_tried_while_the_service_serves_and_then_it_is_packe
     await world.run(rounds=40)
     assert of_profile(world, "Progressing") == ("False", "Completed")
     advice = recommendation(world)
-    assert (advice["basis"], advice["tokensPerSecond"]) == ("Measured", "12100.0")
-    assert advice["latencies"] == [{"metric": "InterTokenLatency", "statistic": "mean", "value": "19ms", "max": "30ms"}]
+    assert (advice["basis"], advice["tokensPerSecond"]) == ("Measured", "12313.9")
+    assert advice["latencies"] == [
+        {"metric": "InterTokenLatency", "statistic": "mean", "value": "18.98ms", "max": "30ms"}
+    ]
     assert "applied" not in advice
     assert per_pack(world) == {(96, 1)}
     assert "2 fit on each, so 2 would do" in told(world, "Packed")[2]
@@ -296,7 +298,9 @@ async def test_two_services_of_one_key_applied_together_share_one_job() -> None:
 async def test_what_is_asked_of_an_imported_profile_is_answered_in_words() -> None:
     world = World(profiling=True)
     service = make_service(profiling={"extend": "please", "rerun": "again"})
-    world.put(make_profile(service))
+    imported = make_profile(service)
+    del imported["spec"]["results"]["trials"]
+    world.put(imported)
     world.put(service)
     await world.run(rounds=20)
     assert world.all("Job") == []

@@ -159,6 +159,16 @@ def baseline_from_profile(profile: Mapping[str, Any]) -> Point | None:
     return _point(row, _throughput_field(_rows(measured, "points", where), where), f"{where}.baseline")
 
 
+def counts_prompt_tokens(profile: Mapping[str, Any]) -> bool:
+    """Whether the rates of what `curve_from_profile` gives are of prompt and generated tokens, not of generated ones alone.
+
+    Raises:
+        ProfileError: there is no curve.
+    """
+    measured, where = measurement(profile)
+    return _throughput_field(_rows(measured, "points", where), where) == _RATES[0]
+
+
 def has_dedicated_cores(profile: Mapping[str, Any]) -> bool:
     """Whether replicas of what was measured have cores of their own (device `cpu`) instead of sharing a GPU."""
     return _mapping(profile, "spec", "key", "accelerator").get("device") == "cpu"

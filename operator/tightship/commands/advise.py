@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from tightship.api.units import format_duration, format_quantity, parse_duration
 from tightship.commands.manifest import InputError, read_profile
+from tightship.commands.output import columns, show
 from tightship.core.advisor import Basis, Candidate, Recommendation
 from tightship.core.curve import Metric, Objective, Statistic
 from tightship.decide import (
@@ -102,14 +102,10 @@ def run(args: argparse.Namespace) -> int:
     except (InputError, ProfileError) as error:
         print(f"tightship advise: {args.filename}: {error}", file=sys.stderr)
         return EXIT_USAGE
-    try:
-        if args.output == "json":
-            print(json.dumps(to_json(answer, explain=args.explain), indent=2), flush=True)
-        else:
-            print("\n".join(to_table(answer, explain=args.explain)), flush=True)
-    except BrokenPipeError:
-        # The reader has what it wanted (`| head -1`). What is still buffered has nowhere to go, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if args.output == "json":
+        show([json.dumps(to_json(answer, explain=args.explain), indent=2)])
+    else:
+        show(to_table(answer, explain=args.explain))
     return 0 if answer.feasible else EXIT_INFEASIBLE
 
 
@@ -235,15 +231,15 @@ def to_table(answer: Recommendation, *, explain: bool = False) -> Iterator[str]:
             ("GAIN", "" if answer.expected_gain is None else f"{answer.expected_gain:.2f}"),
             ("BASIS", answer.basis.value),
         ]
-        yield from _columns([[head for head, _ in rows], [cell for _, cell in rows]])
+        yield from columns([[head for head, _ in rows], [cell for _, cell in rows]])
         yield ""
     yield answer.message
     for note in answer.notes:
         yield f"note: {note}"
     if explain:
         yield ""
-        rows = [_explain_row(answer, candidate) for candidate in answer.candidates]
-        yield from _columns([_explain_head(answer), *rows, *_baseline_rows(answer)])
+        pairs = [_explain_row(answer, candidate) for candidate in answer.candidates]
+        yield from columns([_explain_head(answer), *pairs, *_baseline_rows(answer)])
 
 
 def _explain_head(answer: Recommendation) -> list[str]:
@@ -276,12 +272,6 @@ def _baseline_rows(answer: Recommendation) -> Iterator[list[str]]:
 
 def _short(latency: float | None) -> str:
     return "" if latency is None else format_duration(float(f"{latency:.4g}"))
-
-
-def _columns(rows: list[list[str]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        yield "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _size(amount: int | None) -> str | None:

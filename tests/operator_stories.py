@@ -234,6 +234,36 @@ def a_job_that_is_not_ours_is_left_alone(sandbox: Sandbox, log: Path) -> None:
         assert operator.stop() == 0
 
 
+def lengths_are_read_from_a_config_map_with_the_label(sandbox: Sandbox, log: Path) -> None:
+    """The label may come, go and come again: the watch is by label, and says DELETED of what only lost it."""
+    service = make_service(
+        "lengths", workload={"lengthsFrom": {"configMap": {"name": "chat", "key": "lengths.csv"}}}, replicas=0
+    )
+
+    def accepted(*wanted: str) -> None:
+        def now() -> tuple[str, str]:
+            found = get(sandbox, "llm", "lengths").get("status", {}).get("conditions", [])
+            return next(((each["status"], each["reason"]) for each in found if each["type"] == "Accepted"), ("", ""))
+
+        eventually(lambda: now() == wanted, lambda: f"Accepted is {now()}, not {wanted}\n{operator.log[-3000:]}")
+
+    with running(sandbox, log) as operator:
+        until_at_rest(operator)
+        create(
+            sandbox,
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "chat"}, "data": {"lengths.csv": "1,2"}},
+        )
+        create(sandbox, service)
+        accepted("False", "InvalidSpec")
+        for _ in range(2):
+            sandbox.kubectl("label", "configmap", "chat", "tightship.dev/lengths=")
+            accepted("False", "UnsupportedAccelerator")  # read: what is missing now is a node
+            sandbox.kubectl("label", "configmap", "chat", "tightship.dev/lengths-")
+            accepted("False", "InvalidSpec")
+        sandbox.kubectl("delete", "llm/lengths", "configmap/chat")
+        assert operator.stop() == 0
+
+
 def a_namespace_goes_away_with_everything_in_it(sandbox: Sandbox, log: Path) -> None:
     with running(sandbox, log) as operator:
         until_at_rest(operator)
@@ -275,6 +305,7 @@ STORIES = (
     one_leads_and_another_takes_over,
     losing_the_lease_ends_the_process,
     a_job_that_is_not_ours_is_left_alone,
+    lengths_are_read_from_a_config_map_with_the_label,
     a_namespace_goes_away_with_everything_in_it,
     it_waits_for_its_kinds_and_says_so,
 )

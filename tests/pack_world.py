@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -17,9 +17,9 @@ from tightship.api.v1alpha1 import labels
 from tightship.core.conditions import timestamp
 from tightship.kube.cluster import Cluster
 from tightship.kube.events import Events
-from tightship.kube.kinds import KINDS, WATCHED, Ref
+from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL, Ref
 from tightship.kube.store import Store
-from tightship.reconcile import gpupack, llmservice, placement
+from tightship.reconcile import batchprofile, gpupack, llmservice, placement
 from tightship.reconcile.context import Context, Settings
 from tightship.reconcile.queue import PLACEMENT, Key, Queue, Result
 from tightship.reconcile.routing import keys_for
@@ -39,7 +39,7 @@ class Api(FakeApi):
 
     def __init__(self) -> None:
         super().__init__()
-        self.applied: dict[str, Any] = {}
+        self.parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
         self.refuses: Callable[[dict[str, Any]], str | None] = lambda pod: None
 
     def _post(self, path: str, query: Any, body: Any, content_type: str) -> tuple[int, dict[str, Any]]:
@@ -65,7 +65,21 @@ class Api(FakeApi):
                 live["spec"] = spec
                 live["metadata"] = {**live["metadata"], **{k: v for k, v in body["metadata"].items() if k != "uid"}}
                 return 200, self.objects[path] if live == self.objects[path] else self._store(path, live)
+        if (
+            content_type.startswith("application/apply-patch")
+            and "/batchprofiles/" in path
+            and path.endswith("/status")
+        ):
+            return 200, self.apply_part(path.removesuffix("/status"), 0, body["status"])
         return super()._patch(path, query, body, content_type)
+
+    def apply_part(self, place: str, who: int, part: dict[str, Any]) -> dict[str, Any]:
+        """A profile's status has two managers, the operator (0) and the profiler (1): what one leaves out and the other has stays."""
+        parts = list(self.parts.get(place, ({}, {})))
+        parts[who] = part
+        self.parts[place] = (parts[0], parts[1])
+        status, live = parts[1 - who] | parts[who], self.objects[place]
+        return live if live.get("status") == status else self._store(place, copy.deepcopy(live) | {"status": status})
 
     def _store(self, path: str, obj: dict[str, Any]) -> dict[str, Any]:
         old = self.objects.get(path)
@@ -96,10 +110,16 @@ class TickingClock(FakeClock):
 class World:
     """One cluster and one operator. `gpus` are GPUs per node; `started` decides which pods become ready.
 
+    With `profiling` measurements are reconciled too: Jobs are made, and `report` plays their profiler. Without, a story writes what
+    a profile says itself (`complete`).
+
     `api.refuses` is admission: a function of a pod that says why it is not taken, or None.
     """
 
-    def __init__(self, gpus: tuple[int, ...] = (2, 2), cores: int = 8, product: str = PRODUCT) -> None:
+    def __init__(
+        self, gpus: tuple[int, ...] = (2, 2), cores: int = 8, product: str = PRODUCT, *, profiling: bool = False
+    ) -> None:
+        self.reconcilers = RECONCILERS | ({"BatchProfile": batchprofile.reconcile} if profiling else {})
         self.api, self.clock = Api(), TickingClock()
         self.queue = Queue(self.clock)
         self.store = Store(self._changed)
@@ -133,6 +153,11 @@ class World:
         self.api._store(path, obj)
         self.watch()
 
+    def report(self, name: str, told: dict[str, Any]) -> None:
+        """The profiler writes its part of a profile's status."""
+        self.api.apply_part(KINDS["BatchProfile"].path("default", name), 1, told)
+        self.watch()
+
     def remove(self, kind: str, namespace: str, name: str) -> None:
         del self.api.objects[KINDS[kind].path(namespace, name)]
         self.watch()
@@ -156,14 +181,15 @@ class World:
     def watch(self) -> None:
         """Deliver every change to the store, as the watches would."""
         for kind in WATCHED:
-            here = {(obj["metadata"].get("namespace", ""), obj["metadata"]["name"]): obj for obj in self.all(kind)}
+            everything = {obj["metadata"]["uid"]: obj for obj in self.all(kind)}
+            here = {uid: obj for uid, obj in everything.items() if _carries(obj, WATCHED_BY_LABEL.get(kind))}
             for shown in self.store.list(kind):
-                key = (shown["metadata"].get("namespace", ""), shown["metadata"]["name"])
-                if key not in here or here[key]["metadata"]["uid"] != shown["metadata"]["uid"]:
-                    self.store.forget(shown)
+                uid = shown["metadata"]["uid"]
+                if uid not in here:
+                    # Of what only lost its label the watch says DELETED too, with the version in which it did.
+                    self.store.forget(shown, everything.get(uid, {}).get("metadata", {}).get("resourceVersion"))
             for obj in here.values():
-                if kind in ("LLMService", "BatchProfile", "GPUPack", "Node") or _ours(obj):
-                    self.store.observe(copy.deepcopy(obj))
+                self.store.observe(copy.deepcopy(obj))
 
     async def settle(self) -> None:
         """Run reconcilers until nothing is due; a loop that never ends is an error."""
@@ -173,7 +199,7 @@ class World:
                 return
             key = await self.queue.get()
             self.watched((key.kind, key.name))
-            result = await RECONCILERS[key.kind](self.ctx, key) if key.kind in RECONCILERS else Result()
+            result = await self.reconcilers[key.kind](self.ctx, key) if key.kind in self.reconcilers else Result()
             self.queue.done(key, requeue_after=result.requeue_after)
         raise AssertionError("the reconcilers never came to rest")
 
@@ -189,7 +215,7 @@ class World:
 
     async def look_at_everything(self) -> None:
         """A resync: every object is looked at once more."""
-        for kind in ("LLMService", "GPUPack"):
+        for kind in sorted(set(self.reconcilers) - {"Placement"}):
             for each in self.all(kind):
                 self.queue.add(Key(kind, each["metadata"].get("namespace", ""), each["metadata"]["name"]))
         self.queue.add(PLACEMENT)
@@ -328,14 +354,63 @@ def make_node(name: str, gpus: int, cores: int = 8, product: str = PRODUCT) -> d
     }
 
 
-def complete(profile: dict[str, Any], *, replica: str = "20Gi", points: list[dict[str, Any]] | None = None) -> None:
+def trial(batch: int, replicas: int, rate: float, itl: float) -> dict[str, Any]:
+    """A packing that was measured: total tokens per second, and mean inter-token latency in ms."""
+    return {
+        "batch": batch,
+        "replicas": replicas,
+        "totalTokensPerSecond": str(rate),
+        "interTokenLatency": {"mean": f"{itl}ms"},
+        "requests": 2000,
+        "preemptions": 0,
+    }
+
+
+TRIALS = (trial(96, 2, 12313.9, 18.98), trial(256, 2, 14669.5, 37.07))
+"""Two replicas of OPT-1.3B on one H100, of the same source as the curve (arXiv:2503.08311)."""
+
+
+def complete(
+    profile: dict[str, Any],
+    *,
+    replica: str = "20Gi",
+    points: list[dict[str, Any]] | None = None,
+    trials: Iterable[dict[str, Any]] = TRIALS,
+) -> None:
     """What profiler and BatchProfile reconciler leave behind after a measurement."""
+    # From mean lengths the context is worked out; from the lengths themselves the profiler does it.
+    known = {} if "inputTokens" in profile["spec"]["key"]["workload"] else {"contextMean": "403", "contextStd": "330"}
     profile["status"] = {
+        "trials": list(trials),
         "points": points or curve(),
         "gpu": {"product": PRODUCT, "memory": "80Gi"},
         "engine": {"maxNumBatchedTokens": 8192, "captureSizes": [1, 2, 4, 8], "blockSize": 16, "maxModelLen": 2048},
-        "memory": {"confirmedBatch": 96, "kvCacheTokens": 60000, "kvCache": "10Gi", "replica": replica},
+        "memory": {"confirmedBatch": 96, "kvCacheTokens": 60000, "kvCache": "10Gi", "replica": replica, **known},
         "conditions": [{"type": "Complete", "status": "True", "reason": "Completed", "message": "6 points"}],
+    }
+
+
+def measured(profile: Mapping[str, Any], *, answers: bool = True, **found: Any) -> dict[str, Any]:
+    """What the profiler writes: what it found and, unless it is still at work, the outcome for what the profile asks now."""
+    written = {"spec": profile["spec"]}
+    complete(written, **found)
+    told: dict[str, Any] = written["status"]
+    del told["conditions"]
+    measurement = profile["spec"].get("measurement") or {}
+    outcome = {"state": "Completed", "message": "T no longer rises", "rerun": measurement.get("rerun")}
+    outcome["extend"] = (measurement.get("extend") or {}).get("request")
+    if answers:
+        told["outcome"] = {name: value for name, value in outcome.items() if value is not None}
+    return told
+
+
+def make_lengths(text: str = "111,292\n", name: str = "chat", *, labelled: bool = True, **data: str) -> dict[str, Any]:
+    """A ConfigMap with lengths in the entry `lengths.csv`."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name, "namespace": "default", "labels": {labels.LENGTHS: ""} if labelled else {}},
+        "data": {"lengths.csv": text} | data,
     }
 
 
@@ -359,8 +434,11 @@ def ref(obj: Mapping[str, Any]) -> Ref:
     return Ref.of(obj)
 
 
-def _ours(obj: Mapping[str, Any]) -> bool:
-    return (obj["metadata"].get("labels") or {}).get(labels.PART_OF) == labels.PRODUCT
+def _carries(obj: Mapping[str, Any], selector: str | None) -> bool:
+    """Whether an object matches a selector of the form `label` or `label=value`; None matches all."""
+    carried = obj["metadata"].get("labels") or {}
+    name, equals, value = (selector or "").partition("=")
+    return selector is None or (carried.get(name) == value if equals else name in carried)
 
 
 def _controller(obj: Mapping[str, Any]) -> str | None:

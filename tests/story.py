@@ -61,8 +61,8 @@ CURVE = (
     (256, 10870.9, 29.26, 0.530, 111968),
 )
 
-# Two replicas on that GPU under MPS, at the same source: batch, total tokens/s of both, mean inter-token latency in ms.
-PACKED = ((96, 12313.9, 18.98), (256, 14669.5, 37.07))
+# Two replicas on one GPU, of the same source: batch, replicas, total tokens/s of both, mean inter-token latency in ms.
+TRIALS = ((96, 2, 12313.9, 18.98), (256, 2, 14669.5, 37.07))
 
 
 def make_profile(service: Mapping[str, Any], *, name: str = "imported", replica: int = 20) -> dict[str, Any]:
@@ -94,13 +94,13 @@ def make_profile(service: Mapping[str, Any], *, name: str = "imported", replica:
                 "trials": [
                     {
                         "batch": batch,
-                        "replicas": 2,
+                        "replicas": replicas,
                         "totalTokensPerSecond": str(total),
                         "interTokenLatency": {"mean": f"{latency}ms"},
-                        "requests": 2000,
+                        "requests": 4000,
                         "preemptions": 0,
                     }
-                    for batch, total, latency in PACKED
+                    for batch, replicas, total, latency in TRIALS
                 ],
                 "memory": {
                     "confirmedBatch": 96,

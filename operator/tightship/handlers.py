@@ -13,7 +13,6 @@ from typing import Any
 import kopf
 from kubernetes.aio.client.configuration import Configuration
 
-from tightship.api.v1alpha1 import labels
 from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL
 from tightship.kube.transport import authorization
 
@@ -46,10 +45,10 @@ def settings() -> kopf.OperatorSettings:
     made.watching.server_timeout = 300  # whole seconds: the API server refuses "300.0"
     made.watching.reconnect_backoff = 1.0
     made.process.ultimate_exiting_timeout = 30.0
-    for name in WATCHED_BY_LABEL:
+    for name, wanted in WATCHED_BY_LABEL.items():
         kind = KINDS[name]
         selector = kopf_selector(kind.group, kind.version, kind.plural)
-        made.watching.label_selectors[selector] = labels.PART_OF_SELECTOR
+        made.watching.label_selectors[selector] = wanted
     return made
 
 

@@ -236,7 +236,7 @@ class Operator:
     def _feed(self, event: str | None, obj: dict[str, Any]) -> None:
         self.metrics.watched(obj["kind"], event or "LISTED")
         if event == "DELETED":
-            self.store.forget(obj)
+            self.store.forget(obj, obj["metadata"].get("resourceVersion"))
             return
         if event is None:
             # A listing inside a watch means that events may have been missed, deletions among them.
@@ -283,9 +283,8 @@ class Operator:
         """Bring the store up to date with what the server has, kind by kind. Returns the kinds that failed."""
         failed = []
         for kind in kinds:
-            selector = labels.PART_OF_SELECTOR if kind in WATCHED_BY_LABEL else ""
             try:
-                listing = await self.cluster.list(kind, selector=selector)
+                listing = await self.cluster.list(kind, selector=WATCHED_BY_LABEL.get(kind, ""))
             except KubeError as error:
                 log.warning("listing failed: %s", error)
                 failed.append(kind)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from tightship.api.v1alpha1 import labels
 from tightship.kube.clock import Clock, SystemClock
 from tightship.kube.errors import NameConflict, NotFound, OutlivedOwner, from_response
-from tightship.kube.kinds import KINDS, WATCHED, Kind, Ref
+from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL, Kind, Ref
 from tightship.kube.store import Object, Store, labels_of
 
 JSON = "application/json"
@@ -337,8 +337,9 @@ def _typed(obj: dict[str, Any], kind: Kind) -> dict[str, Any]:
 
 
 def _is_watched(obj: Object) -> bool:
-    from_everywhere = obj["kind"] in ("LLMService", "BatchProfile", "GPUPack", "Node")
-    return from_everywhere or labels_of(obj).get(labels.PART_OF) == labels.PRODUCT
+    if obj["kind"] == "ConfigMap":
+        return labels.LENGTHS in labels_of(obj)
+    return obj["kind"] not in WATCHED_BY_LABEL or labels_of(obj).get(labels.PART_OF) == labels.PRODUCT
 
 
 def _has_finalizers(obj: Object) -> bool:

@@ -50,6 +50,7 @@ _TABLE = (
     Kind("v1", "Node", "nodes", namespaced=False),
     Kind("v1", "Pod", "pods"),
     Kind("v1", "Service", "services"),
+    Kind("v1", "ConfigMap", "configmaps"),
     Kind("v1", "ServiceAccount", "serviceaccounts"),
     Kind("v1", "Event", "events"),
     Kind("apps/v1", "StatefulSet", "statefulsets"),
@@ -61,10 +62,14 @@ _TABLE = (
 
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _TABLE}
 
-#: The kinds kept in the watch cache. Of the busy ones only objects that carry our part-of label are watched.
 WATCHED_OWN = ("LLMService", "BatchProfile", "GPUPack")
-WATCHED_BY_LABEL = ("Pod", "StatefulSet", "Job", "Service")
+WATCHED_BY_LABEL: Mapping[str, str] = {
+    **dict.fromkeys(("Pod", "StatefulSet", "Job", "Service"), labels.PART_OF_SELECTOR),
+    "ConfigMap": labels.LENGTHS,
+}
+"""Of the busy kinds only what carries a label is watched, by this selector: what we made, and ConfigMaps that hold lengths."""
 WATCHED = (*WATCHED_OWN, "Node", *WATCHED_BY_LABEL)
+"""The kinds kept in the watch cache."""
 
 
 @dataclass(frozen=True)

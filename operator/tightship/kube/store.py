@@ -5,7 +5,8 @@ answers to the operator's own writes (`observe` again), so that a reconciler tha
 though watches lag. What must always hold:
 
 - of one object the store shows the newest version it was ever given: an older one that arrives late changes nothing;
-- an object seen deleted doesn't come back by a late answer to a write (its UID is remembered for a while);
+- an object seen deleted doesn't come back by a late answer to a write (its UID is remembered for a while); one that only lost
+  the label it is watched by comes back, with a later version, when it carries the label again;
 - what a listing doesn't contain is gone, unless it was written after the listing began.
 
 Resource versions are compared as integers, which Kubernetes has always used and promises since 1.35; a version that
@@ -43,7 +44,7 @@ class Store:
         self._on_change = on_change or (lambda kind, before, after: None)
         self._objects: dict[str, dict[tuple[str, str], Object]] = defaultdict(dict)
         self._labels: dict[tuple[str, str, str], set[tuple[str, str]]] = defaultdict(set)
-        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._gone: OrderedDict[str, int | None] = OrderedDict()
 
     def get(self, kind: str, namespace: str, name: str) -> Object | None:
         """The object, or None. `namespace` is "" for cluster-scoped kinds. Returned objects are read-only."""
@@ -74,7 +75,7 @@ class Store:
         """Take in a version of an object. Returns whether it was news (newer than what is shown, and not deleted)."""
         ref = Ref.of(obj)
         uid = obj["metadata"].get("uid", "")
-        if uid in self._gone:
+        if not self._may_be_back(uid, obj):
             return False
         shown = self.find(ref)
         if shown is not None and not _newer(obj, shown):
@@ -87,15 +88,16 @@ class Store:
         self._on_change(ref.kind, shown, obj)
         return True
 
-    def forget(self, obj: Object) -> bool:
+    def forget(self, obj: Object, at: str | None = None) -> bool:
         """Take in that an object is gone. Returns whether it was shown until now.
 
-        Another object of the same name (a newer UID) stays.
+        Another object of the same name (a newer UID) stays. `at` is the resource version at which it is known to be gone from what
+        is watched; without it the object is deleted for good.
         """
         ref = Ref.of(obj)
         uid = obj["metadata"].get("uid", "")
         if uid:
-            self._gone[uid] = None
+            self._gone[uid] = None if at is None else _number(at)
             while len(self._gone) > _TOMBSTONES:
                 self._gone.popitem(last=False)
         shown = self.find(ref)
@@ -113,7 +115,16 @@ class Store:
             self.observe(obj)
         for obj in self.list(kind):
             if obj["metadata"].get("uid", "") not in present and not _later(obj, resource_version):
-                self.forget(obj)
+                self.forget(obj, resource_version)
+
+    def _may_be_back(self, uid: str, obj: Object) -> bool:
+        if uid not in self._gone:
+            return True
+        gone, version = self._gone[uid], _number(obj["metadata"].get("resourceVersion", ""))
+        if gone is None or version is None or version <= gone:
+            return False
+        del self._gone[uid]
+        return True
 
     def _drop(self, ref: Ref) -> None:
         key = (ref.namespace, ref.name)

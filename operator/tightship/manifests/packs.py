@@ -30,10 +30,14 @@ def batch_profile(service: LLMService, key: ProfileKey) -> dict[str, Any]:
         "objectives": [each.to_dict() for each in spec.slo.objectives],
         "efficiencyFloor": spec.advisor.efficiency_floor,
         "memoryReserve": spec.packing.memory_reserve,
+        "maxReplicasPerGPU": spec.packing.max_replicas_per_gpu,
+        "minimumGain": spec.packing.minimum_gain,
         "template": spec.template.to_dict(),
     }
     if spec.model.cache:
         measurement["cache"] = spec.model.cache.to_dict()
+    if spec.workload.lengths_from:
+        measurement["lengthsFrom"] = spec.workload.lengths_from.to_dict()
     if spec.profiling.rerun is not None:
         measurement["rerun"] = spec.profiling.rerun
     return {

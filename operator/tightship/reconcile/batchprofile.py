@@ -8,6 +8,8 @@ and the conditions. What must always hold:
 - an attempt that was lost without an outcome (evicted, node gone) is made again under the next number, with growing waits and
   not for ever; an attempt that broke by itself is final, and is remembered in `status.outcome` with reason JobFailed, which
   nobody else writes, so that it stays final when its Job is cleaned away;
+- an extension (`measurement.extend`: trials beside what was measured) is an attempt like any other, but the profile stays complete
+  meanwhile, and also when it fails: services decide from what there is;
 - a measurement that no service wants any more gives its GPU back, and goes on from its points when one does again; a profile
   that was written by hand is wanted by being there.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final, Literal
 
@@ -24,14 +26,14 @@ from pydantic import ValidationError
 
 from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
-from tightship.api.v1alpha1.batchprofile import BatchProfile, Outcome, ProfileKey
+from tightship.api.v1alpha1.batchprofile import BatchProfile, Extension, Outcome, ProfileKey
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.core.conditions import Condition, find, merge
 from tightship.kube.clock import parse_timestamp
 from tightship.kube.cluster import check_ours, controller_of
 from tightship.kube.errors import AlreadyExists, Forbidden, Invalid, NameConflict, NamespaceTerminating, NotFound
 from tightship.kube.kinds import Ref
-from tightship.kube.store import Object, labels_of
+from tightship.kube.store import Object, Store, labels_of
 from tightship.manifests.podparts import ENGINE_CONTAINER, OperatorImage
 from tightship.manifests.profile_job import (
     MAX_PROFILE_NAME,
@@ -39,9 +41,11 @@ from tightship.manifests.profile_job import (
     pod_deadline,
     profile_job,
     profiler_access,
+    room_on,
 )
 from tightship.reconcile import podstate
 from tightship.reconcile.context import Context
+from tightship.reconcile.lengths import measurable
 from tightship.reconcile.queue import Key, Result
 from tightship.reconcile.verdict import wanted_by
 
@@ -74,9 +78,10 @@ class Observed:
     """Everything one decision rests on.
 
     `profile` is None when the object can't be read; `problems` say why. `outcome` is the one for the present `rerun`, if any.
-    `jobs` are this profile's Jobs for the present `rerun`, oldest attempt first; `superseded` those of another. `pods` are those
-    of the latest Job. `busy` counts other profiles' active Jobs, but for those that found no node; `slots` is how many may run in
-    all. `products` are the GPU products in the cluster.
+    `jobs` are this profile's Jobs for what is to be done now, oldest attempt first; `superseded` those that must go before: of
+    another `rerun`, or active for another extension. `attempts` is the highest number of any of its Jobs. `pods` are those of the
+    latest Job. `busy` counts other profiles' active Jobs, but for those that found no node; `slots` is how many may run in all.
+    `products` are the GPU products in the cluster. `lengths` says why the lengths to measure with can't be had.
     """
 
     obj: Object
@@ -91,6 +96,23 @@ class Observed:
     slots: int
     products: tuple[str, ...]
     now: datetime
+    attempts: int = 0
+    lengths: str | None = None
+
+    @property
+    def extend(self) -> Extension | None:
+        """The extension asked for; an imported profile has none."""
+        if self.profile is None or self.problems or self.profile.spec.results is not None:
+            return None
+        return self.profile.spec.measurement.extend
+
+    @property
+    def extending(self) -> bool:
+        """Whether all is measured but for an extension."""
+        extend = self.extend
+        if extend is None or _measured(self) is None:
+            return False
+        return self.outcome is None or self.outcome.extend != extend.request
 
     @property
     def job(self) -> Object | None:
@@ -101,7 +123,7 @@ class Observed:
     def attempt(self) -> int:
         """The number of the latest attempt, 0 before the first; known from status when its Job is gone."""
         told = ((self.obj.get("status") or {}).get("job") or {}).get("attempt") or 0
-        return max([told, *(attempt_of(job) for job in (*self.jobs, *self.superseded))])
+        return max([told, self.attempts, *(attempt_of(job) for job in (*self.jobs, *self.superseded))])
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,7 @@ class Decision:
     """What to say and to do: the stage with its reason and message, an attempt to start, Jobs to remove.
 
     `outcome` is one that the operator itself has to remember; `requeue_after` seconds until time alone changes something.
+    `measured` says that the profile is complete, whatever becomes of the extension that the rest speaks of.
     """
 
     stage: Stage
@@ -118,6 +141,7 @@ class Decision:
     remove: tuple[Object, ...] = ()
     outcome: Outcome | None = None
     requeue_after: float | None = None
+    measured: Decision | None = None
 
 
 async def reconcile(ctx: Context, key: Key) -> Result:
@@ -126,7 +150,7 @@ async def reconcile(ctx: Context, key: Key) -> Result:
     if obj is None or obj["metadata"].get("deletionTimestamp"):
         return Result()
     observed = await gather(ctx, obj)
-    decision = await apply(ctx, observed, decide(observed))
+    decision = beside(observed, await apply(ctx, observed, decide(observed)))
     await ctx.report(
         observed.obj, status(observed, decision, ctx.store.list("Pod", key.namespace, (labels.PROFILE, key.name)))
     )
@@ -139,7 +163,8 @@ async def reconcile(ctx: Context, key: Key) -> Result:
 async def gather(ctx: Context, obj: Object) -> Observed:
     """Look at everything that the decision about a profile rests on."""
     observed = _look(ctx, obj)
-    if observed.outcome is None and observed.job is not None and _end(observed.job) is not None:
+    unanswered = observed.outcome is None or observed.extending
+    if unanswered and observed.job is not None and _end(observed.job) is not None:
         # The profiler writes its outcome before it ends, but the two watches needn't tell in that order.
         try:
             observed = _look(ctx, await ctx.cluster.get(Ref.of(obj)))
@@ -159,7 +184,7 @@ def _look(ctx: Context, obj: Object) -> Observed:
     pods = store.list("Pod", metadata["namespace"], labelled)
     others = [job for job in store.list("Job") if _is_profiling(job) and not _belongs(job, obj)]
     outcome = profile.status.outcome if profile else None
-    return Observed(
+    observed = Observed(
         obj=obj,
         profile=profile,
         problems=problems,
@@ -174,7 +199,19 @@ def _look(ctx: Context, obj: Object) -> Observed:
             sorted({labels_of(node).get(labels.NODE_GPU_PRODUCT, "") for node in store.list("Node")} - {""})
         ),
         now=ctx.clock.now(),
+        attempts=max((attempt_of(job) for job in own), default=0),
+        lengths=measurable(profile, store) if profile else None,
     )
+    return _for_extension(observed, pods) if observed.extending else observed
+
+
+def _for_extension(seen: Observed, pods: Sequence[Object]) -> Observed:
+    """The same with the Jobs of the extension alone. What measured before is done, or what it still does is not wanted any more."""
+    request = seen.extend.request if seen.extend else None
+    jobs = tuple(job for job in seen.jobs if _extend_of(job) == request)
+    others = tuple(job for job in seen.jobs if _extend_of(job) != request and _end(job) is None)
+    mine = tuple(pod for pod in pods if jobs and _belongs(pod, jobs[-1]))
+    return replace(seen, jobs=jobs, superseded=(*seen.superseded, *others), pods=mine)
 
 
 def read(obj: Object) -> tuple[BatchProfile | None, tuple[str, ...]]:
@@ -235,6 +272,11 @@ def _rerun_of(job: Object) -> str | None:
     return found
 
 
+def _extend_of(job: Object) -> str | None:
+    found: str | None = (job["metadata"].get("annotations") or {}).get(labels.ANNOTATION_EXTEND)
+    return found
+
+
 def attempt_of(job: Object) -> int:
     """The number at the end of a Job's name; 0 when there is none."""
     found = re.search(r"-(\d+)$", job["metadata"]["name"])
@@ -246,7 +288,16 @@ def attempt_of(job: Object) -> int:
 
 def decide(observed: Observed) -> Decision:
     """What to do about a profile: the first check that has something to say. Pure."""
-    return next(decision for check in CHECKS if (decision := check(observed)) is not None)
+    return beside(observed, next(decision for check in CHECKS if (decision := check(observed)) is not None))
+
+
+def beside(observed: Observed, decision: Decision) -> Decision:
+    """A decision about an extension, with the complete profile beside it; any other as it is."""
+    return (
+        replace(decision, measured=_measured(observed))
+        if observed.extending and decision.stage != "complete"
+        else decision
+    )
 
 
 def _invalid(seen: Observed) -> Decision | None:
@@ -263,30 +314,76 @@ def _imported(seen: Observed) -> Decision | None:
     return Decision(
         "complete",
         Reason.IMPORTED,
-        f"{len(results.points)} points came with the profile (spec.results); nothing is measured",
+        f"{len(results.points)} points came with the profile (spec.results); nothing is measured{_in_vain(seen)}",
         remove=_active(seen.jobs + seen.superseded),
     )
+
+
+def _in_vain(seen: Observed) -> str:
+    """What is asked of an imported profile that no measurement will answer."""
+    measurement = seen.profile.spec.measurement if seen.profile else None
+    asked = [name for name in ("rerun", "extend") if measurement is not None and getattr(measurement, name) is not None]
+    return f", whatever is in measurement.{' and measurement.'.join(asked)}" if asked else ""
 
 
 def _superseded(seen: Observed) -> Decision | None:
     if not seen.superseded:
         return None
-    message = "a new measurement was asked for (rerun); the Job of the previous one is being removed"
+    what = "trials were asked for (extend)" if seen.extending else "a new measurement was asked for (rerun)"
+    message = f"{what}; the Job of the previous one is being removed"
     return Decision("waiting", Reason.WAITING, message, remove=seen.superseded)
 
 
 def _ended(seen: Observed) -> Decision | None:
-    outcome = seen.outcome
-    if outcome is None:
+    if seen.extending:
         return None
-    if outcome.state == "Failed":
-        own = outcome if outcome.reason == Reason.JOB_FAILED else None
-        return Decision("failed", outcome.reason or Reason.JOB_FAILED, _final(outcome.message), outcome=own)
+    outcome, measured = seen.outcome, _measured(seen)
+    if measured is not None or outcome is None:
+        return measured
+    own = outcome if outcome.reason == Reason.JOB_FAILED else None
+    return Decision("failed", outcome.reason or Reason.JOB_FAILED, _final(outcome.message), outcome=own)
+
+
+def _measured(seen: Observed) -> Decision | None:
+    """That the measurement is done, whatever became of an extension; None while it isn't.
+
+    An extension's profiler takes the outcome back while it works, and may end with one that says Failed: the curve is there all the
+    same, and that it was complete is remembered by the condition that said so.
+    """
+    outcome = seen.outcome
+    # An outcome that the operator wrote stays only as long as it is written.
+    own = outcome if outcome is not None and outcome.reason == Reason.JOB_FAILED else None
     points = len(seen.profile.status.points) if seen.profile else 0
-    said = f": {outcome.message}" if outcome.message else ""
-    if outcome.state == "BudgetExceeded":
-        return Decision("complete", Reason.BUDGET_EXCEEDED, f"{points} points within the budget{said}")
-    return Decision("complete", Reason.COMPLETED, f"{points} points measured{said}")
+    if outcome is not None and outcome.state != "Failed":
+        said = f": {outcome.message}" if outcome.message else ""
+        if outcome.state == "BudgetExceeded":
+            return Decision("complete", Reason.BUDGET_EXCEEDED, f"{points} points within the budget{said}", outcome=own)
+        return Decision("complete", Reason.COMPLETED, f"{points} points measured{said}", outcome=own)
+    was = find((seen.obj.get("status") or {}).get("conditions") or (), names.COMPLETE)
+    if was is None or was["status"] != "True" or _asked_again(seen):
+        return None
+    if outcome is None:
+        return Decision("complete", was["reason"], was["message"])
+    if outcome.extend is None:
+        return None
+    return Decision(
+        "complete",
+        was["reason"],
+        f"{points} points measured; {_no_trials(outcome.extend, outcome.message)}",
+        outcome=own,
+    )
+
+
+def _asked_again(seen: Observed) -> bool:
+    """Whether what was complete is of an earlier `rerun`."""
+    measurement = seen.profile.spec.measurement if seen.profile else None
+    told = seen.profile.status.outcome if seen.profile else None
+    rerun = measurement.rerun if measurement else None
+    return (told is not None and told.rerun != rerun) or any(_rerun_of(job) != rerun for job in seen.superseded)
+
+
+def _no_trials(request: str, message: str | None) -> str:
+    return f"the trials that {request} asked for failed: {message or 'no message'} (a new text in profiling.extend tries again)"
 
 
 def _unwanted(seen: Observed) -> Decision | None:
@@ -367,8 +464,24 @@ def _broke(seen: Observed) -> Decision | None:
 
 def _job_failed(seen: Observed, message: str) -> Decision:
     rerun = seen.profile.spec.measurement.rerun if seen.profile else None
+    measured = _measured(seen)
+    if seen.extending and seen.extend is not None and measured is not None:
+        said = _no_trials(seen.extend.request, message)[:8000]
+        outcome = Outcome(
+            state="BudgetExceeded" if measured.reason == Reason.BUDGET_EXCEEDED else "Completed",
+            reason=Reason.JOB_FAILED,
+            message=said,
+            rerun=rerun,
+            extend=seen.extend.request,
+        )
+        return _measured(replace(seen, outcome=outcome)) or measured
     outcome = Outcome(state="Failed", reason=Reason.JOB_FAILED, message=message[:8000], rerun=rerun)
     return Decision("failed", Reason.JOB_FAILED, _final(message), outcome=outcome)
+
+
+def _unread(seen: Observed) -> Decision | None:
+    """The lengths to measure with are not to be had: a pod that mounts them would never start, or measure something else."""
+    return Decision("waiting", Reason.WAITING, seen.lengths) if seen.lengths else None
 
 
 def _crowded(seen: Observed) -> Decision | None:
@@ -392,6 +505,7 @@ CHECKS: tuple[Callable[[Observed], Decision | None], ...] = (
     _unwanted,
     _runs,
     _broke,
+    _unread,
     _crowded,
     _starts,
 )
@@ -492,7 +606,7 @@ async def apply(ctx: Context, seen: Observed, decision: Decision) -> Decision:
 
 async def _start(ctx: Context, profile: BatchProfile, decision: Decision) -> Decision:
     image = OperatorImage(ctx.settings.operator_image, ctx.settings.image_pull_policy)
-    job = profile_job(profile, decision.start or 1, image)
+    job = profile_job(profile, decision.start or 1, image, _roomiest(ctx.store, profile))
     later = ctx.settings.retry_seconds
     try:
         for obj in profiler_access(profile):
@@ -513,6 +627,14 @@ async def _start(ctx: Context, profile: BatchProfile, decision: Decision) -> Dec
     return decision
 
 
+def _roomiest(store: Store, profile: BatchProfile) -> int | None:
+    """Replicas for which some node of the GPU's product has CPU and memory beside one GPU; None where nobody knows."""
+    product = profile.spec.key.accelerator.product
+    nodes = [node for node in store.list("Node") if product and labels_of(node).get(labels.NODE_GPU_PRODUCT) == product]
+    rooms = [room_on(profile, (node.get("status") or {}).get("allocatable") or {}) for node in nodes]
+    return max((room for room in rooms if room is not None), default=None)
+
+
 # --- report ---
 
 _PHASES: Mapping[str, str] = {
@@ -530,7 +652,9 @@ def status(seen: Observed, decision: Decision, pods: Sequence[Object] = ()) -> d
     generation = metadata.get("generation", 0)
     made: dict[str, Any] = {
         "observedGeneration": generation,
-        "phase": _PHASES[decision.stage],
+        "phase": "Extending"
+        if decision.measured and decision.stage == "running"
+        else _PHASES[(decision.measured or decision).stage],
         "conditions": merge(old.get("conditions") or (), conditions(decision), generation=generation, now=seen.now),
     }
     attempt = decision.start or seen.attempt
@@ -539,8 +663,9 @@ def status(seen: Observed, decision: Decision, pods: Sequence[Object] = ()) -> d
     image = next((found for pod in pods if (found := _image_id(pod))), None) or old.get("imageID")
     if image:
         made["imageID"] = image
-    if decision.outcome is not None:
-        made["outcome"] = decision.outcome.to_dict()
+    own = decision.outcome or (decision.measured.outcome if decision.measured else None)
+    if own is not None:
+        made["outcome"] = own.to_dict()
     if decision.reason == Reason.IMPORTED:
         results = seen.obj["spec"]["results"]
         made |= results | {"progress": {"stage": "Done", "points": len(results.get("points") or ())}}
@@ -549,11 +674,17 @@ def status(seen: Observed, decision: Decision, pods: Sequence[Object] = ()) -> d
 
 def conditions(decision: Decision) -> list[Condition]:
     """The four conditions of a profile, as a decision sees them."""
-    reason, message = decision.reason, decision.message
-    busy = decision.stage in ("waiting", "running")
-    complete, failed = decision.stage == "complete", decision.stage == "failed"
+    busy = Condition(
+        names.PROGRESSING,
+        "True" if decision.stage in ("waiting", "running") else "False",
+        decision.reason,
+        decision.message,
+    )
+    told = decision.measured or decision
+    reason, message = told.reason, told.message
+    complete, failed = told.stage == "complete", told.stage == "failed"
     return [
-        Condition(names.PROGRESSING, "True" if busy else "False", reason, message),
+        busy,
         Condition(names.COMPLETE, "True" if complete else "False", reason, message),
         Condition(names.FAILED, "True" if failed else "False", reason, message),
         Condition(names.READY, "True" if complete else "False" if failed else "Unknown", reason, message),

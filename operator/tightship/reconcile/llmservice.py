@@ -7,18 +7,24 @@
 
 Placement is not done here. This only asks for a pass when the planner would change something, and says with numbers what found no
 place. What must always hold: objects that aren't ours are never written; a profile that is complete for the key is used, not
-measured again; replicas that run are left alone by everything that goes wrong with a newer manifest.
+measured again; replicas that run are left alone by everything that goes wrong with a newer manifest; a text in `profiling.extend` asks
+for trials once, and is used up where there is nothing to try, so that deciding again never starts a Job.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from typing import Any
+
+from pydantic import ValidationError
 
 from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.batchprofile import BatchProfile
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
-from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service, profile_key
+from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service
 from tightship.core import placement
 from tightship.core.placement import Devices, ServiceRef, Shortfall
 from tightship.kube.errors import AlreadyExists, Conflict, Forbidden, Invalid, NameConflict, OutlivedOwner
@@ -26,11 +32,12 @@ from tightship.kube.kinds import Ref
 from tightship.kube.store import Object, Store, labels_of
 from tightship.manifests import packs as pack_manifests
 from tightship.manifests import service as service_manifests
-from tightship.reconcile import servicestatus, snapshot
+from tightship.reconcile import extension, servicestatus, snapshot
 from tightship.reconcile.context import Context
+from tightship.reconcile.lengths import key_of, measurable
 from tightship.reconcile.queue import PLACEMENT, Key, Result
 from tightship.reconcile.servicestatus import Refusal, View
-from tightship.reconcile.verdict import Verdict, examine, is_complete, key_hash
+from tightship.reconcile.verdict import Verdict, examine, is_imported, is_settled, key_hash
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +69,7 @@ async def reconcile(ctx: Context, key: Key) -> Result:
 def _tell_profiles(ctx: Context, namespace: str) -> None:
     """A measurement that this service waited for may be wanted no more, or wanted again."""
     for profile in ctx.store.list("BatchProfile", namespace):
-        if not is_complete(profile):
+        if not is_settled(profile):
             ctx.queue.add(Key("BatchProfile", namespace, profile["metadata"]["name"]))
 
 
@@ -108,9 +115,9 @@ async def _apply(ctx: Context, view: View) -> Refusals:
 
 
 async def _profile(ctx: Context, verdict: Verdict) -> Refusals:
-    """Have the manifest measured, unless a profile of its key is there; pass a new `rerun` on."""
+    """Have the manifest measured, unless a profile of its key is there; pass on what is asked of it anew."""
     service, key = verdict.service, verdict.key
-    if service is None or key is None or service.spec.profile_ref is not None:
+    if service is None or key is None or (verdict.profile is None and service.spec.profile_ref is not None):
         return ()
     if verdict.profile is None:
         try:
@@ -125,12 +132,37 @@ async def _profile(ctx: Context, verdict: Verdict) -> Refusals:
         except (Invalid, Forbidden) as error:
             return (Refusal(Reason.INVALID_SPEC, f"the BatchProfile was refused: {error}"),)
         return ()
-    rerun = _rerun(ctx.store, verdict.profile)
-    current = (verdict.profile["spec"].get("measurement") or {}).get("rerun")
-    if rerun is not None and rerun != current:
-        patch = {"metadata": {"uid": verdict.profile["metadata"]["uid"]}, "spec": {"measurement": {"rerun": rerun}}}
-        await ctx.cluster.merge_patch(Ref.of(verdict.profile), patch)
+    if not is_imported(verdict.profile):
+        await _ask(ctx, service, verdict, verdict.profile)
     return ()
+
+
+async def _ask(ctx: Context, service: LLMService, verdict: Verdict, profile: Object) -> None:
+    """Pass a new `rerun` or `extend` on to the profile, and where the lengths are, when it can't find them any more."""
+    measurement: dict[str, Any] = {}
+    annotations: dict[str, str] = {}
+    if service.spec.profile_ref is None:
+        rerun = _rerun(ctx.store, profile)
+        if rerun is not None and rerun != (profile["spec"].get("measurement") or {}).get("rerun"):
+            measurement["rerun"] = rerun
+        if service.spec.workload.lengths_from and _lost_lengths(ctx.store, profile):
+            measurement["lengthsFrom"] = service.spec.workload.lengths_from.to_dict()
+    if extension.is_due(verdict) and "rerun" not in measurement:
+        if (asked := extension.request(verdict)) is not None:
+            measurement["extend"] = asked.to_dict()
+        annotations[labels.asked_annotation(service.metadata.name)] = service.spec.profiling.extend or ""
+    if measurement or annotations:
+        metadata = {"uid": profile["metadata"]["uid"]} | ({"annotations": annotations} if annotations else {})
+        patch = {"metadata": metadata} | ({"spec": {"measurement": measurement}} if measurement else {})
+        await ctx.cluster.merge_patch(Ref.of(profile), patch)
+
+
+def _lost_lengths(store: Store, profile: Object) -> bool:
+    """Whether the ConfigMap that a profile names has its lengths no more: another service may have them under another name."""
+    try:
+        return measurable(BatchProfile.model_validate(profile), store) is not None
+    except ValidationError:
+        return False
 
 
 def _rerun(store: Store, profile: Object) -> str | None:
@@ -138,10 +170,11 @@ def _rerun(store: Store, profile: Object) -> str | None:
     for obj in store.list("LLMService", profile["metadata"]["namespace"]):
         try:
             service = parse_service(obj)
+            if service.spec.profiling.rerun is None or key_of(service, store).hash != key_hash(profile):
+                continue
         except InvalidSpecError:
             continue
-        if service.spec.profiling.rerun is not None and profile_key(service.spec).hash == key_hash(profile):
-            return service.spec.profiling.rerun
+        return service.spec.profiling.rerun
     return None
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tightship.api.v1alpha1 import conditions, labels
-from tightship.core.conditions import find, is_true
+from tightship.core.conditions import find
 from tightship.kube.store import Object, Store, labels_of
 from tightship.reconcile.queue import PLACEMENT, Key
+from tightship.reconcile.verdict import is_settled
 
 
 def keys_for(store: Store, kind: str, before: Object | None, after: Object | None) -> set[Key]:
@@ -24,6 +25,8 @@ def keys_for(store: Store, kind: str, before: Object | None, after: Object | Non
         return _profile(store, versions[-1])
     if kind == "GPUPack":
         return {_key("GPUPack", versions[-1]), PLACEMENT} | _assigned(versions)
+    if kind == "ConfigMap":
+        return _lengths(store, versions[-1])
     if kind == "Node":
         return _node(store, before, after, versions[-1]) if _node_matters(before, after) else set()
     keys = {key for obj in versions for key in _labelled(obj)}
@@ -42,7 +45,7 @@ def _service(store: Store, before: Object | None, after: Object | None, either: 
     if before is None or after is None or _asked(before) != _asked(after):
         # A measurement may have become wanted, or nobody's.
         found = store.list("BatchProfile", either["metadata"].get("namespace", ""))
-        keys |= {_key("BatchProfile", profile) for profile in found if not _settled(profile)}
+        keys |= {_key("BatchProfile", profile) for profile in found if not is_settled(profile)}
     if before is None or after is None or _placement_input(before) != _placement_input(after):
         keys.add(PLACEMENT)
     return keys
@@ -78,6 +81,20 @@ def _profile(store: Store, profile: Object) -> set[Key]:
     return keys
 
 
+def _lengths(store: Store, config_map: Object) -> set[Key]:
+    """The services that take their lengths from a ConfigMap, and the measurements that would mount it."""
+    namespace, name = config_map["metadata"].get("namespace", ""), config_map["metadata"]["name"]
+
+    def named(where: Mapping[str, Any] | None) -> bool:
+        found = ((where or {}).get("lengthsFrom") or {}).get("configMap") or {}
+        return bool(found.get("name") == name)
+
+    services = [each for each in store.list("LLMService", namespace) if named(each["spec"].get("workload"))]
+    profiles = [each for each in store.list("BatchProfile", namespace) if named(each["spec"].get("measurement"))]
+    waiting = {_key("BatchProfile", each) for each in profiles if not is_settled(each)}
+    return {_key("LLMService", each) for each in services} | waiting
+
+
 def _assigned(packs: Iterable[Object]) -> set[Key]:
     keys = set()
     for pack in packs:
@@ -93,7 +110,7 @@ def _node(store: Store, before: Object | None, after: Object | None, node: Objec
     keys = {PLACEMENT} | {_key("GPUPack", pack) for pack in packs}
     # A node that comes may be what a waiting profile or pack needs; one that goes takes Jobs with it.
     if before is None or after is None:
-        keys |= {_key("BatchProfile", profile) for profile in store.list("BatchProfile") if not _settled(profile)}
+        keys |= {_key("BatchProfile", profile) for profile in store.list("BatchProfile") if not is_settled(profile)}
     return keys
 
 
@@ -143,12 +160,6 @@ def _waiting(store: Store) -> set[Key]:
         if progressing is not None and progressing["reason"] == conditions.Reason.WAITING:
             keys.add(_key("BatchProfile", profile))
     return keys
-
-
-def _settled(profile: Object) -> bool:
-    """Whether a measurement ended, one way or the other."""
-    found = _conditions(profile)
-    return is_true(found, conditions.COMPLETE) or is_true(found, conditions.FAILED)
 
 
 def _conditions(obj: Object) -> list[Mapping[str, Any]]:

@@ -17,16 +17,25 @@ from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
-from tightship.api.v1alpha1.llmservice import GPUCount, LLMServiceStatus, PackStatus, ProfileStatus, Recommendation
-from tightship.core import conditions
+from tightship.api.v1alpha1.llmservice import (
+    Applied,
+    DefaultEngine,
+    GPUCount,
+    LatencyFigure,
+    LLMServiceStatus,
+    PackStatus,
+    ProfileStatus,
+    Recommendation,
+)
+from tightship.core import advisor, conditions
 from tightship.core.conditions import Condition, find
 from tightship.core.placement import Shortfall
 from tightship.kube.store import Object, labels_of
 from tightship.manifests import service as service_manifests
-from tightship.reconcile import podstate
+from tightship.reconcile import extension, podstate
 from tightship.reconcile.packview import current_revision, revision_of
 from tightship.reconcile.snapshot import shape_of
-from tightship.reconcile.verdict import WAITING_REASONS, Verdict, failure_of
+from tightship.reconcile.verdict import WAITING_REASONS, Verdict, failure_of, is_imported
 
 _STALLING = frozenset(
     {
@@ -225,9 +234,21 @@ def _measured(view: View) -> Condition | None:
     reason = complete.get("reason", Reason.COMPLETED)
     if reason == Reason.COMPLETED and not _waited(view):
         reason = Reason.CACHE_HIT
-    return Condition(
-        names.PROFILED, "True", reason, f"BatchProfile {view.verdict.profile_name}: {complete.get('message', '')}"
-    )
+    text = f"BatchProfile {view.verdict.profile_name}: {complete.get('message', '')}"
+    return Condition(names.PROFILED, "True", reason, "; ".join([text, *_beside(view, profile)]))
+
+
+def _beside(view: View, profile: Object) -> list[str]:
+    """What is asked of a complete profile, and what comes of it."""
+    progressing = find(_conditions(profile), names.PROGRESSING) or {}
+    if progressing.get("status") == "True":
+        return [f"meanwhile {progressing.get('message', '')}"]
+    service = view.verdict.service
+    if service is not None and service.spec.profiling.rerun is not None and is_imported(profile):
+        return [
+            "profiling.rerun measures nothing here, since this profile was imported (spec.results): delete it to have its key measured"
+        ]
+    return []
 
 
 def _waited(view: View) -> bool:
@@ -283,7 +304,9 @@ def _recommended(view: View) -> Condition:
     decision = view.verdict.decision
     if decision is None:
         return _waits_for(names.RECOMMENDED, names.PROFILED)
-    return Condition(names.RECOMMENDED, "True", decision.basis.value, "; ".join((decision.message, *decision.notes)))
+    trial = extension.words(view.verdict)
+    text = "; ".join((decision.message, *decision.notes, *([trial] if trial else [])))
+    return Condition(names.RECOMMENDED, "True", decision.basis.value, text)
 
 
 # Packed
@@ -294,8 +317,12 @@ def _nothing_to_pack(view: View) -> Condition | None:
 
 
 def _unknown_memory(view: View) -> Condition | None:
-    if view.verdict.shape is not None:
+    decision = view.verdict.decision
+    if view.verdict.shape is not None or decision is None:
         return None
+    if decision.applied is None:
+        text = f"{decision.message}: nothing that was measured may run meanwhile; profiling.extend has it tried"
+        return Condition(names.PACKED, "False", Reason.SHARING_UNAVAILABLE, text)
     text = (
         f"BatchProfile {view.verdict.profile_name} holds no memory ledger, so nobody can tell how many replicas share a GPU: "
         "measure it again with time for the confirmation run (raise spec.profiling.budget, give spec.profiling.rerun a new text), "
@@ -308,10 +335,8 @@ def _unapproved(view: View) -> Condition | None:
     if view.approved:
         return None
     decision = view.verdict.decision
-    text = (
-        f"batch {decision.batch if decision else '?'} with {view.verdict.per_device} per GPU is recommended; "
-        "set spec.autoApply to true to apply it"
-    )
+    batch = decision.applied_batch if decision else None
+    text = f"batch {batch} with {view.verdict.per_device} per GPU is what would run; set spec.autoApply to true to apply it"
     return Condition(names.PACKED, "False", Reason.AWAITING_APPROVAL, text)
 
 
@@ -385,9 +410,33 @@ def _packed(view: View) -> Condition:
     text = f"{view.assigned} replicas on {packs} packs"
     if view.packs:
         text += " (" + ", ".join(f"{pack.metadata.name}: {assigned_to(pack, view.uid)}" for pack in view.packs) + ")"
-    if view.verdict.per_device == 1:
-        return Condition(names.PACKED, "True", Reason.EXCLUSIVE_NO_GAIN, f"{text}; one replica on each is the best")
-    return Condition(names.PACKED, "True", Reason.PLACED, text)
+    decision, most = view.verdict.decision, view.verdict.per_device
+    needed = -(-view.assigned // most) if most else packs
+    if packs > needed:
+        text += f"; {most} fit on each, so {needed} would do: replicas that serve are not moved, `kubectl scale` to {needed} and back packs them"
+    if decision is None or most != 1:
+        return Condition(names.PACKED, "True", Reason.PLACED, text)
+    if decision.applied != decision.chosen:
+        more = f"one replica on each until batch {decision.batch} with {decision.replicas} per GPU has been tried (profiling.extend)"
+        return Condition(names.PACKED, "True", Reason.PLACED, f"{text}; {more}")
+    lost = _without_gain(decision)
+    if not lost:
+        return Condition(
+            names.PACKED, "True", Reason.PLACED, f"{text}; one replica on each, as many as may share a GPU here"
+        )
+    return Condition(names.PACKED, "True", Reason.EXCLUSIVE_NO_GAIN, f"{text}; one replica on each is the best: {lost}")
+
+
+def _without_gain(decision: advisor.Recommendation) -> str:
+    """The packings that fell because they don't pay, in words: those that were tried, else the best predicted; "" where none did."""
+    fallen = [each for each in decision.candidates if each.replicas > 1 and not each.limits and each.rejections]
+    tried = [each for each in fallen if each.basis is advisor.Basis.MEASURED]
+    told = tried or sorted(fallen, key=lambda each: (-each.throughput, each.batch, each.replicas))[:1]
+    return ", ".join(
+        f"batch {each.batch} with {each.replicas} {'tried' if tried else 'predicted'} at {each.throughput:.0f} tokens/s "
+        f"({'; '.join(rejection.text for rejection in each.rejections)})"
+        for each in told[:3]
+    )
 
 
 # Available
@@ -512,11 +561,63 @@ def _recommendation(view: View) -> dict[str, Any] | None:
         kv_cache=_bytes(decision.kv_cache),
         memory_per_replica=_bytes(decision.memory_per_replica),
         replicas_per_gpu=decision.replicas or 1,
-        expected_gain=None if decision.expected_gain is None else f"{decision.expected_gain:.2f}",
+        expected_gain=_ratio(decision.expected_gain),
         basis=decision.basis.value,
+        tokens_per_second=f"{decision.chosen.throughput:.1f}" if decision.chosen else None,
+        latencies=_latencies(decision, decision.chosen.latencies) if decision.chosen else [],
+        default_engine=_default_engine(decision),
+        applied=_applied(decision),
         binding_limit=decision.binding_limit.value,
         profile=name,
     ).to_dict()
+
+
+def _applied(decision: advisor.Recommendation) -> Applied | None:
+    """What runs instead of a packing that is only estimated."""
+    applied = decision.applied
+    if applied is None or applied == decision.chosen:
+        return None
+    return Applied(
+        batch=applied.batch,
+        replicas_per_gpu=applied.replicas,
+        kv_cache=_bytes(decision.applied_kv_cache),
+        memory_per_replica=_bytes(decision.applied_memory),
+        expected_gain=_ratio(decision.applied_gain),
+    )
+
+
+def _default_engine(decision: advisor.Recommendation) -> DefaultEngine | None:
+    baseline = decision.baseline
+    if baseline is None:
+        return None
+    return DefaultEngine(
+        batch=baseline.point.batch,
+        total_tokens_per_second=f"{baseline.point.throughput:.1f}",
+        latencies=_latencies(decision, baseline.latencies),
+        meets_objectives=baseline.meets_objectives,
+    )
+
+
+def _latencies(decision: advisor.Recommendation, values: Sequence[float | None]) -> list[LatencyFigure]:
+    """Latencies in seconds, one for each objective, beside it."""
+    return [
+        LatencyFigure(
+            metric=objective.metric.value,
+            statistic=objective.statistic.value,
+            value=None if value is None else _duration(value),
+            max=units.format_duration(objective.maximum),
+        )
+        for objective, value in zip(decision.objectives, values, strict=True)
+    ]
+
+
+def _duration(seconds: float) -> str:
+    """To four digits: more would turn the status at every rounding, and nobody measures so finely."""
+    return units.format_duration(float(f"{seconds:.4g}"))
+
+
+def _ratio(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
 
 
 def _bytes(amount: int | None) -> str | None:

@@ -15,13 +15,14 @@ from tightship.api.v1alpha1.batchprofile import ProfileKey
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import Assignment
 from tightship.api.v1alpha1.llmservice import LLMService
-from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service, profile_key
+from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service
 from tightship.core.advisor import Recommendation
 from tightship.core.conditions import find, is_true
 from tightship.core.placement import Shape
 from tightship.decide import ProfileError, decision_from_profile, objectives_from_api
 from tightship.kube.store import Object, Store
 from tightship.manifests.packs import profile_name
+from tightship.reconcile.lengths import key_of
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,21 @@ class Verdict:
 
     @property
     def shape(self) -> Shape | None:
-        """What every replica should run with; None where there is no answer, or memory was not measured."""
+        """What every replica should run with: what was measured as it would run, never a packing that is only estimated.
+
+        None where there is no answer, or memory was not measured.
+        """
         decision = self.decision
-        if self.problems or decision is None or not decision.feasible or decision.batch is None:
+        if self.problems or decision is None or decision.applied is None or self.profile_name is None:
             return None
-        if decision.kv_cache is None or decision.memory_per_replica is None or self.profile_name is None:
+        if decision.applied_kv_cache is None or decision.applied_memory is None:
             return None
-        return Shape(self.profile_name, decision.batch, decision.kv_cache, decision.memory_per_replica)
+        return Shape(self.profile_name, decision.applied.batch, decision.applied_kv_cache, decision.applied_memory)
 
     @property
     def per_device(self) -> int:
-        """Replicas on one GPU or CPU set; 0 where there is no answer."""
-        return (self.decision.replicas or 0) if self.decision else 0
+        """Replicas that may share one GPU or CPU set now; 0 where there is no answer."""
+        return self.decision.applied.replicas if self.decision and self.decision.applied else 0
 
     def matches(self, assignment: Assignment, store: Store) -> bool:
         """Whether the profile behind an assignment is complete and of this service's key.
@@ -78,7 +82,10 @@ def examine(obj: Object, store: Store) -> Verdict:
         service = parse_service(obj)
     except InvalidSpecError as error:
         return Verdict(None, tuple(error.problems))
-    key = profile_key(service.spec)
+    try:
+        key = key_of(service, store)
+    except InvalidSpecError as error:
+        return Verdict(service, tuple(error.problems))
     profile, name = _profile(service, key, store)
     problem = _reference_problem(service, key, profile)
     if problem:
@@ -92,10 +99,28 @@ def is_complete(profile: Object) -> bool:
     return is_true(_conditions(profile), names.COMPLETE)
 
 
+def is_settled(profile: Object) -> bool:
+    """Whether a measurement ended, one way or the other, and no extension of it is to be made."""
+    found = _conditions(profile)
+    return (is_true(found, names.COMPLETE) and pending(profile) is None) or is_true(found, names.FAILED)
+
+
+def pending(profile: Object) -> str | None:
+    """The request for trials (`measurement.extend`) that a profile has still to answer."""
+    request: str | None = ((profile["spec"].get("measurement") or {}).get("extend") or {}).get("request")
+    outcome = (profile.get("status") or {}).get("outcome") or {}
+    return None if is_imported(profile) or outcome.get("extend") == request else request
+
+
 def failure_of(profile: Object) -> Mapping[str, Any] | None:
     """The condition that says why a measurement failed for good."""
     condition = find(_conditions(profile), names.FAILED)
     return condition if condition is not None and condition["status"] == "True" else None
+
+
+def is_imported(profile: Object) -> bool:
+    """Whether a profile came with its results, so that nothing is ever measured for it."""
+    return profile["spec"].get("results") is not None
 
 
 def key_hash(profile: Object) -> str:
@@ -115,14 +140,15 @@ def wanted_by(profile: Object, store: Store) -> list[str]:
             continue
         try:
             service = parse_service(obj)
+            key = key_of(service, store)
         except InvalidSpecError:
             continue
-        key, again = profile_key(service.spec), service.spec.profiling.rerun
+        again = service.spec.profiling.rerun
         if key.hash != key_hash(profile):
             continue
         _, used = _profile(service, key, store)
         asked = service.spec.profile_ref is None and again is not None
-        asked = asked and again == (profile["spec"].get("measurement") or {}).get("rerun")
+        asked = asked and again == _rerun(profile)
         if asked or used == profile["metadata"]["name"]:
             names_found.append(service.metadata.name)
     return names_found
@@ -134,16 +160,25 @@ def _profile(service: LLMService, key: ProfileKey, store: Store) -> tuple[Object
         name = service.spec.profile_ref.name
         return store.get("BatchProfile", namespace, name), name
     found = [each for each in store.list("BatchProfile", namespace) if key_hash(each) == key.hash]
-    # What is complete comes first, then what tells how replicas share a GPU, then our own name: a profile from Git may have any.
+    # What is complete comes first, then what tells how replicas share a GPU, then what was measured again on purpose, then what is
+    # in use (a later measurement that was cut short must not take its place), then our own name: a profile from Git may have any.
+    again, used = service.spec.profiling.rerun, service.status.profile
     found.sort(
         key=lambda each: (
             not is_complete(each),
             not (each.get("status") or {}).get("memory"),
+            again is None or is_imported(each) or again != _rerun(each),
+            used is None or each["metadata"]["name"] != used.name,
             each["metadata"]["name"] != own_name,
             each["metadata"]["name"],
         )
     )
     return (found[0], found[0]["metadata"]["name"]) if found else (None, own_name)
+
+
+def _rerun(profile: Object) -> str | None:
+    found: str | None = (profile["spec"].get("measurement") or {}).get("rerun")
+    return found
 
 
 def _reference_problem(service: LLMService, key: ProfileKey, profile: Object | None) -> str | None:

@@ -177,7 +177,16 @@ ALLOWED = [
     "--tokenizer-revision=main",
     "--max-logprobs=5",
     "--hf-overrides={}",
+    '--speculative-config={"method": "ngram", "num_speculative_tokens": 4}',
+    "--enable-lora",
+    "--lora-modules=sql=/models/sql",
+    "--max-loras=4",
+    "--max-lora-rank=16",
+    "--max-cpu-loras=8",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
 ]
+LENGTHS_FROM = {"configMap": {"name": "chat", "key": "lengths.csv"}}
 BAD = [
     ("spec__model__source", "facebook/opt-1.3b"),
     ("spec__model__source", "hf://opt"),
@@ -189,6 +198,12 @@ BAD = [
     ("spec__accelerator", {"device": "cpu", "cores": 2, "memory": "8Gi", "coresPerReplica": 3}),
     ("spec__template__spec__engine__env", [{"name": "CUDA_VISIBLE_DEVICES", "value": "1"}]),
     ("spec__template__spec__engine__env", [{"name": "TIGHTSHIP_X", "value": "1"}]),
+    ("spec__workload", {}),
+    ("spec__workload", {"inputTokens": 111}),
+    ("spec__workload", {"outputTokens": 292}),
+    ("spec__workload", {"inputTokens": 111, "outputTokens": 292, "lengthsFrom": LENGTHS_FROM}),
+    ("spec__workload", {"inputTokens": 111, "lengthsFrom": LENGTHS_FROM}),
+    ("spec__workload", {"outputTokens": 292, "lengthsFrom": LENGTHS_FROM}),
     ("metadata__name", "x" * 41),
     ("metadata__name", "1opt"),
     ("metadata__name", "opt.v1"),
@@ -198,6 +213,8 @@ GOOD = [
     ("spec__model__source", "pvc://models/llama/3"),
     ("spec__accelerator", {"device": "cpu", "cores": 4, "memory": "8Gi", "coresPerReplica": 2}),
     ("spec__template__spec__engine__env", [{"name": "HF_HOME", "value": "/models"}]),
+    ("spec__workload", {"inputTokens": 1, "outputTokens": 2}),
+    ("spec__workload", {"lengthsFrom": LENGTHS_FROM}),
     ("metadata__name", "x" * 40),
     *(("spec__engine__args", [arg]) for arg in ALLOWED),
 ]

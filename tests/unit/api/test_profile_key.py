@@ -42,6 +42,9 @@ def key_with(**changes: Any) -> str:
         ("model__revision", "v2"),
         ("engine__image", "vllm/vllm-openai:v0.34.0"),
         ("engine__args", ["--dtype=bfloat16"]),
+        ("engine__args", ["--dtype=float16", '--speculative-config={"method": "ngram"}']),
+        ("engine__args", ["--dtype=float16", "--enable-lora"]),
+        ("engine__args", ["--dtype=float16", "--enable-prefix-caching"]),
         ("engine__maxModelLen", 1024),
         ("accelerator__product", "NVIDIA-A100-SXM4-80GB"),
         ("workload__outputTokens", 293),
@@ -61,6 +64,7 @@ def test_measured_anew(path: str, value: Any) -> None:
         ("advisor", {"efficiencyFloor": "0.2"}),
         ("packing", {"minimumGain": "1.2", "memoryReserve": "10%", "maxReplicasPerGPU": 2}),
         ("profiling", {"budget": "1h"}),
+        ("profiling", {"extend": "once more"}),
         ("replicas", 9),
         ("autoApply", False),
         ("model__servedName", "other"),
@@ -69,6 +73,24 @@ def test_measured_anew(path: str, value: Any) -> None:
 )
 def test_decided_again_from_the_same_curve(path: str, value: Any) -> None:
     assert key_with(**{path: value}) == key_with()
+
+
+def lengths_key(text: str, name: str = "chat", entry: str = "lengths.csv") -> str:
+    service = yaml.safe_load(BASE)
+    service["spec"]["workload"] = {"lengthsFrom": {"configMap": {"name": name, "key": entry}}}
+    return profile_key(LLMService.model_validate(service).spec, text).hash
+
+
+def test_lengths_are_keyed_by_what_they_are_not_by_where_they_lie() -> None:
+    assert lengths_key("10,20\n") == lengths_key("10,20\n", name="other", entry="x")
+    assert len({lengths_key("10,20\n"), lengths_key("10,21\n"), key_with()}) == 3
+
+
+def test_a_key_without_its_lengths_is_refused() -> None:
+    service = yaml.safe_load(BASE)
+    service["spec"]["workload"] = {"lengthsFrom": {"configMap": {"name": "chat", "key": "lengths.csv"}}}
+    with pytest.raises(ValueError, match="needs the text of its lengths"):
+        profile_key(LLMService.model_validate(service).spec)
 
 
 def test_the_hash_is_of_the_content() -> None:

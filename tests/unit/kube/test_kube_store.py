@@ -51,6 +51,16 @@ def test_a_deleted_object_does_not_come_back_by_a_late_answer() -> None:
     assert store.get("Pod", "a", "p") is None
 
 
+@pytest.mark.parametrize(("version", "shown"), [(6, False), (7, False), (9, True)])
+def test_an_object_that_lost_its_label_comes_back_with_it(version: int, shown: bool) -> None:
+    """A watch by label says DELETED of an object that lost the label: the same object may carry it again."""
+    store = Store()
+    store.observe(make_pod("p", 5))
+    store.forget(make_pod("p", 7), "7")
+    assert store.observe(make_pod("p", version)) is shown
+    assert (store.get("Pod", "a", "p") is not None) is shown
+
+
 def test_an_object_of_the_same_name_outlives_the_news_of_its_predecessors_end() -> None:
     store = Store()
     store.observe(make_pod("p", 5, uid="one"))

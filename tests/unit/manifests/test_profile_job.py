@@ -11,7 +11,7 @@ from tightship.api.v1alpha1.batchprofile import BatchProfile, KeyEngine, KeyMode
 from tightship.api.v1alpha1.spec import AcceleratorSpec
 from tightship.api.v1alpha1.template import Resources
 from tightship.manifests.podparts import OperatorImage
-from tightship.manifests.profile_job import job_name, profile_job, profiler_access
+from tightship.manifests.profile_job import job_name, profile_job, profiler_access, room_on
 
 IMAGE = OperatorImage("registry.example/tightship:1", "IfNotPresent")
 CUDA = AcceleratorSpec(device="cuda", product="NVIDIA-H100-80GB-HBM3")
@@ -68,10 +68,10 @@ def env_of(profile: BatchProfile) -> dict[str, str]:
 
 
 def test_the_job_is_the_profiles_and_names_its_attempt() -> None:
-    job = profile_job(make_profile(rerun="again"), 3, IMAGE)
+    job = profile_job(make_profile(rerun="again", extend=PAIR), 3, IMAGE)
     assert job["metadata"]["name"] == "opt-3"
     assert job["metadata"]["ownerReferences"][0]["uid"] == "u-1"
-    assert job["metadata"]["annotations"] == {"tightship.dev/rerun": "again"}
+    assert job["metadata"]["annotations"] == {"tightship.dev/rerun": "again", "tightship.dev/extend": "a"}
     assert job["spec"]["backoffLimit"] <= 3
     assert "activeDeadlineSeconds" not in job["spec"]
 
@@ -89,8 +89,8 @@ def test_the_pod_gets_what_a_replicas_pod_gets_from_the_template() -> None:
     assert engine["envFrom"] == spec["engine"]["envFrom"]
     assert {"name": "data", "mountPath": "/data"} in engine["volumeMounts"]
     assert engine["resources"] == {
-        "requests": {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"},
-        "limits": {"memory": "16Gi", "nvidia.com/gpu": "1"},
+        "requests": {"cpu": "32", "memory": "128Gi", "nvidia.com/gpu": "1"},
+        "limits": {"memory": "128Gi", "nvidia.com/gpu": "1"},
     }
 
 
@@ -135,10 +135,92 @@ def test_where_the_model_is(source: str, cache: Any, path: str, claim: str | Non
     assert claims == ([claim] if claim else [])
 
 
-def test_on_cpu_the_pod_is_guaranteed_whole_cores_of_one_replica() -> None:
-    profile = make_profile(CPU)
+def resources_with(resources: dict[str, Any], room: int | None, **measurement: Any) -> Any:
+    profile = make_profile(template={"spec": {"engine": {"resources": resources}}}, **measurement)
+    return profile_job(profile, 1, IMAGE, room)["spec"]["template"]["spec"]["containers"][0]["resources"]
+
+
+GPU = {"nvidia.com/gpu": "1"}
+PAIR = {"request": "a", "pairs": [{"batch": 96, "replicas": 3}]}
+
+
+@pytest.mark.parametrize(
+    ("resources", "room", "measurement", "requests", "limits"),
+    [
+        pytest.param({}, None, {}, {}, {}, id="nothing asked"),
+        pytest.param({"requests": {"cpu": "500m"}}, 8, {"maxReplicasPerGPU": 3}, {"cpu": "1500m"}, {}, id="all fit"),
+        pytest.param({"requests": {"cpu": "4"}}, 2, {"maxReplicasPerGPU": 3}, {"cpu": "8"}, {}, id="two fit"),
+        pytest.param(
+            {"limits": {"cpu": "4", "memory": "8Gi"}},
+            1,
+            {"maxReplicasPerGPU": 2},
+            {"cpu": "4", "memory": "8Gi"},
+            {"cpu": "8", "memory": "16Gi"},
+            id="a limit doesn't become the request of all",
+        ),
+        pytest.param(
+            {"requests": {"cpu": "1"}},
+            None,
+            {"maxReplicasPerGPU": 1, "extend": PAIR},
+            {"cpu": "3"},
+            {},
+            id="an extension",
+        ),
+        pytest.param(
+            {"requests": {"ephemeral-storage": "10Gi"}}, 8, {}, {"ephemeral-storage": "10Gi"}, {}, id="the pod's own"
+        ),
+    ],
+)
+def test_the_pod_has_cpu_and_memory_of_the_replicas_that_are_tried(
+    resources: Any, room: int | None, measurement: Any, requests: Any, limits: Any
+) -> None:
+    assert resources_with(resources, room, **measurement) == {"requests": requests | GPU, "limits": limits | GPU}
+
+
+@pytest.mark.parametrize(
+    ("asked", "node", "room"),
+    [
+        ({}, {"cpu": "64", "memory": "512Gi", "nvidia.com/gpu": "8"}, None),
+        ({"requests": {"cpu": "2"}}, {"cpu": "64", "memory": "512Gi", "nvidia.com/gpu": "8"}, 3),  # 0.9 x 8 cores a GPU
+        ({"requests": {"cpu": "2"}}, {"cpu": "64", "nvidia.com/gpu": "1"}, 28),
+        (
+            {"requests": {"cpu": "2"}, "limits": {"memory": "30Gi"}},
+            {"cpu": "64", "memory": "128Gi", "nvidia.com/gpu": "1"},
+            3,
+        ),
+        ({"requests": {"cpu": "9"}}, {"cpu": "64", "nvidia.com/gpu": "8"}, 1),
+        ({"requests": {"cpu": "2"}}, {"cpu": "64", "nvidia.com/gpu": "0"}, None),
+    ],
+)
+def test_a_node_has_room_beside_one_gpu_for_so_many(asked: Any, node: Any, room: int | None) -> None:
+    assert room_on(make_profile(template={"spec": {"engine": {"resources": asked}}}), node) == room
+
+
+def test_trials_find_a_place_for_mps_and_shared_memory_on_a_gpu_alone() -> None:
+    pod = pod_of(make_profile(maxReplicasPerGPU=3))
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert volumes[mounts["/mps"]]["emptyDir"] == {}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory", "sizeLimit": "3Gi"}
+    assert not {"/mps", "/dev/shm"} & {mount["mountPath"] for mount in engine_of(make_profile(CPU))["volumeMounts"]}
+
+
+def test_the_lengths_are_mounted_as_they_were_at_the_start() -> None:
+    profile = make_profile(lengthsFrom={"configMap": {"name": "chat", "key": "lengths.csv"}})
+    volume = next(volume for volume in pod_of(profile)["volumes"] if volume["name"] == "tightship-lengths")
+    mount = next(mount for mount in engine_of(profile)["volumeMounts"] if mount["name"] == "tightship-lengths")
+    assert volume["configMap"] == {"name": "chat", "items": [{"key": "lengths.csv", "path": "lengths"}]}
+    assert mount["readOnly"] is True
+    assert mount["subPath"] == "lengths"
+    assert env_of(profile)["TIGHTSHIP_LENGTHS_FILE"] == mount["mountPath"]
+    assert "TIGHTSHIP_LENGTHS_FILE" not in env_of(make_profile())
+
+
+@pytest.mark.parametrize(("most", "cores"), [(8, "4"), (1, "2")])
+def test_on_cpu_the_pod_is_guaranteed_whole_cores_of_the_replicas_it_tries(most: int, cores: str) -> None:
+    profile = make_profile(CPU, maxReplicasPerGPU=most)
     pod = pod_of(profile)
-    amount = {"cpu": "2", "memory": "8Gi"}
+    amount = {"cpu": cores, "memory": "8Gi"}
     assert pod["containers"][0]["resources"] == {"requests": amount, "limits": amount}
     for container in pod["initContainers"]:
         assert container["resources"]["requests"] == container["resources"]["limits"]
@@ -149,7 +231,10 @@ def test_on_cpu_the_pod_is_guaranteed_whole_cores_of_one_replica() -> None:
 @pytest.mark.parametrize("budget", ["20m", "90s"])
 def test_the_pods_deadline_is_far_beyond_the_budget(budget: str) -> None:
     seconds = {"20m": 1200, "90s": 90}[budget]
-    assert pod_of(make_profile(budget=budget))["activeDeadlineSeconds"] == seconds + 7200
+    profile = make_profile(budget=budget, maxReplicasPerGPU=2)
+    assert pod_of(profile)["activeDeadlineSeconds"] == seconds + 7200 + 2 * 600
+    profile = make_profile(budget=budget, maxReplicasPerGPU=2, extend={**PAIR, "budget": "10m"})
+    assert pod_of(profile)["activeDeadlineSeconds"] == seconds + 600 + 7200 + 3 * 600
 
 
 def test_the_pod_passes_pod_security_baseline() -> None:

@@ -147,12 +147,31 @@ def failed(reason: str, message: str) -> Outcome:
     return Outcome(state="Failed", reason=reason, message=message)
 
 
+def replace_outcome(outcome: Outcome, **changes: Any) -> Outcome:
+    return outcome.model_copy(update=changes)
+
+
 def jobs(*ended: str | None) -> tuple[dict[str, Any], ...]:
     return tuple(make_job(number, end) for number, end in enumerate(ended, 1))
 
 
 IMPORTED = make_profile(results={"points": [{"batch": 1}, {"batch": 2}]})
 LATER = NOW.replace(hour=13)
+
+EXTEND = {"request": "opt/please", "pairs": [{"batch": 96, "replicas": 2}]}
+COMPLETE = [
+    {"type": "Complete", "status": "True", "reason": "BudgetExceeded", "message": "2 points within the budget"},
+]
+POINTS = [{"batch": 1}, {"batch": 2}]
+EXTENDED = make_profile(status={"points": POINTS, "conditions": COMPLETE}, measurement={"extend": EXTEND})
+DONE = Outcome(state="BudgetExceeded")
+
+
+def extension_job(attempt: int = 2, end: str | None = None, request: str = "opt/please") -> dict[str, Any]:
+    job = make_job(attempt, end)
+    job["metadata"]["annotations"] = {labels.ANNOTATION_EXTEND: request}
+    return job
+
 
 SITUATIONS: dict[str, tuple[Observed, str, str, str]] = {
     # situation: (what is seen, stage, reason, words in the message)
@@ -229,7 +248,7 @@ SITUATIONS: dict[str, tuple[Observed, str, str, str]] = {
         "JobFailed",
         "exit status 1 (restart 0): no such module: httpx",
     ),
-    "took too long": (seen(jobs=jobs("Failed"), pods=(TOO_LATE,)), "failed", "JobFailed", "not done after 8400 s"),
+    "took too long": (seen(jobs=jobs("Failed"), pods=(TOO_LATE,)), "failed", "JobFailed", "not done after 13200 s"),
     "ended without a word": (seen(jobs=jobs("Complete")), "failed", "JobFailed", "reported no outcome"),
     "measured anew": (
         seen(superseded=jobs(None)),
@@ -249,6 +268,52 @@ SITUATIONS: dict[str, tuple[Observed, str, str, str]] = {
         "failed",
         "InvalidSpec",
         "this profile was made for key",
+    ),
+    "trials asked for": (seen(EXTENDED, outcome=DONE, attempts=1), "running", "Measuring", "Job opt-2 is starting"),
+    "trials wait for their turn": (seen(EXTENDED, outcome=DONE, busy=1), "waiting", "Waiting", "1 of 1 profiling Jobs"),
+    "trials nobody wants": (seen(EXTENDED, outcome=DONE, wanted=False), "idle", "Waiting", "no LLMService needs"),
+    "trials being made": (
+        seen(EXTENDED, jobs=(extension_job(),), pods=(RUNNING,)),
+        "running",
+        "Measuring",
+        "Job opt-2 is measuring",
+    ),
+    "trials lost with their node": (
+        seen(EXTENDED, jobs=(extension_job(end="Failed"),), pods=(EVICTED,)),
+        "waiting",
+        "Waiting",
+        "Evicted: low on memory; the next",
+    ),
+    "trials that crashed": (
+        seen(EXTENDED, outcome=DONE, jobs=(extension_job(end="Failed"),), pods=(CRASHED,)),
+        "complete",
+        "BudgetExceeded",
+        "the trials that opt/please asked for failed: Job opt-2 failed",
+    ),
+    "trials whose engine failed": (
+        seen(EXTENDED, outcome=replace_outcome(failed("EngineFailed", "no MPS"), extend="opt/please")),
+        "complete",
+        "BudgetExceeded",
+        "the trials that opt/please asked for failed: no MPS",
+    ),
+    "trials made": (
+        seen(EXTENDED, outcome=Outcome(state="Completed", extend="opt/please"), jobs=(extension_job(end="Complete"),)),
+        "complete",
+        "Completed",
+        "2 points measured",
+    ),
+    "a measurement that failed with trials asked for": (
+        seen(make_profile(measurement={"extend": EXTEND}), outcome=failed("EngineFailed", "x")),
+        "failed",
+        "EngineFailed",
+        "x (final until",
+    ),
+    "lengths that can't be had": (seen(lengths="ConfigMap chat is not there"), "waiting", "Waiting", "ConfigMap chat"),
+    "imported, asked in vain": (
+        seen(make_profile(results={"points": POINTS}, measurement={"rerun": "a", "extend": EXTEND})),
+        "complete",
+        "Imported",
+        "nothing is measured, whatever is in measurement.rerun and measurement.extend",
     ),
     "not a profile": (
         seen({**make_profile(), "spec": {"key": {"hash": "x"}}}),
@@ -275,7 +340,7 @@ def test_a_decision_starts_a_job_only_where_none_is_active_and_nothing_is_final(
         assert decision.stage == "running"
         assert observed.wanted
         assert observed.busy < observed.slots
-        assert observed.outcome is None
+        assert observed.outcome is None or observed.extending
         assert decision.start == observed.attempt + 1
 
 
@@ -287,6 +352,14 @@ def test_deciding_again_from_what_was_reported_changes_nothing(situation: str) -
     again = replace(observed, obj=obj)
     if decide(observed).start is None:
         assert status(again, decide(again)) == reported
+
+
+@pytest.mark.parametrize("situation", [name for name in SITUATIONS if name.startswith("trials")])
+def test_a_profile_stays_complete_whatever_becomes_of_trials(situation: str) -> None:
+    observed, stage, *_ = SITUATIONS[situation]
+    found = {condition.type: condition.status for condition in conditions(decide(observed))}
+    busy = "True" if stage in ("running", "waiting") else "False"
+    assert found == {"Progressing": busy, "Complete": "True", "Failed": "False", "Ready": "True"}
 
 
 def test_an_attempt_that_broke_stays_final_when_its_job_is_cleaned_away() -> None:

@@ -66,7 +66,7 @@ async def test_once_measured_replicas_are_packed_and_everything_is_said() -> Non
     for which, reason in (
         ("Accepted", "Valid"),
         ("Profiled", "Completed"),
-        ("Recommended", "Estimated"),
+        ("Recommended", "Measured"),
         ("Packed", "Placed"),
         ("Available", "MinimumReplicasReady"),
         ("Ready", "FullyRealised"),

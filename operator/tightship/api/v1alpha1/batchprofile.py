@@ -241,7 +241,10 @@ class Load(Model):
     output_tokens: Annotated[Decimal | None, Field(description="Their mean completion length, in tokens.")] = None
     seed: Annotated[int, Field(description="Seed of the random numbers: order, ages and token ids.")]
     prefix_caching: Annotated[
-        Literal["Off"], Field(description="The engine's prefix cache is off while measuring, and in the replicas.")
+        Literal["Off"],
+        Field(
+            description="Off while measuring. Replicas keep their own setting: it makes real requests cheaper, never dearer."
+        ),
     ] = "Off"
 
 

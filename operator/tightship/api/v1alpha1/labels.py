@@ -43,6 +43,7 @@ ANNOTATION_TEMPLATE: Final = f"{GROUP}/template"
 ANNOTATION_GENERATION: Final = f"{GROUP}/service-generation"
 ANNOTATION_RERUN: Final = f"{GROUP}/rerun"
 ANNOTATION_EXTEND: Final = f"{GROUP}/extend"
+"""On a profiling Job: the `measurement.extend.request` that it answers."""
 
 NODE_GPU_PRODUCT: Final = "nvidia.com/gpu.product"
 NODE_GPU_SHARING: Final = "nvidia.com/gpu.sharing-strategy"
@@ -56,6 +57,11 @@ _VALUE_LIMIT: Final = 63  # characters of a label's value
 def key_value(key_hash: str) -> str:
     """The value of `PROFILE_KEY` for a key's hash: a SHA-256 in hex has one character more than a label's value may."""
     return key_hash[:_VALUE_LIMIT]
+
+
+def asked_annotation(service: str) -> str:
+    """On a BatchProfile: the `profiling.extend` of this service that has been dealt with. A service's name fits behind the slash."""
+    return f"extend.{GROUP}/{service}"
 
 
 def common(instance: str, component: str, extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -120,7 +120,8 @@ class EngineSpec(Model):
         list[Annotated[str, Field(max_length=512)]],
         Field(
             max_length=64,
-            description="More vLLM arguments. Those that Tightship sets itself are refused, in every spelling.",
+            description="More vLLM arguments, part of the profile's key: what changes here is measured again, speculative decoding and LoRA "
+            "included. Those that Tightship sets itself are refused, in every spelling.",
             json_schema_extra=ATOMIC | validations(REFUSED_ARGS_RULE, PARALLEL_RULE),
         ),
     ] = Field(default_factory=list)

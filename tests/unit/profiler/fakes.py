@@ -66,7 +66,7 @@ def in_virtual_time(story: Callable[[], Coroutine[Any, Any, T]]) -> T:
         loop.close()
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A request in the fake engine."""
 
@@ -195,6 +195,19 @@ class FakeEngine:
             one.listener.finished()
 
 
+@dataclass
+class FakeTicket:
+    """A request in a fake engine, or one that was."""
+
+    engine: FakeEngine
+    running: Running
+
+    def cancel(self) -> None:
+        self.engine.running = [one for one in self.engine.running if one is not self.running]
+        if self.running in self.engine.waiting:
+            self.engine.waiting.remove(self.running)
+
+
 class FakeChannel:
     """Requests straight into a fake engine."""
 
@@ -202,13 +215,15 @@ class FakeChannel:
         self.engine = engine
         self.closed = False
 
-    def submit(self, request: Completion, listener: Listener) -> None:
+    def submit(self, request: Completion, listener: Listener) -> FakeTicket:
         tokens = request.prompt.count(b",") + 1
+        running = Running(request, listener, tokens, request.output)
         if self.engine.dead:
             listener.failed("no connection", final=False)
-            return
-        self.engine.prompt_tokens += tokens
-        self.engine.waiting.append(Running(request, listener, tokens, request.output))
+        else:
+            self.engine.prompt_tokens += tokens
+            self.engine.waiting.append(running)
+        return FakeTicket(self.engine, running)
 
     async def close(self) -> None:
         self.closed = True

@@ -56,11 +56,12 @@ def manifest(
     kept = {name: value for name in ("name", "namespace") if (value := given.get(name))}
     ours = {name: value for name, value in (given.get("labels") or {}).items() if name == labels.PROFILE_KEY}
     metadata = kept | ({"labels": ours} if ours else {}) | ({"annotations": dict(annotations)} if annotations else {})
-    results = {name: measured[name] for name in MEASURED if measured.get(name) not in (None, [], {})}
+    results = _without_empty({name: measured[name] for name in MEASURED if measured.get(name) is not None})
     for name, order in (("points", ("batch",)), ("trials", ("batch", "replicas"))):
         if name in results:
             results[name] = sorted(results[name], key=lambda each, order=order: tuple(each[field] for field in order))  # type: ignore[misc]
-    measurement = {"measurement": spec["measurement"]} if spec.get("measurement") else {}
+    how = _without_empty(spec.get("measurement") or {})
+    measurement = {"measurement": how} if how else {}
     return {
         "apiVersion": labels.API_VERSION,
         "kind": _PROFILE,
@@ -69,12 +70,46 @@ def manifest(
     }
 
 
+class _Dumper(yaml.SafeDumper):
+    """Short mappings and lists of scalars on one line, all else in blocks; nothing is wrapped."""
+
+
+_LONGEST_LINE = 130
+
+
+def _collection(dumper: _Dumper, node: yaml.CollectionNode) -> yaml.CollectionNode:
+    children = [child for each in node.value for child in (each if isinstance(each, tuple) else (each,))]
+    length = sum(len(str(child.value)) + 2 for child in children)
+    flat = all(isinstance(child, yaml.ScalarNode) for child in children)
+    node.flow_style = flat and (length <= _LONGEST_LINE or isinstance(node, yaml.SequenceNode))
+    return node
+
+
+_Dumper.add_representer(
+    dict, lambda dumper, value: _collection(dumper, dumper.represent_mapping("tag:yaml.org,2002:map", value.items()))
+)
+_Dumper.add_representer(
+    list, lambda dumper, value: _collection(dumper, dumper.represent_sequence("tag:yaml.org,2002:seq", value))
+)
+
+
 def to_yaml(obj: Mapping[str, Any], comment: str = "") -> str:
-    """An object as YAML that people can read and diff: in the API's order, innermost mappings on one line."""
+    """An object as YAML that people can read and diff: in the API's order, short innermost collections on one line."""
     head = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
-    return head + yaml.safe_dump(
-        json.loads(json.dumps(obj)), sort_keys=False, default_flow_style=None, width=150, allow_unicode=True
+    # Through JSON, so that a value used twice is written twice and not as an alias.
+    return head + yaml.dump(
+        json.loads(json.dumps(obj)), Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True
     )
+
+
+def _without_empty(value: Any) -> Any:
+    """A value without the empty mappings and lists in it, which say nothing."""
+    if isinstance(value, list):
+        return [_without_empty(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    kept = {name: _without_empty(each) for name, each in value.items()}
+    return {name: each for name, each in kept.items() if each not in ({}, [])}
 
 
 def write(filename: str, text: str) -> None:

@@ -132,6 +132,9 @@ def run(args: argparse.Namespace) -> int:
     except InputError as error:
         print(f"tightship profile: {error}", file=sys.stderr)
         return USAGE
+    except KeyboardInterrupt:
+        print("stopped before the measurement began", file=sys.stderr)
+        return INTERRUPTED
 
 
 # --- what to measure, and with what ---
@@ -447,7 +450,9 @@ class ManifestSink:
 def to_text(profile: api.BatchProfile) -> str:
     """The manifest of a profile measured here, as YAML."""
     obj, status = profile.to_dict(), profile.status
-    noted = {name: part.to_dict() for name in ("progress", "outcome") if (part := getattr(status, name)) is not None}
+    progress = None if status.progress is None else status.progress.model_copy(update={"message": None})
+    parts = {"progress": progress, "outcome": status.outcome}
+    noted = {name: part.to_dict() for name, part in parts.items() if part is not None}
     annotations = {labels.ANNOTATION_MEASUREMENT: json.dumps(noted)}
     written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     state = _how_it_ended(status.outcome) if status.outcome else "not finished; `tightship profile --resume` goes on"

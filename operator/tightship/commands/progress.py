@@ -41,7 +41,7 @@ def render(progress: Progress, elapsed: float, budget: float, columns: int | Non
         where += f" x {progress.replicas} replicas"
     points = f"{progress.points} point{'' if progress.points == 1 else 's'}"
     line = f"[{bar}] {_clock(elapsed)} of {_clock(budget)}  {where}, {points}"
-    if progress.message:
+    if progress.message and progress.stage != "Done":  # then it is the outcome's, and said in full
         line += f": {progress.message}"
     return line if columns is None or len(line) < columns else line[: max(1, columns - 4)] + "..."
 

@@ -51,7 +51,6 @@ _KEY_OPTIONS: Final = {
     "memory": "--memory",
     "input_tokens": "--input-tokens",
     "output_tokens": "--output-tokens",
-    "name": "--name",
 }
 """Options that a manifest answers, by their destination."""
 

@@ -21,6 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "profile": ("tightship.commands.profile", "measure a model here, without a cluster; or export a profile from one"),
     "import": ("tightship.commands.vllm_bench", "a profile from what another tool measured"),
     "plot": ("tightship.commands.plot", "draw a profile and the choice, as png, svg or html"),
+    "predict": (
+        "tightship.commands.predict",
+        "predict how replicas that share a GPU slow each other down, without a cluster",
+    ),
     "inject": ("tightship.inject", "copy what runs in engine images into a directory (used by init containers)"),
     "node": ("tightship.node.main", "hold a GPU and run MPS on it (used by holder pods)"),
     "sandbox": ("tightship.sandbox.cli", "a cluster on this machine, to try and to test the operator"),

@@ -29,7 +29,16 @@ from tightship.core import colocation
 from tightship.core.advisor import Candidate, Recommendation
 from tightship.core.curve import Curve, Metric, Point, Statistic, Trial
 from tightship.core.memory import Ledger
-from tightship.decide import ProfileError, curve_from_profile, ledger_from_profile, measurement, parse_reserve
+from tightship.decide import (
+    ProfileError,
+    baseline_from_profile,
+    curve_from_profile,
+    has_dedicated_cores,
+    ledger_from_profile,
+    measurement,
+    parse_reserve,
+    trials_from_profile,
+)
 
 EXIT_USAGE: Final = 2
 FORMATS: Final = ("png", "svg", "html")
@@ -147,6 +156,8 @@ class Picture:
     """T(1) times the efficiency floor: a point must stay above `floor` x batch."""
     chosen: Candidate | None
     chosen_latencies: tuple[float | None, ...]
+    applied: Mark | None
+    """What runs until the choice, which is an estimate, has been tried; `None` where that is the choice itself."""
     baseline: Mark | None
     memory: MemoryBar | None
 
@@ -160,11 +171,11 @@ def picture(profile: Mapping[str, Any], answer: Recommendation, *, floor: float,
     curve = curve_from_profile(profile)
     panels = tuple(Panel(each.metric, each.statistic, each.maximum) for each in answer.objectives) or (Panel(),)
     fell = {(each.batch, each.replicas) for each in answer.candidates if not each.eligible}
-    trials = trials_of(profile)
+    trials = trials_from_profile(profile)
     singles = tuple(_mark(point, panels, (point.batch, 1) not in fell) for point in curve.points)
     tried = {trial.replicas for trial in trials if trial.replicas > 1}
     wanted = tried | ({answer.replicas} if answer.replicas and answer.replicas > 1 else set())
-    dedicated = _dedicated(profile)
+    dedicated = has_dedicated_cores(profile)
     packed = tuple(
         Series(
             replicas,
@@ -182,29 +193,11 @@ def picture(profile: Mapping[str, Any], answer: Recommendation, *, floor: float,
         series=(Series(1, singles), *packed),
         floor=None if single is None or not floor else floor * single.throughput,
         chosen=chosen,
-        chosen_latencies=_chosen_latencies(answer, curve, panels),
-        baseline=_baseline(profile, panels),
+        chosen_latencies=_latencies(chosen, answer, curve, panels),
+        applied=_applied(answer, curve, panels),
+        baseline=None if (base := baseline_from_profile(profile)) is None else _mark(base, panels, True),
         memory=_memory(answer, ledger_from_profile(profile), reserve),
     )
-
-
-def trials_of(profile: Mapping[str, Any]) -> list[Trial]:
-    """The packing trials that a profile holds; each is a point like those of the curve, but for the replicas."""
-    measured, _ = measurement(profile)
-    rows = [row for row in measured.get("trials") or [] if isinstance(row, Mapping)]
-    found = []
-    for row in rows:
-        point = curve_from_profile({"status": {"points": [row]}}).points[0]
-        found.append(
-            Trial(
-                point.batch,
-                int(row["replicas"]),
-                point.throughput,
-                point.inter_token_latency,
-                point.time_to_first_token,
-            )
-        )
-    return found
 
 
 def _mark(measured: Point | Trial, panels: Sequence[Panel], eligible: bool) -> Mark:
@@ -222,15 +215,6 @@ def _predictions(curve: Curve, replicas: int, panels: Sequence[Panel], *, dedica
         yield Mark(point.batch, found.total_tokens_per_second, latencies)
 
 
-def _baseline(profile: Mapping[str, Any], panels: Sequence[Panel]) -> Mark | None:
-    """The engine with its own default batch: a point like those of the curve, so read as one."""
-    measured, _ = measurement(profile)
-    row = measured.get("baseline")
-    if not isinstance(row, Mapping):
-        return None
-    return _mark(curve_from_profile({"status": {"points": [row]}}).points[0], panels, True)
-
-
 def _memory(answer: Recommendation, ledger: Ledger | None, reserve: str) -> MemoryBar | None:
     if ledger is None or answer.chosen is None or answer.memory_per_replica is None:
         return None
@@ -244,14 +228,23 @@ def _memory(answer: Recommendation, ledger: Ledger | None, reserve: str) -> Memo
     )
 
 
-def _chosen_latencies(answer: Recommendation, curve: Curve, panels: Sequence[Panel]) -> tuple[float | None, ...]:
-    if answer.chosen is None:
+def _latencies(
+    pair: Candidate | None, answer: Recommendation, curve: Curve, panels: Sequence[Panel]
+) -> tuple[float | None, ...]:
+    if pair is None:
         return ()
     if answer.objectives:
-        return answer.chosen.latencies
-    # Nothing was asked of latency: then the choice's is shown only where it ran alone.
-    point = curve.at(answer.chosen.batch) if answer.chosen.replicas == 1 else None
+        return pair.latencies
+    # Nothing was asked of latency: then it is shown only where the pair is a point of the curve.
+    point = curve.at(pair.batch) if pair.replicas == 1 else None
     return tuple(None if point is None else point.latency(panel.metric, panel.statistic) for panel in panels)
+
+
+def _applied(answer: Recommendation, curve: Curve, panels: Sequence[Panel]) -> Mark | None:
+    pair = answer.applied
+    if pair is None or answer.chosen is None or pair.pair == answer.chosen.pair:
+        return None
+    return Mark(pair.batch, pair.throughput, _latencies(pair, answer, curve, panels))
 
 
 def _model(profile: Mapping[str, Any]) -> str:
@@ -266,11 +259,6 @@ def _device(profile: Mapping[str, Any]) -> str:
     if accelerator.get("device") == "cpu":
         return f"{accelerator.get('coresPerReplica') or 1} of {accelerator.get('cores') or '?'} CPU cores"
     return str(accelerator.get("product") or (measured.get("gpu") or {}).get("product") or "a GPU")
-
-
-def _dedicated(profile: Mapping[str, Any]) -> bool:
-    accelerator = ((profile.get("spec") or {}).get("key") or {}).get("accelerator") or {}
-    return bool(accelerator.get("device") == "cpu")
 
 
 def _subtitle(answer: Recommendation) -> str:
@@ -347,6 +335,11 @@ def _draw_throughput(axis: Any, shown: Picture) -> None:
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
         )  # fmt: skip
         top = max(top, shown.chosen.throughput)
+    if shown.applied is not None:
+        axis.plot(
+            shown.applied.batch, shown.applied.throughput, "*", color="white", markeredgecolor=INK, markersize=15, zorder=5,
+            linestyle="none", label="runs until the choice is tried",
+        )  # fmt: skip
     if any(not mark.eligible for series in shown.series for mark in series.measured):
         axis.plot(
             [],
@@ -399,6 +392,9 @@ def _draw_latency(axis: Any, shown: Picture, panel: Panel, index: int) -> None:
     base = shown.baseline.latencies[index] if shown.baseline is not None else None
     if shown.baseline is not None and base is not None:
         axis.plot(shown.baseline.batch, 1000 * base, "X", color="white", markeredgecolor=INK, markersize=9, zorder=4)
+    until = shown.applied.latencies[index] if shown.applied is not None else None
+    if shown.applied is not None and until is not None:
+        axis.plot(shown.applied.batch, 1000 * until, "*", color="white", markeredgecolor=INK, markersize=15, zorder=5)
     latency = shown.chosen_latencies[index] if shown.chosen_latencies else None
     if shown.chosen is not None and latency is not None:
         axis.plot(

@@ -43,6 +43,7 @@ from tightship.profiler.clock import SystemClock
 from tightship.profiler.engine import MODULE, ProcessLauncher
 from tightship.profiler.errors import ReportError
 from tightship.profiler.gpu import DeviceError, memory_limit, open_nvml
+from tightship.profiler.lengths import parse_lengths
 
 MEASURED, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 IMPORT_SECONDS: Final = 300.0
@@ -90,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--gpu", type=int, metavar="INDEX", help="which GPU, as nvidia-smi counts them (default: the first)"
     )
+    how.add_argument("--seed", type=int, metavar="N", help="of the load's random numbers: order, ages and token ids")
     where = parser.add_argument_group("where it goes")
     where.add_argument(
         "-o", "--output", default=None, metavar="FILE", help="the profile's file (default: profile.yaml)"
@@ -115,7 +117,7 @@ class Plan:
     python: str
     environ: dict[str, str]
     cores: frozenset[int] | None = None
-    """CPU cores of one replica; None leaves them as they are."""
+    """CPU cores of the pack, as far as they are there; None leaves them as they are."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -314,12 +316,15 @@ def _surroundings(plan: Plan, args: argparse.Namespace) -> None:
     environ |= _engine_environ(key, dict(args.engine_env or []), environ, from_options=args.filename is None)
     environ["TIGHTSHIP_DEVICE"] = key.accelerator.device
     environ["TIGHTSHIP_MODEL_PATH"] = model_argument(key, args.model)
-    environ.pop("TIGHTSHIP_LENGTHS_FILE", None)
+    for name in ("TIGHTSHIP_LENGTHS_FILE", "TIGHTSHIP_SEED"):
+        environ.pop(name, None)
+    if args.seed is not None:
+        environ["TIGHTSHIP_SEED"] = str(args.seed)
     if key.workload.lengths_digest is not None:
         environ["TIGHTSHIP_LENGTHS_FILE"] = _lengths_file(key, args.lengths)
     if key.accelerator.device == "cpu":
         environ["TIGHTSHIP_DEVICE_MEMORY"] = str(parse_quantity(key.accelerator.memory or "0"))
-        plan.cores = _cores(key.accelerator.cores_per_replica or 1)
+        plan.cores = _cores(key.accelerator.cores_per_replica or 1, key.accelerator.cores or 1)
         return
     environ.update(_gpu_environ(args.gpu, environ))
     try:
@@ -384,14 +389,20 @@ def _lengths_file(key: api.ProfileKey, path: Path | None) -> str:
         raise InputError(
             f"--lengths {path}: not the lengths this profile is for (their SHA-256 begins with {digest[:10]}, not {wanted[:10]})"
         )
+    try:
+        # Their form only; what a conversation has in tokens is the profiler's to count, with the model's tokenizer.
+        parse_lengths(path.read_text(encoding="utf-8"), lambda text: 2 + len(text.split()))
+    except ValueError as error:
+        raise InputError(f"--lengths {path}: {error}") from error
     return str(path.resolve())
 
 
-def _cores(wanted: int) -> frozenset[int]:
+def _cores(replica: int, pack: int) -> frozenset[int]:
+    """The cores of a pack, or as many as there are: one replica's must be, several replicas may share them in trials."""
     there = sorted(os.sched_getaffinity(0))
-    if wanted > len(there):
-        raise InputError(f"a replica has {wanted} cores, and this process may use {len(there)} (taskset, nproc)")
-    return frozenset(there[:wanted])
+    if replica > len(there):
+        raise InputError(f"a replica has {replica} cores, and this process may use {len(there)} (taskset, nproc)")
+    return frozenset(there[:pack])
 
 
 def _gpu_environ(index: int | None, environ: Mapping[str, str]) -> dict[str, str]:

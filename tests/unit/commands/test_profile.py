@@ -212,6 +212,7 @@ OPT = str(SAMPLES / "llmservice-opt.yaml")
         (("--model", "a/b"), "--input-tokens, --output-tokens or --lengths: give both"),
         (("--model", "a/b", *MEANS, "--lengths", "x.csv"), "--lengths x.csv: No such file"),
         (("--model", "a/b", *MEANS, "--lengths", __file__), "leave --input-tokens and --output-tokens out"),
+        (("--model", "a/b", "--lengths", __file__), "--lengths .*test_profile.py: "),
         (("--model", "a/b", *MEANS, "--engine-arg=--max-num-seqs=8"), "--engine-arg: '--max-num-seqs=8': refused engine argument"),
         (("--model", "a/b", *MEANS, "--engine-arg=-tp=2"), "--engine-arg: '-tp=2': an engine of this version runs on one GPU"),
         (("--model", "a/b", *MEANS, "--engine-env", "PYTHONPATH=x"), "--engine-env: PYTHONPATH is set by Tightship itself"),

@@ -1,8 +1,8 @@
 """`tightship plot`: a profile and what follows from it, drawn.
 
 Throughput of the whole GPU over the batch of each replica, the latency that the objectives are on below it, the memory of the
-choice below that. What was measured is a marker, filled where nothing speaks against it; what was predicted is a dashed line, so
-that a trial shows beside what had been expected of it.
+choice below that. What was measured is a marker, filled where nothing speaks against it; what the advisor estimates, the trials
+considered, is a dashed line; a thin line leads from each trial to what the curve alone had predicted of it.
 
 `picture` collects what is drawn, from the same decision that `tightship advise` prints; `draw` draws it. Needs matplotlib for that.
 
@@ -17,7 +17,7 @@ import html
 import importlib.util
 import io
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,9 +25,10 @@ from typing import Any, Final
 from tightship.api.units import format_duration
 from tightship.commands import advise, manifest
 from tightship.commands.manifest import InputError
-from tightship.core import colocation
 from tightship.core.advisor import Candidate, Recommendation
-from tightship.core.curve import Curve, Metric, Point, Statistic, Trial
+from tightship.core.calibration import calibrate
+from tightship.core.colocation import Prediction, predict
+from tightship.core.curve import Curve, Metric, Objective, Point, Statistic, Trial
 from tightship.core.memory import Ledger
 from tightship.decide import (
     ProfileError,
@@ -51,6 +52,7 @@ MARKERS: Final = ("o", "s", "^", "D", "v", "P")
 INK: Final = "#222222"
 PALE: Final = "#8a8a8a"
 SHADE: Final = "#D55E00"
+RING: Final = {"color": "none", "markeredgecolor": INK, "markeredgewidth": 1.6, "markersize": 15, "zorder": 5}
 STATISTICS: Final = {
     "mean": "mean",
     "p50": "median",
@@ -126,11 +128,16 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """Replicas of one number: what was measured, and what is predicted for them at the batches of the curve."""
+    """Replicas of one number.
+
+    `estimated`: what the advisor takes of them at the batches of the curve, the trials considered; `predicted`: what the curve
+    alone had predicted of each measured one (none where it doesn't tell).
+    """
 
     replicas: int
     measured: tuple[Mark, ...]
-    predicted: tuple[Mark, ...] = ()
+    estimated: tuple[Mark, ...] = ()
+    predicted: tuple[Mark | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,15 +182,8 @@ def picture(profile: Mapping[str, Any], answer: Recommendation, *, floor: float,
     singles = tuple(_mark(point, panels, (point.batch, 1) not in fell) for point in curve.points)
     tried = {trial.replicas for trial in trials if trial.replicas > 1}
     wanted = tried | ({answer.replicas} if answer.replicas and answer.replicas > 1 else set())
-    dedicated = has_dedicated_cores(profile)
-    packed = tuple(
-        Series(
-            replicas,
-            tuple(_mark(trial, panels, trial.pair not in fell) for trial in trials if trial.replicas == replicas),
-            tuple(_predictions(curve, replicas, panels, dedicated=dedicated)),
-        )
-        for replicas in sorted(wanted)
-    )
+    expect = _Expectation(curve, panels, trials, 0.0 if has_dedicated_cores(profile) else None)
+    packed = tuple(_packed(replicas, trials, fell, expect) for replicas in sorted(wanted))
     single = curve.at(1)
     chosen = answer.chosen
     return Picture(
@@ -205,14 +205,49 @@ def _mark(measured: Point | Trial, panels: Sequence[Panel], eligible: bool) -> M
     return Mark(measured.batch, measured.throughput, latencies, eligible)
 
 
-def _predictions(curve: Curve, replicas: int, panels: Sequence[Panel], *, dedicated: bool) -> Iterable[Mark]:
-    for point in curve.points:
+class _Expectation:
+    """What the curve predicts of pairs, with and without what the trials taught."""
+
+    def __init__(
+        self, curve: Curve, panels: Sequence[Panel], trials: Sequence[Trial], utilization: float | None
+    ) -> None:
+        self.panels = panels
+        self.batches = [point.batch for point in curve.points]
+        self._curve = curve
+        self._utilization = utilization
+        # The bound has no part in what is predicted.
+        shown = [Objective(panel.metric, panel.statistic, panel.maximum or 1.0) for panel in panels]
+        self._calibration = calibrate(curve, shown, trials, utilization=utilization)
+
+    def predicted(self, batch: int, replicas: int) -> Mark | None:
+        """By the curve alone; `None` where it doesn't tell, as without a recorded utilization."""
+        found = self._prediction(batch, replicas)
+        if found is None:
+            return None
+        latencies = tuple(found.latency(panel.metric, panel.statistic) for panel in self.panels)
+        return Mark(batch, found.total_tokens_per_second, latencies)
+
+    def estimated(self, batch: int, replicas: int) -> Mark | None:
+        """As the advisor takes it."""
+        found = self._prediction(batch, replicas)
+        return None if found is None else Mark(batch, *self._calibration.figures(found))
+
+    def _prediction(self, batch: int, replicas: int) -> Prediction | None:
         try:
-            found = colocation.predict(curve, point.batch, replicas, utilization=0.0 if dedicated else None)
+            return predict(self._curve, batch, replicas, utilization=self._utilization)
         except ValueError:
-            return  # no utilization was recorded, so nothing can be predicted
-        latencies = tuple(found.latency(panel.metric, panel.statistic) for panel in panels)
-        yield Mark(point.batch, found.total_tokens_per_second, latencies)
+            return None
+
+
+def _packed(replicas: int, trials: Sequence[Trial], fell: Set[tuple[int, int]], expect: _Expectation) -> Series:
+    tried = [trial for trial in trials if trial.replicas == replicas]
+    estimated = (expect.estimated(batch, replicas) for batch in expect.batches)
+    return Series(
+        replicas,
+        measured=tuple(_mark(trial, expect.panels, trial.pair not in fell) for trial in tried),
+        estimated=tuple(mark for mark in estimated if mark is not None),
+        predicted=tuple(expect.predicted(trial.batch, replicas) for trial in tried),
+    )
 
 
 def _memory(answer: Recommendation, ledger: Ledger | None, reserve: str) -> MemoryBar | None:
@@ -305,9 +340,7 @@ def draw(shown: Picture) -> Any:
 def _draw_throughput(axis: Any, shown: Picture) -> None:
     top = 0.0
     for index, series in enumerate(shown.series):
-        top = max(
-            top, _draw_series(axis, series, index, [mark.throughput for mark in (*series.measured, *series.predicted)])
-        )
+        top = max(top, _draw_series(axis, series, index, lambda mark: mark.throughput))
     if shown.floor is not None:
         batches = [mark.batch for mark in shown.series[0].measured]
         line = _between(batches[0], batches[-1])
@@ -337,9 +370,19 @@ def _draw_throughput(axis: Any, shown: Picture) -> None:
         top = max(top, shown.chosen.throughput)
     if shown.applied is not None:
         axis.plot(
-            shown.applied.batch, shown.applied.throughput, "*", color="white", markeredgecolor=INK, markersize=15, zorder=5,
-            linestyle="none", label="runs until the choice is tried",
+            shown.applied.batch, shown.applied.throughput, "o", linestyle="none", label="runs until the choice is tried", **RING
         )  # fmt: skip
+    if any(before is not None for series in shown.series for before in series.predicted):
+        axis.plot(
+            [],
+            [],
+            "_",
+            color=PALE,
+            markersize=9,
+            markeredgewidth=1.5,
+            linestyle="none",
+            label="what the curve alone predicted",
+        )
     if any(not mark.eligible for series in shown.series for mark in series.measured):
         axis.plot(
             [],
@@ -356,45 +399,49 @@ def _draw_throughput(axis: Any, shown: Picture) -> None:
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
-def _draw_series(axis: Any, series: Series, index: int, values: Sequence[float | None], *, named: bool = True) -> float:
-    """One number of replicas on one panel; `values` are for its measured marks, then its predicted ones. Returns the largest."""
+def _draw_series(
+    axis: Any, series: Series, index: int, value: Callable[[Mark], float | None], *, named: bool = True
+) -> float:
+    """One number of replicas on one panel, `value` of each mark; returns the largest."""
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-    count = len(series.measured)
     name = "1 replica" if series.replicas == 1 else f"{series.replicas} replicas"
-    known = [(mark, value) for mark, value in zip(series.measured, values[:count], strict=True) if value is not None]
-    expected = [
-        (mark, value) for mark, value in zip(series.predicted, values[count:], strict=True) if value is not None
-    ]
-    if expected:
+    known = [(mark.batch, height, mark.eligible) for mark in series.measured if (height := value(mark)) is not None]
+    line = [(mark.batch, height) for mark in series.estimated if (height := value(mark)) is not None]
+    if line:
         axis.plot(
-            [mark.batch for mark, _ in expected], [value for _, value in expected], "--", color=colour, linewidth=1.3,
-            alpha=0.85, label=f"{name}, predicted" if named else None,
+            *zip(*line, strict=True), "--", color=colour, linewidth=1.3, alpha=0.85, label=f"{name}, estimated" if named else None
         )  # fmt: skip
+    for mark, before in zip(series.measured, series.predicted, strict=False):
+        ends = value(mark), None if before is None else value(before)
+        if None not in ends:
+            axis.plot([mark.batch] * 2, ends, "-", color=colour, linewidth=1, zorder=2.5)
+            axis.plot(mark.batch, ends[1], "_", color=colour, markersize=9, markeredgewidth=1.5, zorder=2.5)
     if known:
-        style = "-" if series.replicas == 1 else "none"
         axis.plot(
-            [mark.batch for mark, _ in known], [value for _, value in known], linestyle=style, color=colour, linewidth=1.8,
-            marker=marker, markersize=6.5, markeredgecolor=colour, zorder=3, label=f"{name}, measured" if named else None,
+            [batch for batch, _, _ in known], [height for _, height, _ in known], linestyle="-" if series.replicas == 1 else "none",
+            color=colour, linewidth=1.8, marker=marker, markersize=6.5, zorder=3, label=f"{name}, measured" if named else None,
         )  # fmt: skip
-        hollow = [(mark, value) for mark, value in known if not mark.eligible]
+        hollow = [(batch, height) for batch, height, eligible in known if not eligible]
         axis.plot(
-            [mark.batch for mark, _ in hollow], [value for _, value in hollow], linestyle="none", marker=marker,
+            [batch for batch, _ in hollow], [height for _, height in hollow], linestyle="none", marker=marker,
             markersize=6.5, color="white", markeredgecolor=colour, zorder=3.5,
         )  # fmt: skip
-    return max((value for _, value in (*known, *expected)), default=0.0)
+    return max((each[1] for each in (*known, *line)), default=0.0)
 
 
 def _draw_latency(axis: Any, shown: Picture, panel: Panel, index: int) -> None:
+    def milliseconds(mark: Mark) -> float | None:
+        seconds = mark.latencies[index]
+        return None if seconds is None else 1000 * seconds
+
     for number, series in enumerate(shown.series):
-        values = [mark.latencies[index] for mark in (*series.measured, *series.predicted)]
-        milliseconds = [None if value is None else 1000 * value for value in values]
         _draw_series(axis, series, number, milliseconds, named=False)
     base = shown.baseline.latencies[index] if shown.baseline is not None else None
     if shown.baseline is not None and base is not None:
         axis.plot(shown.baseline.batch, 1000 * base, "X", color="white", markeredgecolor=INK, markersize=9, zorder=4)
     until = shown.applied.latencies[index] if shown.applied is not None else None
     if shown.applied is not None and until is not None:
-        axis.plot(shown.applied.batch, 1000 * until, "*", color="white", markeredgecolor=INK, markersize=15, zorder=5)
+        axis.plot(shown.applied.batch, 1000 * until, "o", **RING)
     latency = shown.chosen_latencies[index] if shown.chosen_latencies else None
     if shown.chosen is not None and latency is not None:
         axis.plot(

@@ -25,7 +25,7 @@ from typing import Any, Final
 from tightship.api.units import format_duration
 from tightship.commands import advise, manifest
 from tightship.commands.manifest import InputError
-from tightship.core.advisor import Candidate, Recommendation
+from tightship.core.advisor import Candidate, Recommendation, allowed_preemptions
 from tightship.core.calibration import calibrate
 from tightship.core.colocation import Prediction, predict
 from tightship.core.curve import Curve, Metric, Objective, Point, Statistic, Trial
@@ -217,7 +217,9 @@ class _Expectation:
         self._utilization = utilization
         # The bound has no part in what is predicted.
         shown = [Objective(panel.metric, panel.statistic, panel.maximum or 1.0) for panel in panels]
-        self._calibration = calibrate(curve, shown, trials, utilization=utilization)
+        # As the advisor does: what preempted says nothing of pairs that don't.
+        usable = [trial for trial in trials if (trial.preemptions or 0) <= allowed_preemptions(trial.requests)]
+        self._calibration = calibrate(curve, shown, usable, utilization=utilization)
 
     def predicted(self, batch: int, replicas: int) -> Mark | None:
         """By the curve alone; `None` where it doesn't tell, as without a recorded utilization."""
@@ -333,7 +335,9 @@ def draw(shown: Picture) -> Any:
     figure.suptitle(shown.title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
     curves[0].set_title(shown.subtitle, loc="left", fontsize=10, color=INK, pad=10)
     handles, names = curves[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower left", ncols=3, frameon=False, fontsize=8.5, labelcolor=INK)
+    figure.legend(
+        handles, names, loc="outside lower left", ncols=3, frameon=False, fontsize=8.5, labelcolor=INK, markerscale=0.75
+    )
     return figure
 
 

@@ -46,6 +46,11 @@ def test_what_is_drawn_of_a_whole_profile() -> None:
     estimated = {mark.batch: mark for mark in two.estimated}
     assert estimated[96].throughput == pytest.approx(behind * by_curve.throughput)
     assert len(estimated) == len(one.measured)
+    # The choice lies on its line.
+    three = next(each for each in shown.series if each.replicas == 3)
+    assert shown.chosen is not None
+    on_the_line = next(mark for mark in three.estimated if mark.batch == shown.chosen.batch)
+    assert (shown.chosen.replicas, on_the_line.throughput) == (3, pytest.approx(shown.chosen.throughput))
     assert shown.applied is not None
     assert (shown.applied.batch, shown.applied.throughput) == (256, 14669.5)
     assert shown.floor == pytest.approx(38.14)

@@ -21,7 +21,7 @@ from tightship.profiler.clock import SystemClock
 from tightship.profiler.engine import EngineSettings
 from tightship.profiler.histogram import Histogram
 from tightship.profiler.lengths import Length, Lengths, Prompts
-from tightship.profiler.load import ClosedLoop, Recording, run
+from tightship.profiler.load import ClosedLoop, Recording
 from tightship.profiler.wire import Channel, Completion, HttpChannel, Listener, Ticket
 from tightship.sandbox.simulation.experiment import sharegpt_lengths
 from unit.profiler.fakes import FakeDevice, FakeEngine, FakeModel, VirtualClock, VirtualLoop, in_virtual_time
@@ -338,7 +338,7 @@ async def record(port: int, streams: int, output: int, windows: int) -> list[Rec
 
 def test_a_server_that_outruns_the_client_is_noticed() -> None:
     with canned(0, 32) as port:
-        recordings = run(record(port, 32, 2000, windows=3))
+        recordings = asyncio.run(record(port, 32, 2000, windows=3))
     for recording in recordings:
         assert recording.failures == 0
         assert recording.tokens > 1000
@@ -347,7 +347,7 @@ def test_a_server_that_outruns_the_client_is_noticed() -> None:
 
 def test_a_pace_the_client_can_keep_is_kept() -> None:
     with canned(32, 8) as port:  # 250 ms between tokens
-        recordings = run(record(port, 8, 4, windows=8))
+        recordings = asyncio.run(record(port, 8, 4, windows=8))
     assert sum(recording.failures for recording in recordings) == 0
     rate = sum(recording.tokens for recording in recordings) / sum(recording.seconds for recording in recordings)
     assert rate == pytest.approx(32, rel=0.2)

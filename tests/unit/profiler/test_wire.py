@@ -191,6 +191,18 @@ def test_each_token_is_told_of_when_its_chunk_is_read() -> None:
     assert wired.ends == ["finished"]
 
 
+def test_an_event_may_be_cut_by_chunks_anywhere_its_count_included() -> None:
+    compact = [event(count).replace(b": ", b":").replace(b", ", b",") for count in (12343, 12344, 12345, 12346)]
+    text = compact[2] + compact[3]
+    for cut in range(1, len(text)):
+        wired = Wired(12346)
+        for piece in (HEAD, chunk(compact[0]), chunk(compact[1]), chunk(text[:cut]), chunk(text[cut:])):
+            wired.read(piece)
+        assert wired.counts[:2] == [12343, 1]
+        assert sum(wired.counts) == 12346, cut
+        assert min(wired.counts) > 0
+
+
 @pytest.mark.parametrize("damage", [(b"data", b"dat"), (b"\r\ndata", b"0\r\ndata")], ids=["short", "long"])
 def test_a_chunk_that_lies_about_its_length_is_not_taken_for_whole(damage: tuple[bytes, bytes]) -> None:
     wired = Wired(3)

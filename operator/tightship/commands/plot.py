@@ -302,7 +302,11 @@ def _subtitle(answer: Recommendation) -> str:
     chosen = answer.chosen
     if chosen is None:
         return f"no choice: {answer.failure.value if answer.failure else ''}"
-    gain = f", {answer.expected_gain:.2f} x the best single replica" if answer.expected_gain else ""
+    gain = (
+        f", {answer.expected_gain:.2f} x the best single replica"
+        if answer.expected_gain and chosen.replicas > 1
+        else ""
+    )
     return f"{_pair(chosen)}: {chosen.throughput:,.0f} tokens/s{gain} ({answer.basis.value.lower()}); {answer.binding_limit.value} binds"
 
 

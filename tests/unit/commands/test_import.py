@@ -11,9 +11,12 @@ import pytest
 import yaml
 
 from tightship.api import crds
+from tightship.api.units import parse_duration
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.validation import parse_service, profile_key
 from tightship.commands import vllm_bench
+from tightship.core.curve import Metric, Objective, Statistic
+from tightship.decide import decision_from_profile
 
 SAMPLES = Path(__file__).resolve().parents[3] / "docs" / "samples"
 SCHEMA = crds.definitions()["batchprofiles"]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
@@ -207,3 +210,22 @@ def test_an_existing_profile_is_not_overwritten_unasked(results: Path, capsys: p
     assert vllm_bench.main([str(results), *KEY, "-o", str(output)]) == vllm_bench.EXIT_USAGE
     assert "profile.yaml exists: overwrite it with --force" in capsys.readouterr().err
     assert output.read_text() == "precious"
+
+
+def test_the_papers_runs_give_the_papers_batch(tmp_path: Path, paper_data: Path) -> None:
+    """What the paper published is what vLLM's benchmark wrote, one run for each max_num_seqs."""
+    sweep = json.loads((paper_data / "sweep" / "opt-1.3b_sharegpt.json").read_text())
+    folder = tmp_path / "results"
+    for one in sweep["points"]:
+        write(
+            folder / f"SERVE--max_num_seqs={one['max_num_seqs']}" / "run=0.json",
+            {**one, "model_id": "facebook/opt-1.3b"},
+        )
+    document = imported(folder, "--image", "vllm/vllm-openai:v0.6.0", "--product", "NVIDIA-H100-64GB")
+    points = {point["batch"]: point for point in document["spec"]["results"]["points"]}
+    assert (points[96]["totalTokensPerSecond"], points[96]["requests"]) == ("9032.8", 2000)
+    assert document["spec"]["key"]["workload"] == {"inputTokens": 111, "outputTokens": 292}
+    assert "timeToFirstToken" not in points[96]
+    strict = 2 * parse_duration(points[32]["interTokenLatency"]["mean"])
+    answer = decision_from_profile(document, [Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, strict)])
+    assert (answer.batch, answer.floor_evaluated) == (96, True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tightship.core.advisor import Basis, Failure, Limit, advise
-from tightship.core.curve import Curve, Latency, Metric, Objective, Point, Statistic
+from tightship.core.advisor import Basis, Candidate, Failure, Limit, Recommendation, advise
+from tightship.core.curve import Curve, Latency, Metric, Objective, Point, Statistic, Trial
 from tightship.core.memory import Context, Ledger, Reserve
 
 GIB = 1 << 30
@@ -263,3 +263,147 @@ def test_the_confirmed_batch_takes_what_the_confirmation_measured() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="need efficiency floor"):
         advise(make_curve(OPT), **settings)
+
+
+# What was tried. The published packings: 96 x 2 has 12,314 tokens/s and 18.98 ms, 96 x 4 13,172 and 31.52, 256 x 2 14,670 and 37.07.
+
+
+def make_trial(batch: int, replicas: int, throughput: float, itl: float, **changes: Any) -> Trial:
+    return Trial(batch, replicas, throughput, Latency(mean=itl / 1000), requests=2000, **changes)
+
+
+PACKED = [make_trial(96, 2, 12_313.9, 18.98), make_trial(96, 4, 13_172.4, 31.52), make_trial(256, 2, 14_669.5, 37.07)]
+
+
+def candidate(answer: Recommendation, batch: int, replicas: int) -> Candidate:
+    return next(c for c in answer.candidates if c.pair == (batch, replicas))
+
+
+def without_utilization() -> Curve:
+    """Nothing untried can win."""
+    return Curve(dataclasses.replace(point, gpu_utilization=None) for point in make_curve(OPT).points)
+
+
+@pytest.mark.parametrize(
+    ("slo", "pair"), [(60, (256, 2)), (37.5, (256, 2)), (37, (96, 4)), (31, (96, 2)), (18, (128, 1)), (15, (96, 1))]
+)
+def test_the_published_packings_are_decided_by_what_they_measured(slo: float, pair: tuple[int, int]) -> None:
+    """Measured packed, a latency may use the whole SLO. At 31 ms the best single replica is 256 with 10,810 tokens/s."""
+    answer = advise(without_utilization(), make_slo(slo), ledger=make_ledger(), trials=PACKED)
+
+    assert answer.chosen is not None
+    assert answer.chosen.pair == pair
+    assert answer.applied == answer.chosen
+    assert answer.basis is Basis.MEASURED
+
+
+@pytest.mark.parametrize(
+    ("trial", "words"),
+    [
+        (make_trial(256, 2, 14_669.5, 40.5), "mean InterTokenLatency 40.5ms > 40ms"),
+        (Trial(256, 2, 14_669.5, Latency(p95=0.037)), "mean InterTokenLatency was not measured"),
+        (make_trial(256, 2, 11_200, 37), "1.036 x the best single replica < 1.05"),
+        (make_trial(256, 2, 12_000, 37, half_width=0.11), "1.110 x the best single replica, measured to 11.0%, is no certain gain"),
+        (make_trial(256, 2, 14_669.5, 37, preemptions=21), "21 preemptions > 20"),
+        (make_trial(128, 4, 14_669.5, 37), "4 x 16.2Gi > 64.0Gi"),
+        (make_trial(96, 9, 14_669.5, 37), "9 replicas > 8, the most that are allowed"),
+    ],
+)  # fmt: skip
+def test_a_trial_that_fails_leaves_one_replica_and_says_what_was_tried(trial: Trial, words: str) -> None:
+    answer = advise(without_utilization(), make_slo(40), ledger=make_ledger(), trials=[trial])
+
+    assert (answer.batch, answer.replicas, answer.basis) == (256, 1, Basis.MEASURED)
+    assert any(words in rejection.text for rejection in candidate(answer, *trial.pair).rejections)
+    tried = next(note for note in answer.notes if note.startswith("packing was tried and does not pay here"))
+    assert f"batch {trial.batch} with {trial.replicas} replicas has {trial.throughput:.0f} tokens/s" in tried
+    assert words in tried
+    assert any("one replica leaves" in note for note in answer.notes)
+
+
+def test_the_half_widths_of_both_sides_count() -> None:
+    """1.077 x less sqrt(5 %^2 + 6 %^2) = 7.8 % is below 1; with either alone it is above."""
+    for packed, alone, replicas in ((0.05, 0.06, 1), (0.05, None, 2), (None, 0.06, 2)):
+        curve = Curve(dataclasses.replace(point, half_width=alone) for point in without_utilization().points)
+        trial = make_trial(256, 2, 11_642, 37, half_width=packed)
+        assert advise(curve, make_slo(40), ledger=make_ledger(), trials=[trial]).replicas == replicas
+
+
+def test_an_untried_best_waits_for_its_trial() -> None:
+    answer = advise(make_curve(OPT), make_slo(40), ledger=make_ledger(), trials=PACKED[:1])
+
+    assert answer.chosen is not None
+    assert (answer.basis, answer.chosen.basis) == (Basis.ESTIMATED, Basis.ESTIMATED)
+    assert (answer.applied_batch, answer.applied_replicas) == (96, 2)
+    assert answer.applied_memory == candidate(answer, 96, 2).memory
+    assert answer.applied_kv_tokens == make_ledger().kv_tokens(96)
+    assert answer.applied_kv_cache == make_ledger().kv_bytes(96)
+    assert answer.applied_gain == pytest.approx(12_313.9 / 10_809.8)
+    assert any(
+        "not applied until profiling.extend has had it tried; meanwhile batch 96 with 2 replicas runs: 12314 tokens/s"
+        in note
+        for note in answer.notes
+    )
+
+
+def test_predictions_are_corrected_by_trials_of_as_many_replicas_else_of_all() -> None:
+    plain = advise(make_curve(OPT), make_slo(1000), ledger=make_ledger())
+    two = make_trial(96, 2, 0.9 * candidate(plain, 96, 2).throughput, 20)
+    four = make_trial(32, 4, 0.4 * candidate(plain, 32, 4).throughput, 20)
+
+    answer = advise(make_curve(OPT), make_slo(1000), ledger=make_ledger(), trials=[two, four])
+
+    for pair, ratio in (((64, 2), 0.9), ((64, 4), 0.4), ((64, 3), 0.6)):
+        assert candidate(answer, *pair).throughput == pytest.approx(ratio * candidate(plain, *pair).throughput), pair
+
+
+def test_no_correction_leads_beyond_what_is_possible() -> None:
+    wonderful = make_trial(96, 2, 90_000, 1)
+    for c in advise(make_curve(OPT), make_slo(1000), ledger=make_ledger(), trials=[wonderful]).candidates:
+        point = make_curve(OPT).at(c.batch)
+        assert point is not None
+        if c.basis is Basis.ESTIMATED:
+            assert c.throughput <= c.replicas * point.throughput
+            assert c.latencies[0] == point.inter_token_latency.mean
+
+
+def test_what_a_milder_trial_missed_is_not_predicted_to_hold() -> None:
+    missed = make_trial(96, 2, 12_313.9, 18.98)
+    answer = advise(make_curve(OPT), make_slo(18.9), ledger=make_ledger(), trials=[missed])
+    assert any(
+        "batch 96 with 2 replicas already had mean InterTokenLatency 18.98ms > 18.9ms" in rejection.text
+        for rejection in candidate(answer, 96, 3).rejections
+    )
+
+
+def test_a_trial_of_a_batch_that_the_sweep_has_not_is_a_candidate_too() -> None:
+    answer = advise(without_utilization(), make_slo(40), ledger=make_ledger(), trials=[make_trial(200, 2, 14_900, 33)])
+    assert (answer.batch, answer.replicas) == (200, 2)
+    assert answer.kv_tokens == make_ledger().kv_tokens(200)
+
+
+def test_without_a_ledger_a_trial_cannot_be_placed() -> None:
+    answer = advise(without_utilization(), make_slo(60), trials=PACKED)
+    assert answer.replicas == 1
+    assert candidate(answer, 256, 2).limits == (Limit.MEMORY,)
+
+
+def test_a_trial_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch 96 with 2 replicas occurs more than once"):
+        advise(make_curve(OPT), trials=[PACKED[0], PACKED[0]])
+
+
+@pytest.mark.parametrize(
+    ("slo", "meets", "words"),
+    [
+        (make_slo(60), True, "52.11ms, which meets the SLO"),
+        (make_slo(40), False, "52.11ms, which misses the SLO"),
+        (make_slo(40, Statistic.P99), None, "batch 512: 11204 tokens/s"),
+    ],
+)
+def test_the_default_engine_stands_beside_the_choice(slo: list[Objective], meets: bool | None, words: str) -> None:
+    baseline = Point(512, 11_203.6, Latency(mean=0.05211))
+    answer = advise(make_curve(OPT), slo, ledger=make_ledger(), trials=PACKED, baseline=baseline)
+
+    assert answer.baseline is not None
+    assert (answer.baseline.point, answer.baseline.meets_objectives) == (baseline, meets)
+    assert any("the engine's default, batch 512" in note and words in note for note in answer.notes)

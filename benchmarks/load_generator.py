@@ -86,7 +86,8 @@ async def drive_ours(port: int, streams: int, seconds: float) -> dict[str, Any]:
         "p95": (recording.itl.quantile(0.95) or 0.0) * 1000,
         "late": (recording.lateness.quantile(0.95) or 0.0) * 1000,
         "failures": recording.failures,
-        "refused": recording.overloaded(itl),
+        "refused": recording.overloaded(itl, tail=False),
+        "blurred": recording.overloaded(itl),
     }
     await load.close()
     return answer
@@ -108,7 +109,6 @@ async def drive_httpx(port: int, streams: int, seconds: float) -> dict[str, Any]
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=streams)
     started = 0
 
     async def stream(client: httpx.AsyncClient) -> None:
@@ -132,8 +132,11 @@ async def drive_httpx(port: int, streams: int, seconds: float) -> dict[str, Any]
                             gaps.append(now - last)
                     last, count = now, tokens
 
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=300) as client:
-        tasks = [asyncio.create_task(stream(client)) for _ in range(streams)]
+    # A client a stream: one connection pool of all streams takes time in proportion to their square, and then delivers nothing.
+    base = f"http://127.0.0.1:{port}"
+    async with contextlib.AsyncExitStack() as stack:
+        opened = [httpx.AsyncClient(base_url=base, timeout=300, verify=False, trust_env=False) for _ in range(streams)]
+        tasks = [asyncio.create_task(stream(await stack.enter_async_context(client))) for client in opened]
         while started < streams:  # noqa: ASYNC110 (what is waited for is the server's doing)
             await asyncio.sleep(0.05)
         await asyncio.sleep(0.5)
@@ -237,7 +240,9 @@ def verdict(rate: float, share: float, seen: dict[str, Any]) -> str:
         return f"{seen['failures']} requests failed"
     if rate and seen["delivered"] < 0.97 * rate:
         return "too slow" if share > 0.9 else "not at the rate"
-    return "overloaded" if share > 0.95 else "drove it"
+    if share > 0.95:
+        return "overloaded"
+    return "drove it, percentiles blurred" if seen.get("blurred") else "drove it"
 
 
 def bench_process(client: str, rate: float, options: argparse.Namespace, cores: Cores) -> dict[str, Any]:
@@ -389,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"\nwritten to {path}")
     ours = [one for one in rows if one["client"].startswith("ours") and one["offered"] == rates[0]]
-    return 0 if ours and all(one["verdict"] == "drove it" for one in ours) else 1
+    return 0 if ours and all(one["verdict"].startswith("drove it") for one in ours) else 1
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

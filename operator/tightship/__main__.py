@@ -18,6 +18,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "tightship.commands.advise",
         "decide batch and replicas from a BatchProfile manifest, without a cluster",
     ),
+    "profile": ("tightship.commands.profile", "measure a model here, without a cluster; or export a profile from one"),
+    "import": ("tightship.commands.vllm_bench", "a profile from what another tool measured"),
+    "plot": ("tightship.commands.plot", "draw a profile and the choice, as png, svg or html"),
     "predict": (
         "tightship.commands.predict",
         "predict how replicas that share a GPU slow each other down, without a cluster",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tightship.api.units import format_duration, format_quantity, parse_duration
@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `advise` to a parser."""
     parser.set_defaults(run=run)
     parser.add_argument("-f", "--filename", required=True, metavar="FILE", help="BatchProfile manifest; - reads stdin")
+    add_decision_arguments(parser)
+    parser.add_argument("--explain", action="store_true", help="show every pair looked at, and why it won or fell")
+    parser.add_argument("-o", "--output", choices=["table", "json"], default="table", help="default: %(default)s")
+
+
+def add_decision_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that a decision depends on, for every command that decides."""
     parser.add_argument("--itl", type=_latency, metavar="DURATION", help="bound on the inter-token latency, e.g. 15ms")
     parser.add_argument("--ttft", type=_latency, metavar="DURATION", help="bound on the time to first token, unqueued")
     parser.add_argument(
@@ -83,22 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most replicas on one GPU (default: %(default)s)",
     )
-    parser.add_argument("--explain", action="store_true", help="show every pair looked at, and why it won or fell")
-    parser.add_argument("-o", "--output", choices=["table", "json"], default="table", help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, decide, print; returns the exit status."""
     try:
-        profile = read_profile(args.filename)
-        answer = decision_from_profile(
-            profile,
-            _objectives(args),
-            efficiency_floor=args.efficiency_floor,
-            minimum_gain=args.minimum_gain,
-            memory_reserve=args.memory_reserve,
-            max_replicas=args.max_replicas_per_gpu,
-        )
+        answer = decide(read_profile(args.filename), args)
     except (InputError, ProfileError) as error:
         print(f"tightship advise: {args.filename}: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -107,6 +104,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(to_table(answer, explain=args.explain))
     return 0 if answer.feasible else EXIT_INFEASIBLE
+
+
+def decide(profile: Mapping[str, Any], args: argparse.Namespace) -> Recommendation:
+    """The answer for a profile under the options of `add_decision_arguments`. Raises ProfileError."""
+    return decision_from_profile(
+        profile,
+        _objectives(args),
+        efficiency_floor=args.efficiency_floor,
+        minimum_gain=args.minimum_gain,
+        memory_reserve=args.memory_reserve,
+        max_replicas=args.max_replicas_per_gpu,
+    )
 
 
 def _objectives(args: argparse.Namespace) -> list[Objective]:

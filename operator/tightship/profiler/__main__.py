@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler.clock import Clock, SystemClock
-from tightship.profiler.engine import ProcessLauncher
+from tightship.profiler.engine import Launcher, ProcessLauncher
 from tightship.profiler.errors import LengthsError, ProfilerError, ReportError
 from tightship.profiler.gpu import CpuDevice, Device, DeviceError, memory_limit, open_nvml
 from tightship.profiler.profile import Profiler, make_job
@@ -50,8 +50,8 @@ def kept(profile: api.BatchProfile) -> api.BatchProfileStatus | None:
     return None
 
 
-async def profile(sink: Sink, environ: Mapping[str, str], clock: Clock) -> int:
-    """Profile what the sink holds; returns the exit status."""
+async def profile(sink: Sink, environ: Mapping[str, str], clock: Clock, launcher: Launcher | None = None) -> int:
+    """Profile what the sink holds; returns the exit status. `launcher`: by default engines run with this interpreter."""
     subject = await sink.read()
     status = kept(subject)
     if status is None:
@@ -59,7 +59,7 @@ async def profile(sink: Sink, environ: Mapping[str, str], clock: Clock) -> int:
         return FINISHED
     report = Report(sink, status)
     try:
-        await _measure(subject, report, environ, clock)
+        await _measure(subject, report, environ, clock, launcher or _launcher(clock, environ))
         return FINISHED if await report.flush(FLUSH_SECONDS) else AGAIN
     except asyncio.CancelledError:
         log.warning("stopped; what was measured is kept")
@@ -69,7 +69,13 @@ async def profile(sink: Sink, environ: Mapping[str, str], clock: Clock) -> int:
         await report.close()
 
 
-async def _measure(subject: api.BatchProfile, report: Report, environ: Mapping[str, str], clock: Clock) -> None:
+def _launcher(clock: Clock, environ: Mapping[str, str]) -> Launcher:
+    return ProcessLauncher(clock, environ, echo=lambda line: print(f"engine: {line}", flush=True))
+
+
+async def _measure(
+    subject: api.BatchProfile, report: Report, environ: Mapping[str, str], clock: Clock, launcher: Launcher
+) -> None:
     model = environ.get("TIGHTSHIP_MODEL_PATH") or subject.spec.key.model.source.removeprefix("hf://")
     try:
         device = open_device(subject, environ, clock)
@@ -78,7 +84,6 @@ async def _measure(subject: api.BatchProfile, report: Report, environ: Mapping[s
         report.outcome = _not_begun(subject, report.outcome, error)
         report.save()
         return
-    launcher = ProcessLauncher(clock, environ, echo=lambda line: print(f"engine: {line}", flush=True))
     outcome = await Profiler(job, launcher=launcher, device=device, report=report, clock=clock, environ=environ).run()
     log.info("%s (%s): %s", outcome.state, outcome.reason, outcome.message)
 

@@ -33,6 +33,12 @@ class Histogram:
             return
         self._bins[min(_BINS - 1, 1 + int(math.log(seconds / _SMALLEST) / _GROWTH))] += weight
 
+    def merge(self, other: Histogram) -> None:
+        """Add all that another histogram counted."""
+        self.count += other.count
+        self.total += other.total
+        self._bins = [mine + theirs for mine, theirs in zip(self._bins, other._bins, strict=True)]
+
     @property
     def mean(self) -> float | None:
         """Exact mean in seconds; None when nothing was counted."""

@@ -54,6 +54,7 @@ class Sizes:
     def __init__(self, ledger: Ledger, reserve: Reserve, peaks: dict[int, int | None]) -> None:
         """`peaks`: the KV cache peak, in tokens, that was seen at each batch."""
         self.ledger = ledger
+        self.reserve = reserve
         self._available = ledger.available(reserve)
         self._peaks = peaks
 

@@ -56,6 +56,24 @@ def curve(points: Iterable[api.Point]) -> core.Curve | None:
     return core.Curve([_core_point(point) for point in usable]) if usable else None
 
 
+def trial(given: api.Trial) -> core.Trial:
+    """A packing trial as decisions read it. Raises ValueError for one without throughput."""
+    total = given.total_tokens_per_second or given.output_tokens_per_second
+    return core.Trial(
+        batch=given.batch,
+        replicas=given.replicas,
+        throughput=float(total or 0),
+        inter_token_latency=_core_latency(given.inter_token_latency, given.unresolved),
+        time_to_first_token=_core_latency(given.time_to_first_token, []),
+        half_width=float(given.half_width) if given.half_width else None,
+        preemptions=given.preemptions,
+        requests=given.requests,
+        gpu_utilization=_share(given.gpu_utilization),
+        memory_utilization=_share(given.memory_utilization),
+        running_mean=float(given.running_mean) if given.running_mean else None,
+    )
+
+
 def objectives(given: Iterable[ApiObjective]) -> list[core.Objective]:
     """A profile's objectives as decisions read them."""
     return [

@@ -1,29 +1,35 @@
-"""The advisor: from a measured curve and objectives to a batch, and from a memory ledger to replicas per GPU.
+"""The advisor: from a measured curve and objectives to a batch, and from a memory ledger and trials to replicas per GPU.
 
 One replica (arXiv:2503.08311, the batching configuration advisor):
 
     B_opt = argmax_B T(B)   subject to   L(B) <= SLO   and   T(B) / (B T(1)) > floor
 
 and a point that preempts more than max(3, 1 % of its requests) is no candidate, because its KV need can't be read. Several
-replicas, where nothing has been measured packed yet (`colocation` predicts T_R and L_R):
+replicas, with T_R and L_R measured with R replicas running, M(B) from the ledger:
 
-    (B, R) = argmax R T_R(B)   subject to   L_R(B) <= 0.9 SLO,   R M(B) <= device - reserve,
-             R T_R(B) >= minimum gain x max T_1(B') over all B' that meet the SLO
+    (B, R) = argmax R T_R(B)   subject to   L_R(B) <= SLO,   R M(B) <= device - reserve,
+             R T_R(B) >= minimum gain x max T_1(B') over all B' that meet the SLO,
+             that ratio less its half-width sqrt(h_R^2 + h_1^2) still above 1
 
-and R = 1 with the single choice where no pair passes. Ties go to the smaller batch, then to fewer replicas.
+and R = 1 with the single choice where no pair passes. A pair that has no trial is predicted (`colocation`, corrected by what the
+trials of other pairs showed, `calibration`): it is `Estimated`, must meet the SLO with 10 % to spare, and is not what may run.
+`applied` is: the best among one replica and the pairs that were tried. Ties go to the smaller batch, then to fewer replicas.
 
-What must hold: the answer depends on the set of points only; every pair looked at is in `candidates` with the reasons it fell,
-or none; nothing is relaxed, so an SLO that no batch meets is answered with the smallest latency reached.
+What must hold: the answer depends on the sets of points and trials only; every pair looked at is in `candidates` with the
+reasons it fell, or none; nothing is relaxed, so an SLO that no batch meets is answered with the smallest latency reached; a pair
+that was tried and missed the SLO never wins, nor does an untried one with at least its batch and its replicas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
-from tightship.core.colocation import packed_latency, packed_throughput
-from tightship.core.curve import Curve, Objective, Point
+from tightship.core.calibration import Calibration, calibrate
+from tightship.core.colocation import predict
+from tightship.core.curve import Curve, Objective, Point, Trial
 from tightship.core.memory import Ledger, Reserve
 
 ESTIMATE_MARGIN = 0.9
@@ -67,7 +73,7 @@ class Candidate:
     """A pair of batch and replicas that was looked at.
 
     `throughput` is the total of all replicas in tokens per second; `latencies` are in seconds, one for each objective, `None`
-    where not measured; `memory` is bytes per replica. For more than one replica the figures are predictions.
+    where not measured; `memory` is bytes per replica. Where `basis` is `Estimated` throughput and latencies are predictions.
     """
 
     batch: int
@@ -76,7 +82,13 @@ class Candidate:
     latencies: tuple[float | None, ...]
     efficiency: float | None
     memory: int | None
+    basis: Basis = Basis.MEASURED
     rejections: tuple[Rejection, ...] = ()
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """Batch and replicas."""
+        return self.batch, self.replicas
 
     @property
     def eligible(self) -> bool:
@@ -98,17 +110,32 @@ class BestLatency:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """The engine as its user would have run it: one replica with its own default batch, saturated.
+
+    `latencies` are in seconds, one for each objective; `meets_objectives` is `None` where one of them was not measured.
+    """
+
+    point: Point
+    latencies: tuple[float | None, ...]
+    meets_objectives: bool | None
+
+
+@dataclass(frozen=True)
 class Recommendation:
     """The advisor's answer; the optional fields are `None` where the answer, or the memory, is not known.
 
     Attributes:
         failure: why there is no answer; `None` when there is one.
         chosen: the winning pair.
+        applied: the pair that may run now: `chosen`, or the best that was measured where `chosen` has not been tried.
         binding_limit: what kept a better choice out.
-        basis: `Estimated` as soon as a figure is a prediction.
-        kv_tokens, kv_cache, memory_per_replica: KV(B) in tokens and bytes, M(B) in bytes.
-        expected_gain: total throughput over the best single replica's that meets the SLO.
+        basis: `Estimated` as soon as a figure of `chosen` is a prediction.
+        kv_tokens, kv_cache, memory_per_replica: KV(B) in tokens and bytes, M(B) in bytes, of `chosen`.
+        expected_gain: total throughput of `chosen` over the best single replica's that meets the SLO.
+        applied_kv_tokens, applied_kv_cache, applied_memory, applied_gain: the same of `applied`.
         best_latency: the nearest the sweep came, when the SLO is infeasible.
+        baseline: the engine with its own default batch, where it was measured.
         floor_evaluated: whether T(1) was there to evaluate the efficiency floor with.
         message: the decision in one sentence, with numbers.
         notes: what the reader must know beside it, such as assumptions and what was forgone.
@@ -118,13 +145,19 @@ class Recommendation:
     objectives: tuple[Objective, ...]
     failure: Failure | None
     chosen: Candidate | None
+    applied: Candidate | None
     binding_limit: Limit
     basis: Basis
     kv_tokens: int | None
     kv_cache: int | None
     memory_per_replica: int | None
     expected_gain: float | None
+    applied_kv_tokens: int | None
+    applied_kv_cache: int | None
+    applied_memory: int | None
+    applied_gain: float | None
     best_latency: BestLatency | None
+    baseline: Baseline | None
     floor_evaluated: bool
     message: str
     notes: tuple[str, ...]
@@ -145,24 +178,62 @@ class Recommendation:
         """The advised replicas per GPU."""
         return None if self.chosen is None else self.chosen.replicas
 
+    @property
+    def applied_batch(self) -> int | None:
+        """The batch that may run now."""
+        return None if self.applied is None else self.applied.batch
+
+    @property
+    def applied_replicas(self) -> int | None:
+        """The replicas per GPU that may run now."""
+        return None if self.applied is None else self.applied.replicas
+
 
 @dataclass(frozen=True)
-class _Question:
-    """All that the checks of a candidate need."""
+class Question:
+    """All that a choice depends on; the fields are the arguments of `advise`.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
 
     curve: Curve
-    objectives: tuple[Objective, ...]
-    efficiency_floor: float
-    ledger: Ledger | None
-    reserve: Reserve
-    minimum_gain: float
-    dedicated: bool
+    objectives: tuple[Objective, ...] = ()
+    efficiency_floor: float = 0.1
+    ledger: Ledger | None = None
+    reserve: Reserve = field(default_factory=Reserve)
+    max_replicas: int = 8
+    minimum_gain: float = 1.05
+    dedicated: bool = False
+    trials: tuple[Trial, ...] = ()
+    failed: frozenset[tuple[int, int]] = frozenset()
+    baseline: Point | None = None
 
-    def memory(self, point: Point) -> int | None:
-        return None if self.ledger is None else self.ledger.replica_bytes(point.batch, point.kv_tokens_peak)
+    def __post_init__(self) -> None:
+        if self.efficiency_floor < 0 or self.minimum_gain < 1 or self.max_replicas < 1:
+            raise ValueError(
+                "need efficiency floor >= 0, minimum gain >= 1 and replicas >= 1, "
+                f"got {self.efficiency_floor}, {self.minimum_gain}, {self.max_replicas}"
+            )
+        # Nothing that is decided may depend on the order in which trials arrived.
+        object.__setattr__(self, "trials", tuple(sorted(self.trials, key=lambda trial: trial.pair)))
+        pairs = [trial.pair for trial in self.trials]
+        for batch, replicas in pairs:
+            if pairs.count((batch, replicas)) > 1:
+                raise ValueError(f"the trial of batch {batch} with {replicas} replicas occurs more than once")
 
-    def latencies(self, point: Point) -> tuple[float | None, ...]:
-        return tuple(point.latency(objective.metric, objective.statistic) for objective in self.objectives)
+    def memory(self, batch: int) -> int | None:
+        """M(B) in bytes, from the ledger and the peak seen at that batch."""
+        return None if self.ledger is None else self.ledger.replica_bytes(batch, self.peak(batch))
+
+    def peak(self, batch: int) -> int | None:
+        """Most tokens that the sweep saw in the KV cache at a batch; `None` where it was not measured."""
+        point = self.curve.at(batch)
+        return None if point is None else point.kv_tokens_peak
+
+    def latencies(self, measured: Point | Trial) -> tuple[float | None, ...]:
+        """Seconds of each objective's statistic."""
+        return tuple(measured.latency(objective.metric, objective.statistic) for objective in self.objectives)
 
 
 def advise(
@@ -175,6 +246,9 @@ def advise(
     max_replicas: int = 8,
     minimum_gain: float = 1.05,
     dedicated: bool = False,
+    trials: Sequence[Trial] = (),
+    failed: Collection[tuple[int, int]] = (),
+    baseline: Point | None = None,
 ) -> Recommendation:
     """Choose batch and replicas per GPU (formulas in the module docstring).
 
@@ -186,26 +260,66 @@ def advise(
         reserve: device memory that replicas must leave.
         max_replicas: most replicas on one device (for dedicated cores: as many as the pack has cores for).
         minimum_gain: the least ratio of packed to single throughput that is worth packing for.
-        dedicated: replicas share memory but have their own cores, so they don't slow each other down and only memory and
-            `max_replicas` bound their number.
+        dedicated: replicas share memory but have their own cores, so they are predicted not to slow each other down and only
+            memory and `max_replicas` bound their number.
+        trials: what was measured with several replicas; those of one replica are left out, since the curve holds one.
+        failed: pairs of batch and replicas whose trial could not be made; they are no candidates.
+        baseline: the engine with its own default batch, to be reported beside the choice.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting out of its range, or two trials of one pair.
     """
-    if efficiency_floor < 0 or minimum_gain < 1 or max_replicas < 1:
-        raise ValueError(
-            f"need efficiency floor >= 0, minimum gain >= 1 and replicas >= 1, got {efficiency_floor}, {minimum_gain}, {max_replicas}"
-        )
-    question = _Question(
-        curve, tuple(objectives), efficiency_floor, ledger, reserve or Reserve(), minimum_gain, dedicated
+    question = Question(
+        curve,
+        tuple(objectives),
+        efficiency_floor,
+        ledger,
+        reserve or Reserve(),
+        max_replicas,
+        minimum_gain,
+        dedicated,
+        tuple(trials),
+        frozenset(failed),
+        baseline,
     )
-    singles = tuple(_single(question, point) for point in curve.points)
-    candidates = singles + tuple(_packed(question, singles, max_replicas))
+    singles, packed = evaluate(question)
+    candidates = singles + packed
     eligible = [candidate for candidate in candidates if candidate.eligible]
     if not eligible:
         return _failed(question, singles, candidates)
-    chosen = max(eligible, key=lambda c: (c.throughput, -c.batch, -c.replicas))
-    return _decided(question, chosen, singles, candidates)
+    chosen = _best(eligible)
+    measured = [candidate for candidate in eligible if candidate.basis is Basis.MEASURED]
+    return _decided(question, chosen, _best(measured) if measured else None, singles, candidates)
+
+
+def _baseline(question: Question) -> Baseline | None:
+    point = question.baseline
+    if point is None:
+        return None
+    latencies = question.latencies(point)
+    missed = any(
+        latency is not None and latency > objective.maximum
+        for objective, latency in zip(question.objectives, latencies, strict=True)
+    )
+    meets = False if missed else None if None in latencies else True
+    return Baseline(point, latencies, meets)
+
+
+def _best(eligible: Iterable[Candidate]) -> Candidate:
+    return max(eligible, key=lambda c: (c.throughput, -c.batch, -c.replicas))
+
+
+def evaluate(
+    question: Question, *, assumed_utilization: float | None = None
+) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
+    """Every candidate with what speaks against it: those of one replica, and those of two and more (tried, then untried).
+
+    Args:
+        assumed_utilization: u to predict with where no point of the curve has it; without it such pairs are left out.
+    """
+    singles = tuple(_single(question, point) for point in question.curve.points)
+    tried = tuple(_tried(question, trial, singles) for trial in question.trials if trial.replicas > 1)
+    return singles, tried + tuple(_untried(question, singles, assumed_utilization))
 
 
 def allowed_preemptions(requests: int | None) -> float:
@@ -213,61 +327,89 @@ def allowed_preemptions(requests: int | None) -> float:
     return max(3.0, 0.01 * (requests or 0))
 
 
-def _single(question: _Question, point: Point) -> Candidate:
-    efficiency = question.curve.efficiency(point)
+def _single(question: Question, point: Point) -> Candidate:
+    efficiency, memory = question.curve.efficiency(point), question.memory(point.batch)
+    latencies = question.latencies(point)
     rejections = [
-        *_check_latencies(question, question.latencies(point), margin=1.0),
+        *_check_latencies(question, latencies, margin=1.0),
         *_check_efficiency(efficiency, question.efficiency_floor),
         *_check_preemptions(point),
-        *_check_memory(question, question.memory(point), replicas=1),
+        *_check_memory(question, memory, replicas=1),
     ]
+    return Candidate(point.batch, 1, point.throughput, latencies, efficiency, memory, Basis.MEASURED, tuple(rejections))
+
+
+def _tried(question: Question, trial: Trial, singles: Sequence[Candidate]) -> Candidate:
+    """A pair that was measured as it would run. Its own preemptions count, not those its batch had alone."""
+    point, memory = question.curve.at(trial.batch), question.memory(trial.batch)
+    efficiency = None if point is None else question.curve.efficiency(point)
+    latencies = question.latencies(trial)
+    rejections = [
+        *_check_latencies(question, latencies, margin=1.0),
+        *_check_efficiency(efficiency, question.efficiency_floor),
+        *_check_preemptions(trial),
+        *_check_memory(question, memory, trial.replicas),
+        *_check_replicas(question, trial.replicas),
+        *_check_gain(question, trial.throughput, singles),
+        *_check_certainty(question, trial, singles),
+    ]
+    if memory is None:
+        rejections.append(Rejection(Limit.MEMORY, "memory per replica unknown"))
     return Candidate(
-        point.batch,
-        1,
-        point.throughput,
-        question.latencies(point),
-        efficiency,
-        question.memory(point),
-        tuple(rejections),
+        trial.batch, trial.replicas, trial.throughput, latencies, efficiency, memory, Basis.MEASURED, tuple(rejections)
     )
 
 
-def _packed(question: _Question, singles: Sequence[Candidate], max_replicas: int) -> Iterator[Candidate]:
-    """Pairs of two and more replicas, of each batch up to the first number that memory refuses."""
+def _untried(question: Question, singles: Sequence[Candidate], assumed: float | None) -> Iterator[Candidate]:
+    """Pairs of two and more replicas that have no trial, of each batch up to the first number that memory refuses."""
     if question.ledger is None:
         return
-    bar = question.minimum_gain * _best_meeting_slo(singles)
-    for point, single in zip(question.curve.points, singles, strict=True):
-        if point.gpu_utilization is None and not question.dedicated:
-            continue
-        utilization = 0.0 if question.dedicated else point.gpu_utilization or 0.0
-        for replicas in range(2, max_replicas + 1):
-            pair = _pair(question, single, utilization, replicas, bar)
+    known = any(point.gpu_utilization is not None for point in question.curve.points)
+    utilization = 0.0 if question.dedicated else None if known else assumed
+    if utilization is None and not known:
+        return
+    usable = [trial for trial in question.trials if next(_check_preemptions(trial), None) is None]
+    calibration = calibrate(question.curve, question.objectives, usable, utilization=utilization)
+    tried = {trial.pair for trial in question.trials}
+    for single in singles:
+        for replicas in range(2, question.max_replicas + 1):
+            if (single.batch, replicas) in tried:
+                continue
+            pair = _predicted(question, single, replicas, calibration, utilization, singles)
             yield pair
             if Limit.MEMORY in pair.limits:
                 break
 
 
-def _pair(question: _Question, single: Candidate, utilization: float, replicas: int, bar: float) -> Candidate:
-    total = packed_throughput(single.throughput, utilization, replicas)
-    latencies = tuple(
-        None if latency is None else packed_latency(latency, utilization, replicas) for latency in single.latencies
-    )
+def _predicted(  # noqa: PLR0917
+    question: Question,
+    single: Candidate,
+    replicas: int,
+    calibration: Calibration,
+    utilization: float | None,
+    singles: Sequence[Candidate],
+) -> Candidate:
+    prediction = predict(question.curve, single.batch, replicas, utilization=utilization)
+    total, latencies = calibration.figures(prediction)
     inherited = [rejection for rejection in single.rejections if rejection.limit in (Limit.EFFICIENCY, Limit.MEMORY)]
     rejections = [
-        *_check_latencies(question, latencies, margin=1.0 if question.dedicated else ESTIMATE_MARGIN),
+        *_check_latencies(question, latencies, margin=ESTIMATE_MARGIN),
+        *_check_milder_trials(question, single.batch, replicas),
         *inherited,
         *([] if _memory_failed(inherited) else _check_memory(question, single.memory, replicas)),
-        *_check_gain(total, bar, question.minimum_gain),
+        *_check_gain(question, total, singles),
+        *_check_failed(question, single.batch, replicas),
     ]
-    return Candidate(single.batch, replicas, total, latencies, single.efficiency, single.memory, tuple(rejections))
+    return Candidate(
+        single.batch, replicas, total, latencies, single.efficiency, single.memory, Basis.ESTIMATED, tuple(rejections)
+    )
 
 
 def _memory_failed(rejections: Iterable[Rejection]) -> bool:
     return any(rejection.limit is Limit.MEMORY for rejection in rejections)
 
 
-def _check_latencies(question: _Question, latencies: Sequence[float | None], *, margin: float) -> Iterator[Rejection]:
+def _check_latencies(question: Question, latencies: Sequence[float | None], *, margin: float) -> Iterator[Rejection]:
     for objective, latency in zip(question.objectives, latencies, strict=True):
         if latency is None:
             yield Rejection(Limit.SLO, f"{objective} was not measured")
@@ -281,13 +423,13 @@ def _check_efficiency(efficiency: float | None, floor: float) -> Iterator[Reject
         yield Rejection(Limit.EFFICIENCY, f"efficiency {efficiency:.3f} <= floor {floor:g}")
 
 
-def _check_preemptions(point: Point) -> Iterator[Rejection]:
-    allowed = allowed_preemptions(point.requests)
-    if point.preemptions is not None and point.preemptions > allowed:
-        yield Rejection(Limit.MEMORY, f"{point.preemptions} preemptions > {allowed:g}: its KV need can't be read")
+def _check_preemptions(measured: Point | Trial) -> Iterator[Rejection]:
+    allowed = allowed_preemptions(measured.requests)
+    if measured.preemptions is not None and measured.preemptions > allowed:
+        yield Rejection(Limit.MEMORY, f"{measured.preemptions} preemptions > {allowed:g}: its KV need can't be read")
 
 
-def _check_memory(question: _Question, memory: int | None, replicas: int) -> Iterator[Rejection]:
+def _check_memory(question: Question, memory: int | None, replicas: int) -> Iterator[Rejection]:
     if question.ledger is None or memory is None:
         return
     available = question.ledger.available(question.reserve)
@@ -298,43 +440,114 @@ def _check_memory(question: _Question, memory: int | None, replicas: int) -> Ite
         )
 
 
-def _check_gain(total: float, bar: float, minimum_gain: float) -> Iterator[Rejection]:
-    if total < bar:
-        yield Rejection(None, f"{total / bar * minimum_gain:.3f} x the best single replica < {minimum_gain:g}")
+def _check_replicas(question: Question, replicas: int) -> Iterator[Rejection]:
+    if replicas > question.max_replicas:
+        yield Rejection(None, f"{replicas} replicas > {question.max_replicas}, the most that are allowed")
+
+
+def missed_by_milder_trial(question: Question, batch: int, replicas: int) -> str | None:
+    """The trial with at most this batch and these replicas that missed an objective, in words; `None` where there is none.
+
+    More requests or more replicas never make a step faster, so what a milder trial missed this pair misses too.
+    """
+    for trial in question.trials:
+        if trial.replicas < 2 or trial.batch > batch or trial.replicas > replicas:
+            continue
+        for objective, latency in zip(question.objectives, question.latencies(trial), strict=True):
+            if latency is not None and latency > objective.maximum:
+                tried = f"batch {trial.batch} with {trial.replicas} replicas"
+                return f"{tried} already had {objective} {_ms(latency)} > {_ms(objective.maximum)}"
+    return None
+
+
+def _check_milder_trials(question: Question, batch: int, replicas: int) -> Iterator[Rejection]:
+    missed = missed_by_milder_trial(question, batch, replicas)
+    if missed is not None:
+        yield Rejection(Limit.SLO, missed)
+
+
+def _check_gain(question: Question, total: float, singles: Sequence[Candidate]) -> Iterator[Rejection]:
+    best = best_single(singles)
+    if best is None:
+        yield Rejection(Limit.SLO, "no single replica meets the SLO")
+        return
+    gain = total / best.throughput
+    if total < question.minimum_gain * best.throughput:
+        yield Rejection(None, f"{gain:.3f} x the best single replica < {question.minimum_gain:g}")
+
+
+def _check_certainty(question: Question, trial: Trial, singles: Sequence[Candidate]) -> Iterator[Rejection]:
+    """The lower bound of the gain's 95 % interval; a half-width that was not recorded counts as 0."""
+    best = best_single(singles)
+    point = None if best is None else question.curve.at(best.batch)
+    if best is None or point is None:
+        return
+    gain, width = trial.throughput / best.throughput, math.hypot(trial.half_width or 0.0, point.half_width or 0.0)
+    if gain >= question.minimum_gain and not gain * (1 - width) > 1:
+        yield Rejection(None, f"{gain:.3f} x the best single replica, measured to {width:.1%}, is no certain gain")
+
+
+def _check_failed(question: Question, batch: int, replicas: int) -> Iterator[Rejection]:
+    if (batch, replicas) in question.failed:
+        yield Rejection(None, "its trial could not be made")
 
 
 def _meets_slo(candidate: Candidate) -> bool:
     return Limit.SLO not in candidate.limits
 
 
-def _best_meeting_slo(singles: Iterable[Candidate]) -> float:
-    """The largest T_1 among all batches that meet the SLO, whatever else speaks against them; 0 where none does."""
-    return max((single.throughput for single in singles if _meets_slo(single)), default=0.0)
+def best_single(singles: Iterable[Candidate]) -> Candidate | None:
+    """The single replica with the largest T_1 among all batches that meet the SLO, whatever else speaks against them."""
+    meeting = [single for single in singles if _meets_slo(single)]
+    return _best(meeting) if meeting else None
+
+
+def _gain(candidate: Candidate, singles: Sequence[Candidate]) -> float | None:
+    best = best_single(singles)
+    return None if best is None else candidate.throughput / best.throughput
 
 
 def _decided(
-    question: _Question, chosen: Candidate, singles: Sequence[Candidate], candidates: tuple[Candidate, ...]
+    question: Question,
+    chosen: Candidate,
+    applied: Candidate | None,
+    singles: Sequence[Candidate],
+    candidates: tuple[Candidate, ...],
 ) -> Recommendation:
     limit, cause = _binding(chosen, candidates)
-    point = question.curve.at(chosen.batch)
-    ledger, peak = question.ledger, None if point is None else point.kv_tokens_peak
-    predicted = chosen.replicas > 1 and not question.dedicated
+    kv_tokens, kv_cache = _kv(question, chosen)
+    applied_tokens, applied_cache = _kv(question, applied)
     return Recommendation(
         objectives=question.objectives,
         failure=None,
         chosen=chosen,
+        applied=applied,
         binding_limit=limit,
-        basis=Basis.ESTIMATED if chosen.replicas > 1 else Basis.MEASURED,
-        kv_tokens=None if ledger is None else ledger.kv_tokens(chosen.batch, peak),
-        kv_cache=None if ledger is None else ledger.kv_bytes(chosen.batch, peak),
+        basis=chosen.basis,
+        kv_tokens=kv_tokens,
+        kv_cache=kv_cache,
         memory_per_replica=chosen.memory,
-        expected_gain=chosen.throughput / _best_meeting_slo(singles),
+        expected_gain=_gain(chosen, singles),
+        applied_kv_tokens=applied_tokens,
+        applied_kv_cache=applied_cache,
+        applied_memory=None if applied is None else applied.memory,
+        applied_gain=None if applied is None else _gain(applied, singles),
         best_latency=None,
+        baseline=_baseline(question),
         floor_evaluated=question.curve.at(1) is not None,
-        message=_sentence(question, chosen, limit, cause, predicted=predicted),
-        notes=tuple(_notes(question, chosen, singles)),
+        message=_sentence(question, chosen, singles, limit, cause),
+        notes=(*_applied_notes(chosen, applied), *_notes(question, chosen, singles, candidates)),
         candidates=candidates,
     )
+
+
+def _kv(question: Question, candidate: Candidate | None) -> tuple[int | None, int | None]:
+    """KV(B) of a candidate in tokens and in bytes."""
+    ledger = question.ledger
+    if candidate is None or ledger is None:
+        return None, None
+    peak = question.peak(candidate.batch)
+    return ledger.kv_tokens(candidate.batch, peak), ledger.kv_bytes(candidate.batch, peak)
 
 
 def _binding(chosen: Candidate, candidates: Sequence[Candidate]) -> tuple[Limit, str]:
@@ -358,34 +571,92 @@ def _binding(chosen: Candidate, candidates: Sequence[Candidate]) -> tuple[Limit,
     return limit, f"{_pair_name(nearest)} has {text}" if limit is not Limit.MEMORY else f"{_pair_name(nearest)}: {text}"
 
 
-def _sentence(question: _Question, chosen: Candidate, limit: Limit, cause: str, *, predicted: bool) -> str:
-    figures = [f"{chosen.throughput:.0f} tokens/s"] + [
+def _sentence(question: Question, chosen: Candidate, singles: Sequence[Candidate], limit: Limit, cause: str) -> str:
+    figures = [f"{chosen.throughput:.0f} tokens/s"]
+    gain = _gain(chosen, singles)
+    if chosen.replicas > 1 and gain is not None:
+        figures.append(f"{gain:.2f} x the best single replica")
+    figures += [
         f"{objective} {_ms(latency)} (SLO {_ms(objective.maximum)})"
         for objective, latency in zip(question.objectives, chosen.latencies, strict=True)
         if latency is not None
     ]
     if chosen.memory is not None and question.ledger is not None:
         figures.append(f"{_gib(chosen.memory)} per replica of {_gib(question.ledger.available(question.reserve))}")
-    verb = "predicted " if predicted else ""
+    verb = "predicted " if chosen.basis is Basis.ESTIMATED else ""
     return f"{_pair_name(chosen)}: {verb}{', '.join(figures)}; {limit.value} binds: {cause}"
 
 
-def _notes(question: _Question, chosen: Candidate | None, singles: Sequence[Candidate]) -> Iterator[str]:
+def _applied_notes(chosen: Candidate, applied: Candidate | None) -> Iterator[str]:
+    if applied is None or applied == chosen:
+        return
+    replicas = "1 replica" if applied.replicas == 1 else f"{applied.replicas} replicas"
+    yield (
+        f"{_pair_name(chosen)} is not applied until profiling.extend has had it tried; "
+        f"meanwhile batch {applied.batch} with {replicas} runs: {applied.throughput:.0f} tokens/s"
+    )
+
+
+def _notes(
+    question: Question,
+    chosen: Candidate | None,
+    singles: Sequence[Candidate],
+    candidates: Sequence[Candidate],
+) -> Iterator[str]:
     curve, ledger = question.curve, question.ledger
+    baseline = _baseline(question)
+    if baseline is not None:
+        yield _baseline_note(question, baseline, chosen)
     if curve.at(1) is None and question.efficiency_floor > 0:
         yield "efficiency floor not evaluated: batch 1 was not measured"
     if ledger is None:
         yield "memory per replica unknown: one replica per device; a confirmation run in the profile makes it known"
     elif ledger.context.assumed:
         yield "context lengths assumed with a coefficient of variation of 1: only mean lengths are known"
-    blind = [str(point.batch) for point in curve.points if point.gpu_utilization is None]
-    if blind and ledger is not None and not question.dedicated:
-        yield f"GPU utilization was not recorded at batch {', '.join(blind)}: packing can't be predicted there"
+    if ledger is not None and not question.dedicated:
+        yield from _blind_notes(curve)
     if chosen is not None:
         yield from _forgone(curve, chosen, singles)
-        if chosen.replicas == 1 and ledger is not None and chosen.memory is not None:
-            freed = ledger.available(question.reserve) - chosen.memory
-            yield f"one replica leaves {_gib(freed)} of the device free"
+        if chosen.replicas == 1:
+            yield from _tried_notes(candidates)
+            if ledger is not None and chosen.memory is not None:
+                freed = ledger.available(question.reserve) - chosen.memory
+                yield f"one replica leaves {_gib(freed)} of the device free"
+
+
+def _baseline_note(question: Question, baseline: Baseline, chosen: Candidate | None) -> str:
+    """The default engine beside the choice: its figures, whether it meets the SLO, and how the choice compares."""
+    figures = [f"{baseline.point.throughput:.0f} tokens/s"]
+    figures += [
+        f"{objective} {_ms(latency)}"
+        for objective, latency in zip(question.objectives, baseline.latencies, strict=True)
+        if latency is not None
+    ]
+    verdict = {True: ", which meets the SLO", False: ", which misses the SLO", None: ""}[baseline.meets_objectives]
+    text = f"the engine's default, batch {baseline.point.batch}: {', '.join(figures)}{verdict if question.objectives else ''}"
+    if chosen is None:
+        return text
+    return f"{text}; {_pair_name(chosen)} has {chosen.throughput / baseline.point.throughput:.2f} x its throughput"
+
+
+def _blind_notes(curve: Curve) -> Iterator[str]:
+    blind = [str(point.batch) for point in curve.points if point.gpu_utilization is None]
+    if len(blind) == len(curve.points):
+        yield "GPU utilization was not recorded: packing can't be predicted, only tried"
+    elif blind:
+        yield f"GPU utilization was not recorded at batch {', '.join(blind)}: taken from its neighbours there"
+
+
+def _tried_notes(candidates: Sequence[Candidate]) -> Iterator[str]:
+    """What packings were measured, each with why it fell (or that one replica does better)."""
+    tried = [c for c in candidates if c.replicas > 1 and c.basis is Basis.MEASURED]
+    if tried:
+        results = (
+            f"{_pair_name(c)} has {c.throughput:.0f} tokens/s"
+            + (f" ({'; '.join(rejection.text for rejection in c.rejections)})" if c.rejections else "")
+            for c in tried
+        )
+        yield f"packing was tried and does not pay here: {', '.join(results)}"
 
 
 def _forgone(curve: Curve, chosen: Candidate, singles: Sequence[Candidate]) -> Iterator[str]:
@@ -402,27 +673,33 @@ def _forgone(curve: Curve, chosen: Candidate, singles: Sequence[Candidate]) -> I
         yield f"{more:.0f} tokens/s forgone at batch {best.batch}, which preempts: a larger KV cache would be needed"
 
 
-def _failed(question: _Question, singles: Sequence[Candidate], candidates: tuple[Candidate, ...]) -> Recommendation:
+def _failed(question: Question, singles: Sequence[Candidate], candidates: tuple[Candidate, ...]) -> Recommendation:
     failure, limit, message, best = _diagnose(question, singles)
     return Recommendation(
         objectives=question.objectives,
         failure=failure,
         chosen=None,
+        applied=None,
         binding_limit=limit,
         basis=Basis.MEASURED,
         kv_tokens=None,
         kv_cache=None,
         memory_per_replica=None,
         expected_gain=None,
+        applied_kv_tokens=None,
+        applied_kv_cache=None,
+        applied_memory=None,
+        applied_gain=None,
         best_latency=best,
+        baseline=_baseline(question),
         floor_evaluated=question.curve.at(1) is not None,
         message=message,
-        notes=tuple(_notes(question, None, singles)),
+        notes=tuple(_notes(question, None, singles, candidates)),
         candidates=candidates,
     )
 
 
-def _diagnose(question: _Question, singles: Sequence[Candidate]) -> tuple[Failure, Limit, str, BestLatency | None]:
+def _diagnose(question: Question, singles: Sequence[Candidate]) -> tuple[Failure, Limit, str, BestLatency | None]:
     """Why no candidate is left: the first limit, in the order SLO, memory, floor, without which one would be."""
     meeting = [single for single in singles if _meets_slo(single)]
     if not meeting:
@@ -444,7 +721,7 @@ def _diagnose(question: _Question, singles: Sequence[Candidate]) -> tuple[Failur
     raise AssertionError("a candidate without rejections is eligible")
 
 
-def _best_latency(question: _Question, singles: Sequence[Candidate]) -> BestLatency | None:
+def _best_latency(question: Question, singles: Sequence[Candidate]) -> BestLatency | None:
     """The batch whose worst ratio of latency to objective is smallest: for one objective, its smallest latency."""
     measured = [
         (max(known[i] / objective.maximum for i, objective in enumerate(question.objectives)), single.batch, known)
@@ -458,7 +735,7 @@ def _best_latency(question: _Question, singles: Sequence[Candidate]) -> BestLate
     return BestLatency(batch, latencies)
 
 
-def _infeasible_sentence(question: _Question, best: BestLatency | None) -> str:
+def _infeasible_sentence(question: Question, best: BestLatency | None) -> str:
     if best is None:
         names = " and ".join(str(objective) for objective in question.objectives)
         return f"no point of the curve holds {names}: choose a statistic that was measured, or measure again"

@@ -57,7 +57,7 @@ class Point:
 
     `throughput` is the T of the method in tokens per second (input and output tokens where both are known);
     `gpu_utilization` and `memory_utilization` are NVML's shares of time, 0 to 1; `kv_tokens_peak` is the largest number of
-    tokens seen in the KV cache.
+    tokens seen in the KV cache; `half_width` is the half-width of the throughput's 95 % interval, relative to it.
 
     Raises:
         ValueError: a number that no measurement can give.
@@ -74,22 +74,53 @@ class Point:
     memory_utilization: float | None = None
     requests_per_second: float | None = None
     running_mean: float | None = None
+    half_width: float | None = None
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch {self.batch} is below 1")
-        _check_positive("throughput", self.throughput)
-        for name in ("kv_tokens_peak", "requests", "preemptions"):
-            count = getattr(self, name)
-            if count is not None and count < 0:
-                raise ValueError(f"batch {self.batch}: {name} {count} is negative")
-        for name in ("gpu_utilization", "memory_utilization"):
-            share = getattr(self, name)
-            if share is not None and not 0 <= share <= 1:
-                raise ValueError(f"batch {self.batch}: {name} {share} is not between 0 and 1")
+        _check_measured(f"batch {self.batch}", self)
+        _check_count(f"batch {self.batch}", "kv_tokens_peak", self.kv_tokens_peak)
 
     def latency(self, metric: Metric, statistic: Statistic) -> float | None:
         """Seconds of one statistic of one metric, or `None` where it was not measured."""
+        latencies = self.inter_token_latency if metric is Metric.INTER_TOKEN_LATENCY else self.time_to_first_token
+        return latencies.get(statistic)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was measured with `replicas` engines on one GPU, each with `batch` requests always in flight, all loaded at once.
+
+    `throughput` is that of all replicas together, in the same tokens per second as the curve's; latencies, utilizations and
+    `half_width` are a `Point`'s; `requests` and `preemptions` are the sums over all replicas.
+
+    Raises:
+        ValueError: a number that no measurement can give.
+    """
+
+    batch: int
+    replicas: int
+    throughput: float
+    inter_token_latency: Latency = field(default_factory=Latency)
+    time_to_first_token: Latency = field(default_factory=Latency)
+    half_width: float | None = None
+    preemptions: int | None = None
+    requests: int | None = None
+    gpu_utilization: float | None = None
+    memory_utilization: float | None = None
+    running_mean: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ValueError(f"{self.replicas} replicas are fewer than 1")
+        _check_measured(f"batch {self.batch} with {self.replicas} replicas", self)
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """Batch and replicas."""
+        return self.batch, self.replicas
+
+    def latency(self, metric: Metric, statistic: Statistic) -> float | None:
+        """Seconds of one statistic of one metric with all replicas loaded, or `None` where it was not measured."""
         latencies = self.inter_token_latency if metric is Metric.INTER_TOKEN_LATENCY else self.time_to_first_token
         return latencies.get(statistic)
 
@@ -136,6 +167,25 @@ class Curve:
         """T(B) / (B T(1)): the share of linear scaling kept at this batch; `None` where T(1) was not measured."""
         single = self.at(1)
         return None if single is None else point.throughput / (point.batch * single.throughput)
+
+
+def _check_measured(name: str, measured: Point | Trial) -> None:
+    if measured.batch < 1:
+        raise ValueError(f"batch {measured.batch} is below 1")
+    _check_positive("throughput", measured.throughput)
+    _check_count(name, "requests", measured.requests)
+    _check_count(name, "preemptions", measured.preemptions)
+    for share in ("gpu_utilization", "memory_utilization"):
+        value = getattr(measured, share)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}: {share} {value} is not between 0 and 1")
+    if measured.half_width is not None and not 0 <= measured.half_width < math.inf:
+        raise ValueError(f"{name}: half_width {measured.half_width} is not a number from 0")
+
+
+def _check_count(name: str, field_name: str, count: int | None) -> None:
+    if count is not None and count < 0:
+        raise ValueError(f"{name}: {field_name} {count} is negative")
 
 
 def _check_positive(name: str, value: float | None) -> None:

@@ -249,10 +249,11 @@ def test_without_utilization_nothing_is_predicted_and_that_is_said() -> None:
 
 def test_dedicated_cores_do_not_contend_so_memory_and_cores_alone_bound_replicas() -> None:
     blind = Curve(dataclasses.replace(point, gpu_utilization=None) for point in make_curve(OPT).points)
-    answer = advise(blind, make_slo(15), ledger=make_ledger(total=100), max_replicas=3, dedicated=True)
+    answer = advise(blind, make_slo(16), ledger=make_ledger(total=100), max_replicas=3, dedicated=True)
     assert (answer.batch, answer.replicas) == (96, 3)
     assert answer.chosen is not None
     assert answer.chosen.throughput == pytest.approx(3 * 9032.8)
+    assert (answer.basis, answer.applied_batch, answer.applied_replicas) == (Basis.ESTIMATED, 96, 1)
 
 
 def test_the_confirmed_batch_takes_what_the_confirmation_measured() -> None:

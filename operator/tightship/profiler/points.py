@@ -7,12 +7,14 @@ directions live here.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from fractions import Fraction
 
-from tightship.api.units import format_duration, parse_duration
+from tightship.api.units import format_duration, parse_duration, parse_quantity
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1.spec import Objective as ApiObjective
 from tightship.api.v1alpha1.spec import Statistic as ApiStatistic
 from tightship.core import curve as core
+from tightship.core import memory
 from tightship.profiler.histogram import Histogram
 
 QUANTILES: dict[ApiStatistic, float] = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
@@ -72,6 +74,32 @@ def trial(given: api.Trial) -> core.Trial:
         memory_utilization=_share(given.memory_utilization),
         running_mean=float(given.running_mean) if given.running_mean else None,
     )
+
+
+def ledger(given: api.ProfileMemory | None, max_model_len: int | None) -> memory.Ledger | None:
+    """A confirmation run's ledger as decisions read it; None where a part of it is not known."""
+    if given is None:
+        return None
+    total, non_kv, mean, std = given.device_total, given.non_kv, given.context_mean, given.context_std
+    if not (total and non_kv and mean and std and given.kv_bytes_per_token and given.block_size):
+        return None
+    return memory.Ledger(
+        device_total=parse_quantity(total),
+        non_kv=parse_quantity(non_kv),
+        kv_bytes_per_token=given.kv_bytes_per_token,
+        block_size=given.block_size,
+        context=memory.Context(float(mean), float(std), assumed=given.basis == "Assumed"),
+        max_model_len=max_model_len or 0,
+        confirmed_batch=given.confirmed_batch,
+        confirmed_kv_tokens=given.kv_cache_tokens,
+    )
+
+
+def reserve(text: str) -> memory.Reserve:
+    """The memory reserve in `5%` or `4Gi`."""
+    if text.endswith("%"):
+        return memory.Reserve(share=Fraction(text[:-1]) / 100)
+    return memory.Reserve(amount=parse_quantity(text))
 
 
 def objectives(given: Iterable[ApiObjective]) -> list[core.Objective]:

@@ -34,7 +34,8 @@ from tightship.profiler.sharing import Sharing, SharingError
 
 log = logging.getLogger(__name__)
 
-TRIAL_SECONDS: Final = 20.0
+TRIAL_SECONDS: Final = 30.0
+"""Longer than a level of the sweep: starting the engines cost more, and neighbours in turn make the total less even."""
 SETTLE_SECONDS: Final = 2.0
 QUIET_SECONDS: Final = 10.0
 POLL_SECONDS: Final = 0.1

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
 import pytest
 
+from tightship.api.units import parse_duration, parse_quantity
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.core.advisor import Basis, Limit, Recommendation, advise
+from tightship.core.curve import Metric, Objective, Statistic
 from tightship.core.memory import Context, Ledger, Reserve
+from tightship.profiler import points
 from tightship.profiler.engine import EngineInfo, EngineSettings
-from tightship.profiler.fleet import Sizes, packed_settings
-from tightship.profiler.sharing import CoreSharing, engine_cores
+from tightship.profiler.errors import EngineError
+from tightship.profiler.fleet import Pair, Sizes, packed_settings
+from tightship.profiler.lengths import Prompts
+from tightship.profiler.load import ClosedLoop
+from tightship.profiler.sharing import CoreSharing, NotAttachedError, SharingError, engine_cores
+from tightship.profiler.trials import Agenda, Bench, Given, Predicted, Trials, Verdict
+from tightship.sandbox.virtual.clock import VirtualClock, in_virtual_time
+from tightship.sandbox.virtual.disturbance import Faults
+from tightship.sandbox.virtual.engine import VirtualEngine
+from tightship.sandbox.virtual.launcher import VirtualDevice, VirtualLauncher
+from tightship.sandbox.virtual.profile import profile
+from tightship.sandbox.virtual.settings import NO_GAIN, OPT, PAYS, Packing, Setting
 from unit.profiler.fakes import FakeDevice
 
 GIB = 1 << 30
@@ -115,3 +135,379 @@ def test_an_engine_of_a_group_is_started_as_a_replica_with_a_share_of_its_own_ne
     assert settings.kv_cache_bytes == group.kv_bytes
     assert settings.max_num_batched_tokens == 8192
     assert settings.capture_sizes == (1, 2, 4)
+
+
+# --- whole trials, in virtual time ---
+
+
+@functools.cache
+def measured(setting: Setting, slo: float) -> api.BatchProfileStatus:
+    """What the sweep and the confirmation run of a setting leave to the trials."""
+    return profile(setting, objectives=[slo], budget=1200.0).status
+
+
+@dataclass
+class FakeSharing:
+    """The edge this machine lacks, a GPU's driver: notes what is asked of it, and refuses what it is told to."""
+
+    cannot_open: str | None = None
+    attached: int = 99
+    """Engines that it finds attached at the most."""
+    fault: bool = False
+    events: list[str] = field(default_factory=list)
+
+    async def open(self) -> None:
+        self.events.append("open")
+        if self.cannot_open is not None:
+            raise SharingError(self.cannot_open)
+
+    def environment(self, index: int) -> dict[str, str | None]:
+        return {"SHARED_AS": str(index)}
+
+    async def prove(self, engines: int) -> None:
+        self.events.append(f"prove {engines}")
+        if engines > self.attached:
+            raise NotAttachedError(f"MPSNotAttached: {engines} engines, {self.attached} clients")
+
+    async def condition(self) -> str | None:
+        return "the MPS server is in FAULT" if self.fault else None
+
+    def doubt(self, engines: int) -> str | None:
+        return None
+
+    async def close(self) -> None:
+        self.events.append("close")
+
+
+class Late(ClosedLoop):
+    """A load on a core that is too slow for it: its timers run late."""
+
+    def begin(self):  # type: ignore[no-untyped-def]
+        recording = super().begin()
+        for _ in range(100):
+            recording.lateness.add(0.05)
+        return recording
+
+
+@dataclass
+class Story:
+    """Trials of a setting, and what can be seen of them afterwards."""
+
+    packing: Packing
+    budget: float = 3600.0
+    faults: Sequence[Faults] = ()
+    sharing: FakeSharing = field(default_factory=FakeSharing)
+    pairs: tuple[Pair, ...] | None = None
+    """Given ones; else the predicted order."""
+    known: dict[Pair, api.Trial] = field(default_factory=dict)
+    late: bool = False
+    max_replicas: int = 4
+    cancel_after: float | None = None
+    start_seconds: float = 45.0
+
+    def __post_init__(self) -> None:
+        self.status = measured(self.packing.setting, self.packing.slo)
+        ledger = points.ledger(self.status.memory, 2048)
+        assert ledger is not None
+        self.sizes = Sizes(
+            ledger,
+            Reserve(share=points.reserve("5%").share),
+            {point.batch: point.kv_cache_tokens_peak for point in self.status.points},
+        )
+        curve = points.curve(self.status.points)
+        assert curve is not None
+        self.curve = curve
+        self.objectives = (Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, self.packing.slo),)
+        self.kept: list[Pair] = []
+        self.trials = dict(self.known)
+        self.seconds = 0.0
+        self.starting = 0
+        self.used_after = -1
+
+    @property
+    def agenda(self) -> Agenda:
+        if self.pairs is not None:
+            return Given(self.pairs)
+        return Predicted(
+            self.curve,
+            self.objectives,
+            self.sizes,
+            max_replicas=self.max_replicas,
+            minimum_gain=1.05,
+            efficiency_floor=0.1,
+            dedicated=False,
+        )
+
+    def run(self) -> Verdict:
+        return in_virtual_time(self._run)
+
+    async def _run(self) -> Verdict:
+        setting, clock = self.packing.setting, VirtualClock()
+        gpu = setting.gpu()
+        self.device = VirtualDevice(gpu)
+        self.idle = self.device.used()
+        self.launcher = VirtualLauncher(gpu, start_seconds=self.start_seconds, faults=self.faults)
+        began = clock.now()
+        engine = self.status.engine
+        assert engine is not None
+
+        async def launch(settings: EngineSettings) -> VirtualEngine:
+            assert not self.starting, "two engines were starting at once"
+            self.starting += 1
+            try:
+                return await self.launcher.launch(settings, timeout=600.0)
+            finally:
+                self.starting -= 1
+
+        def load(engine: VirtualEngine, seed: int) -> ClosedLoop:
+            kind = Late if self.late else ClosedLoop
+            return kind(engine.channel(), setting.lengths, Prompts(50_000, seed), clock, seed)
+
+        bench = Bench(
+            settings=EngineSettings(model=setting.hub, max_num_seqs=256, args=setting.arguments, max_model_len=2048),
+            info=EngineInfo(
+                max_num_batched_tokens=engine.max_num_batched_tokens, capture_sizes=tuple(engine.capture_sizes)
+            ),
+            sizes=self.sizes,
+            lengths=setting.lengths,
+            steps_needed=0,
+            launch=launch,  # type: ignore[arg-type]
+            load=load,  # type: ignore[arg-type]
+            device=self.device,
+            clock=clock,
+            sharing=self.sharing,
+            left=lambda: self.budget - (clock.now() - began),
+            progress=lambda pair, message: None,
+            keep=lambda trial: self.kept.append((trial.batch, trial.replicas)),
+            start_cost=self.start_seconds,
+        )
+        trials = asyncio.get_running_loop().create_task(Trials(bench, self.agenda, self.trials).run())
+        if self.cancel_after is not None:
+            asyncio.get_running_loop().call_later(self.cancel_after, trials.cancel)
+        try:
+            return await trials
+        finally:
+            self.seconds = clock.now() - began
+            self.used_after = self.device.used()
+
+    def decide(self) -> Recommendation:
+        """What the advisor makes of it."""
+        return advise(
+            self.curve,
+            self.objectives,
+            ledger=self.sizes.ledger,
+            reserve=self.sizes.reserve,
+            max_replicas=self.max_replicas,
+            trials=[points.trial(trial) for trial in self.trials.values()],
+        )
+
+
+def total(trial: api.Trial) -> float:
+    return float(trial.total_tokens_per_second or 0)
+
+
+def mean_itl(trial: api.Trial) -> float:
+    assert trial.inter_token_latency is not None
+    return parse_duration(trial.inter_token_latency.mean or "0")
+
+
+def test_packing_that_pays_is_found_and_chosen() -> None:
+    story = Story(PAYS)
+    verdict = story.run()
+    assert not verdict.exceeded
+    best = max(story.trials.values(), key=total)
+    alone = max(point.throughput for point in story.curve.points)
+    assert best.replicas > 1
+    assert total(best) > 1.1 * alone
+
+    answer = story.decide()
+    assert answer.basis is Basis.MEASURED
+    assert (answer.batch, answer.replicas) == (best.batch, best.replicas)
+    # what was measured packed: slower than alone, within the objective
+    single = story.curve.at(best.batch)
+    assert single is not None
+    assert (single.inter_token_latency.mean or 0) < mean_itl(best) <= PAYS.slo
+    assert best.running_mean is not None
+    assert float(best.running_mean) >= 0.98 * best.batch
+    assert float(best.half_width or 1) <= 0.05
+    assert float(best.slowest or 0) > 0.95
+    assert parse_quantity(best.memory or "0") <= best.replicas * story.sizes.ledger.device_total / best.replicas
+    assert verdict.notes[-1].startswith(f"{len(story.trials)} packings were tried, the fastest")
+
+
+def test_packing_that_does_not_pay_ends_after_one_trial_and_one_replica_is_chosen() -> None:
+    story = Story(NO_GAIN)
+    story.run()
+    assert len(story.trials) == 1
+    assert story.decide().replicas == 1
+
+
+def test_an_objective_held_alone_and_missed_when_packed_leads_to_less_of_it() -> None:
+    tight = Packing(OPT, 0.0125, "batch 64 meets it alone with 10.6 ms, and misses it beside a second replica")
+    asked = Story(tight, pairs=((64, 2),))
+    asked.run()
+    alone, packed = asked.curve.at(64), asked.trials[64, 2]
+    assert alone is not None
+    assert (alone.inter_token_latency.mean or 1) <= tight.slo < mean_itl(packed)
+    answer = asked.decide()
+    assert (answer.batch, answer.replicas) != (64, 2)
+    refused = next(one for one in answer.candidates if (one.batch, one.replicas) == (64, 2))
+    assert refused.limits == (Limit.SLO,)
+
+    # The profiler's own order finds what holds the objective packed, or leaves one replica.
+    story = Story(tight, known=asked.trials)
+    story.run()
+    answer = story.decide()
+    assert answer.basis is Basis.MEASURED
+    if answer.replicas != 1:
+        assert mean_itl(story.trials[answer.batch or 0, answer.replicas or 0]) <= tight.slo
+
+
+def test_the_total_is_that_of_the_published_queue() -> None:
+    """Closed queue by exact mean value analysis: the engines' gaps are filled by their neighbours, and nothing else happens."""
+    story = Story(PAYS, pairs=((64, 2),))
+    story.run()
+    single, trial = story.curve.at(64), story.trials[64, 2]
+    assert single is not None
+    assert 1.0 < mean_itl(trial) / (single.inter_token_latency.mean or 1) < 2.0
+    stretch = mean_itl(trial) / (single.inter_token_latency.mean or 1)
+    assert total(trial) == pytest.approx(2 * single.throughput / stretch, rel=0.05)
+
+
+def test_engines_are_started_one_by_one_as_many_as_needed_and_stopped() -> None:
+    story = Story(PAYS, pairs=((64, 2), (32, 2), (64, 3)))
+    story.run()
+    assert story.kept == [(64, 2), (32, 2), (64, 3)]
+    assert len(story.launcher.launched) == 3
+    assert [settings.environment["SHARED_AS"] for settings in story.launcher.launched] == ["0", "1", "2"]
+    assert {settings.max_num_seqs for settings in story.launcher.launched} == {64}
+    assert story.sharing.events == ["open", "prove 1", "prove 2", "prove 3", "close"]
+    assert story.used_after == story.idle
+
+
+def test_pairs_that_need_more_kv_cache_get_a_group_of_their_own() -> None:
+    story = Story(PAYS, pairs=((64, 4), (256, 2)), max_replicas=4)
+    assert not story.sizes.fits((256, 4))
+    story.run()
+    assert story.kept == [(64, 4), (256, 2)]
+    assert [settings.max_num_seqs for settings in story.launcher.launched] == [64] * 4 + [256] * 2
+    assert story.sharing.events.count("open") == 1
+    assert story.used_after == story.idle
+
+
+def test_a_pair_that_can_never_fit_is_said_and_the_others_go_on() -> None:
+    story = Story(PAYS, pairs=((256, 8), (64, 2)))
+    verdict = story.run()
+    assert story.kept == [(64, 2)]
+    assert "the trial of 8 x 256 failed: 8 x" in verdict.notes[0]
+    assert len(story.launcher.launched) == 2
+
+
+def test_a_small_budget_gets_one_trial_and_says_what_it_cut() -> None:
+    story = Story(PAYS, pairs=((64, 2), (64, 4)), budget=130.0)
+    verdict = story.run()
+    assert story.kept == [(64, 2)]
+    assert verdict.exceeded
+    assert "the budget ended the trials (4 x 64 takes" in verdict.notes[-1]
+    assert story.seconds <= 130.0 + 5.0
+
+
+def test_a_budget_too_small_for_any_trial_starts_nothing() -> None:
+    story = Story(PAYS, budget=60.0)
+    verdict = story.run()
+    assert verdict.exceeded
+    assert verdict.notes[-1].startswith("no packing was tried: the budget ended the trials")
+    assert story.launcher.launched == []
+    assert story.sharing.events == []
+
+
+def test_an_engine_that_hangs_at_its_start_costs_no_more_than_the_budget() -> None:
+    story = Story(PAYS, pairs=((64, 2),), budget=130.0, start_seconds=400.0)
+    story.start_seconds = 400.0
+    verdict = story.run()
+    assert verdict.exceeded
+    assert story.seconds <= 135.0
+    assert story.used_after == story.idle
+
+
+def test_an_engine_that_does_not_start_as_the_third_leaves_the_pairs_with_two() -> None:
+    story = Story(
+        PAYS,
+        pairs=((64, 3), (32, 4), (64, 2)),
+        faults=[Faults(), Faults(), Faults(start_fails="RuntimeError: no room")],
+    )
+    verdict = story.run()
+    assert story.kept == [(64, 2)]
+    assert len(story.launcher.launched) == 3
+    assert any("no trial with 3 replicas or more: engine 3 did not start" in note for note in verdict.notes)
+    assert any("RuntimeError: no room" in note for note in verdict.notes)
+    assert story.used_after == story.idle
+
+
+def test_engines_that_die_under_load_are_started_anew_once() -> None:
+    story = Story(
+        PAYS,
+        pairs=((64, 2), (32, 2)),
+        faults=[Faults(dies_after=50.0)],
+        sharing=FakeSharing(fault=True),
+    )
+    verdict = story.run()
+    assert story.kept == [(32, 2)]
+    assert any("the trial of 2 x 64 failed: the MPS server is in FAULT" in note for note in verdict.notes)
+    assert story.sharing.events.count("open") == story.sharing.events.count("close") == 2
+    assert story.used_after == story.idle
+
+
+def test_engines_that_die_again_end_the_trials() -> None:
+    story = Story(
+        PAYS,
+        pairs=((64, 2), (32, 2), (16, 2)),
+        faults=[Faults(dies_after=50.0), Faults(), Faults(dies_after=50.0)],
+    )
+    verdict = story.run()
+    assert story.kept == []
+    assert verdict.notes[-1] == "no packing was tried: engines died under load again"
+    assert len(story.launcher.launched) == 4
+    assert story.used_after == story.idle
+
+
+def test_a_resumed_profiler_skips_what_is_there() -> None:
+    first = Story(PAYS, pairs=((64, 2),))
+    first.run()
+    second = Story(PAYS, pairs=((64, 2), (32, 2)), known=first.trials)
+    verdict = second.run()
+    assert second.kept == [(32, 2)]
+    assert verdict.notes[-1].startswith("2 packings were tried, the fastest 2 x 64")
+
+
+def test_engines_that_are_no_clients_of_mps_are_never_reported_as_packed() -> None:
+    story = Story(PAYS, pairs=((64, 2), (32, 2)), sharing=FakeSharing(attached=1))
+    verdict = story.run()
+    assert story.trials == {}
+    assert verdict.notes[-1] == "no packing was tried: MPSNotAttached: 2 engines, 1 clients"
+    assert story.used_after == story.idle
+
+
+def test_where_the_device_cannot_be_shared_it_is_said_and_nothing_is_started() -> None:
+    story = Story(PAYS, sharing=FakeSharing(cannot_open="no nvidia-cuda-mps-control in this container"))
+    verdict = story.run()
+    assert verdict.notes[-1] == "no packing was tried: no nvidia-cuda-mps-control in this container"
+    assert story.launcher.launched == []
+    assert story.sharing.events == ["open", "close"]
+
+
+def test_a_load_that_runs_late_refuses_the_trial() -> None:
+    story = Story(PAYS, pairs=((64, 2),), late=True)
+    verdict = story.run()
+    assert story.trials == {}
+    assert any("the trial of 2 x 64 failed: the load" in note for note in verdict.notes)
+    assert story.used_after == story.idle
+
+
+@pytest.mark.parametrize("after", [20.0, 60.0, 95.0], ids=["first start", "second start", "trial"])
+def test_a_profiler_that_is_stopped_leaves_no_engine_and_no_daemon(after: float) -> None:
+    story = Story(PAYS, pairs=((64, 2),), cancel_after=after)
+    with pytest.raises(asyncio.CancelledError):
+        story.run()
+    assert story.used_after == story.idle
+    assert story.sharing.events[-1] == "close"

@@ -229,7 +229,9 @@ class PackedMeter:
         width = 1.0 if width is None else width
         pooled = _pooled([one.itl for one in recordings])
         itl = pooled.mean or self._itl
-        late = _pooled([one.lateness for one in recordings]).quantile(0.95) or 0.0
+        lateness = _pooled([one.lateness for one in recordings])
+        tail = lateness.quantile(0.95) or 0.0
+        late = tail if self._steps_needed else lateness.mean or 0.0
         if late > LATENESS * itl:
             raise LateLoadError(
                 f"the load ran {1000 * late:.1f} ms late at {1000 * itl:.1f} ms between tokens ({rate:.0f} tokens/s): "
@@ -252,7 +254,7 @@ class PackedMeter:
             memory=format_quantity(max(0, tally.used - self._idle)),
             window=format_duration(tally.seconds),
             half_width=points.decimal(width),
-            unresolved=points.unresolved(tally.seconds / itl),
+            unresolved=points.unresolved(tally.seconds / itl, blurred=tail > LATENESS * itl),
             slowest=points.decimal(slowest),
             message="; ".join(self._doubts(batch, tally, recordings, slowest))[:1024] or None,
         )

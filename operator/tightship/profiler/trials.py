@@ -101,17 +101,23 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Given:
-    """The pairs somebody asked for, in that order."""
+    """The pairs somebody asked for, in that order, and after them those of another agenda."""
 
     pairs: tuple[Pair, ...]
+    then: Agenda | None = None
 
     def next(self, trials: Mapping[Pair, api.Trial], failed: Collection[Pair]) -> Choice:
         """The first that is left."""
-        left = self.wanted(trials, failed)
-        return Choice(left[0], "asked for") if left else Choice(None, "no pair asked for is left")
+        left = self._left(trials, failed)
+        if left:
+            return Choice(left[0], "asked for")
+        return Choice(None, "all that was asked for") if self.then is None else self.then.next(trials, failed)
 
     def wanted(self, trials: Mapping[Pair, api.Trial], failed: Collection[Pair]) -> Sequence[Pair]:
-        """Those that are left."""
+        """Those that are left, and the others."""
+        return [*self._left(trials, failed), *(self.then.wanted(trials, failed) if self.then is not None else ())]
+
+    def _left(self, trials: Mapping[Pair, api.Trial], failed: Collection[Pair]) -> list[Pair]:
         return [pair for pair in self.pairs if pair not in trials and pair not in failed]
 
 

@@ -4,6 +4,7 @@
 - `disturbance`: what a machine does to an engine: noise of its speed, and faults;
 - `engine`: engines that share one simulated GPU, each behind the profiler's `Engine` and `Channel`;
 - `launcher`: the profiler's `Launcher` and `Device` on one simulated GPU, memory accounted as vLLM takes it at its start;
+- `sharing`: the profiler's `Sharing` on such a GPU;
 - `settings`: models, GPUs and workloads as published, and three kinds of packing;
 - `reference`: the published procedure, an engine's start for every batch and 2,000 prompts each, in the same simulation;
 - `profile`: the profiler from beginning to end on one of those settings.

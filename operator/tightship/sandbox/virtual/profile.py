@@ -14,6 +14,7 @@ from tightship.sandbox.virtual.clock import VirtualClock, in_virtual_time
 from tightship.sandbox.virtual.disturbance import Faults, Noise
 from tightship.sandbox.virtual.launcher import START_SECONDS, VirtualDevice, VirtualLauncher
 from tightship.sandbox.virtual.settings import Setting
+from tightship.sandbox.virtual.sharing import VirtualSharing
 
 
 class MemorySink:
@@ -112,7 +113,15 @@ def profile(
         job = replace(make_job(subject, setting.hub, device, {}), lengths=setting.lengths)
         began = clock.now()
         try:
-            await Profiler(job, launcher=launcher, device=device, report=report, clock=clock, environ={}).run()
+            await Profiler(
+                job,
+                launcher=launcher,
+                device=device,
+                report=report,
+                clock=clock,
+                environ={},
+                sharing=VirtualSharing(),
+            ).run()
             await report.flush(60.0)
         finally:
             await report.close()

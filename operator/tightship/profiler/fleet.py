@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from tightship.core.memory import Ledger, Reserve
@@ -57,6 +57,11 @@ class Sizes:
         self.reserve = reserve
         self._available = ledger.available(reserve)
         self._peaks = peaks
+
+    @property
+    def batches(self) -> Collection[int]:
+        """The batches that were measured alone."""
+        return self._peaks.keys()
 
     def kv_tokens(self, batch: int) -> int:
         """KV cache of a replica at a batch, tokens."""

@@ -39,6 +39,8 @@ TRIAL_SECONDS: Final = 30.0
 SETTLE_SECONDS: Final = 2.0
 QUIET_SECONDS: Final = 10.0
 POLL_SECONDS: Final = 0.1
+MOST_REPLICAS: Final = 48
+"""The API's most: what MPS takes before CUDA 13.1."""
 RECOVERIES: Final = 1
 """How often engines and sharing are started anew after an engine died under load."""
 
@@ -302,8 +304,9 @@ class Trials:
 
     def _give_up(self, pair: Pair, error: DoesNotFitError) -> None:
         """Nothing with as many engines is tried again; those that run serve the rest."""
-        wanted = self._agenda.wanted(self._trials, self._failed)
-        self._failed |= {(batch, count) for batch, count in (*wanted, pair) if count >= error.replicas}
+        wanted = (batch for batch, _ in (*self._agenda.wanted(self._trials, self._failed), pair))
+        batches = {*self._bench.sizes.batches, *wanted}
+        self._failed |= {(batch, count) for batch in batches for count in range(error.replicas, MOST_REPLICAS + 1)}
         self._note(f"no trial with {error.replicas} replicas or more: {error}")
 
     def _fail(self, pair: Pair, why: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,7 +16,6 @@ from tightship.core.curve import Metric, Objective, Statistic
 from tightship.core.memory import Context, Ledger, Reserve
 from tightship.profiler import points
 from tightship.profiler.engine import EngineInfo, EngineSettings
-from tightship.profiler.errors import EngineError
 from tightship.profiler.fleet import Pair, Sizes, packed_settings
 from tightship.profiler.lengths import Prompts
 from tightship.profiler.load import ClosedLoop
@@ -26,7 +25,7 @@ from tightship.sandbox.virtual.clock import VirtualClock, in_virtual_time
 from tightship.sandbox.virtual.disturbance import Faults
 from tightship.sandbox.virtual.engine import VirtualEngine
 from tightship.sandbox.virtual.launcher import VirtualDevice, VirtualLauncher
-from tightship.sandbox.virtual.profile import profile
+from tightship.sandbox.virtual.profile import Profiled, profile
 from tightship.sandbox.virtual.settings import NO_GAIN, OPT, PAYS, Packing, Setting
 from unit.profiler.fakes import FakeDevice
 
@@ -86,30 +85,26 @@ def sizes(total: int = 80 * GIB) -> Sizes:
     return Sizes(ledger, Reserve(), {})
 
 
-def kv(batch: int) -> int:
-    return batch * 1000
-
-
 @pytest.mark.parametrize(
-    ("total", "pair", "others", "replicas", "batch", "kv_of"),
+    ("total", "pair", "others", "expected"),
     [
-        (80, (64, 2), [], 2, 64, 64),
-        (80, (64, 2), [(64, 4), (128, 3)], 4, 128, 128),
+        (80, (64, 2), [], (2, 64)),
+        (80, (64, 2), [(64, 4), (128, 3)], (4, 128)),
         # 4 x (4 + 2 GiB) fit, 4 x (4 + 4 GiB) don't: more engines come before more KV cache
-        (30, (64, 2), [(128, 4), (256, 2)], 4, 128, 128),
+        (30, (64, 2), [(128, 4), (256, 2)], (4, 128)),
         # eight replicas of 64 fit 48 GiB, but not with the KV cache that the pair itself needs
-        (48, (512, 2), [(64, 8)], 2, 512, 512),
+        (48, (512, 2), [(64, 8)], (2, 512)),
         # what can't be run at all sizes nothing
-        (30, (64, 2), [(1024, 8)], 2, 64, 64),
+        (30, (64, 2), [(1024, 8)], (2, 64)),
     ],
 )
 def test_a_group_serves_its_pair_and_as_many_others_as_fit(
-    total: int, pair: tuple[int, int], others: list[tuple[int, int]], replicas: int, batch: int, kv_of: int
+    total: int, pair: Pair, others: list[Pair], expected: tuple[int, int]
 ) -> None:
     given = sizes(total * GIB)
     group = given.group(pair, others)
-    assert (group.replicas, group.batch) == (replicas, batch)
-    assert group.kv_tokens == kv(kv_of)
+    assert (group.replicas, group.batch) == expected
+    assert group.kv_tokens == 1000 * group.batch
     assert given.serves(group, pair)
     assert group.replicas * group.need <= total * GIB
 
@@ -184,7 +179,7 @@ class Late(ClosedLoop):
 
     def begin(self):  # type: ignore[no-untyped-def]
         recording = super().begin()
-        for _ in range(100):
+        for _ in range(10_000):
             recording.lateness.add(0.05)
         return recording
 
@@ -511,3 +506,119 @@ def test_a_profiler_that_is_stopped_leaves_no_engine_and_no_daemon(after: float)
         story.run()
     assert story.used_after == story.idle
     assert story.sharing.events[-1] == "close"
+
+
+# --- trials as a phase of whole profiles ---
+
+
+@functools.cache
+def packed() -> Profiled:
+    """A whole profile with its trials."""
+    return profile(OPT, objectives=[PAYS.slo], budget=1200.0)
+
+
+@functools.cache
+def single_replica() -> api.BatchProfileStatus:
+    """A finished profile without trials."""
+    return profile(OPT, objectives=[PAYS.slo], budget=1200.0, maxReplicasPerGPU=1).status
+
+
+def message(status: api.BatchProfileStatus) -> str:
+    assert status.outcome is not None
+    return status.outcome.message or ""
+
+
+def pairs_of(status: api.BatchProfileStatus) -> list[Pair]:
+    return [(trial.batch, trial.replicas) for trial in status.trials]
+
+
+def test_a_profile_ends_with_trials_each_saved_at_once_and_accounted() -> None:
+    done = packed()
+    status = done.status
+    assert status.outcome is not None
+    assert status.outcome.state == "Completed"
+    assert len(status.trials) >= 1
+    assert f"{len(status.trials)} packing" in message(status)
+    assert "tokens/s: " in message(status)
+    assert status.cost is not None
+    assert float(status.cost.trials) > 10
+    assert float(status.cost.starts) >= 45 * done.starts
+
+    counts = [len(written.get("trials", [])) for _, written in done.written]
+    assert counts == sorted(counts)
+    assert set(counts) == set(range(len(status.trials) + 1))
+    stages = {written["progress"]["stage"]: written["progress"] for _, written in done.written}
+    assert stages["Trying"]["replicas"] > 1
+
+
+def test_a_single_replica_is_all_that_was_asked_for() -> None:
+    assert single_replica().trials == []
+    assert "no packing was tried: maxReplicasPerGPU is 1" in message(single_replica())
+
+
+def test_a_device_that_holds_one_replica_gets_no_trial_and_the_numbers() -> None:
+    done = profile(OPT, objectives=[PAYS.slo], budget=1200.0, memoryReserve="95%")
+    assert done.status.trials == []
+    assert "no packing was tried: the device holds one replica: 2 x " in message(done.status)
+
+
+def test_an_engine_that_never_starts_beside_another_leaves_a_complete_profile() -> None:
+    faults = [Faults(), Faults(), Faults(), Faults(start_fails="RuntimeError: no room")]
+    done = profile(OPT, objectives=[PAYS.slo], budget=1200.0, faults=faults)
+    assert done.status.outcome is not None
+    assert done.status.outcome.state == "Completed"
+    assert done.status.trials == []
+    assert "no trial with 2 replicas or more: engine 2 did not start" in message(done.status)
+
+
+def test_a_budget_that_ends_between_trials_completes_with_those_there_are() -> None:
+    whole = packed()
+    needed = float(whole.status.gpu_seconds or 0)
+    assert len(whole.status.trials) > 1
+    done = profile(OPT, objectives=[PAYS.slo], budget=needed - 60.0)
+    assert 1 <= len(done.status.trials) < len(whole.status.trials)
+    assert "the budget ended the trials" in message(done.status)
+    assert float(done.status.gpu_seconds or 0) <= needed - 60.0 + 5.0
+
+
+EXTENSION = {"request": "more", "pairs": [{"batch": 32, "replicas": 4}, {"batch": 64, "replicas": 2}], "budget": "10m"}
+
+
+def extend(earlier: api.BatchProfileStatus, *, faults: Sequence[Faults] = ()) -> api.BatchProfileStatus:
+    """What an extension makes of a finished profile."""
+    return profile(OPT, objectives=[PAYS.slo], budget=1200.0, status=earlier, faults=faults, extend=EXTENSION).status
+
+
+def test_an_extension_tries_the_pairs_asked_for_and_nothing_else() -> None:
+    earlier = single_replica()
+    assert earlier.trials == []
+    status = extend(earlier)
+    assert status.outcome is not None
+    assert earlier.outcome is not None
+    assert (status.outcome.extend, status.outcome.state) == ("more", earlier.outcome.state)
+    assert sorted(pairs_of(status)) == [(32, 4), (64, 2)]
+    assert status.points == earlier.points
+    assert status.memory == earlier.memory
+    assert status.confirmation == earlier.confirmation
+    assert float(status.gpu_seconds or 0) > float(earlier.gpu_seconds or 0)
+    # engines of the earlier profile's settings
+    assert earlier.engine is not None
+    assert status.engine == earlier.engine
+
+
+def test_an_extension_that_fails_says_so_and_keeps_what_there_was() -> None:
+    earlier = single_replica()
+    status = extend(earlier, faults=[Faults(start_fails="RuntimeError: broken")])
+    assert status.outcome is not None
+    assert status.outcome.extend == "more"
+    assert "engine 1 did not start beside 0 others" in message(status)
+    assert status.trials == []
+    assert status.points == earlier.points
+    assert status.memory == earlier.memory
+
+
+def test_the_first_measurement_answers_an_extension_too() -> None:
+    status = profile(OPT, objectives=[PAYS.slo], budget=1200.0, extend=EXTENSION).status
+    assert status.outcome is not None
+    assert status.outcome.extend == "more"
+    assert {(32, 4), (64, 2)} < set(pairs_of(status))

@@ -99,9 +99,10 @@ def profile(
     start_seconds: float = START_SECONDS,
     noise: Noise | None = None,
     faults: Sequence[Faults] = (),
+    status: api.BatchProfileStatus | None = None,
     **measurement: Any,
 ) -> Profiled:
-    """Run the profiler on a setting, with its lengths, and return what it reported."""
+    """Run the profiler on a setting, with its lengths, and return what it reported; `status`: what there is already."""
 
     async def story() -> Profiled:
         clock, gpu = VirtualClock(), setting.gpu()
@@ -109,7 +110,7 @@ def profile(
         launcher = VirtualLauncher(gpu, start_seconds=start_seconds, noise=noise, faults=faults)
         subject = make_profile(setting, objectives=objectives, budget=budget, **measurement)
         sink = MemorySink(subject)
-        report = Report(sink, api.BatchProfileStatus())
+        report = Report(sink, status or api.BatchProfileStatus())
         job = replace(make_job(subject, setting.hub, device, {}), lengths=setting.lengths)
         began = clock.now()
         try:
@@ -125,7 +126,7 @@ def profile(
             await report.flush(60.0)
         finally:
             await report.close()
-        status = api.BatchProfileStatus.model_validate(sink.written[-1][1])
-        return Profiled(status, sink.written, clock.now() - began, len(launcher.launched))
+        reported = api.BatchProfileStatus.model_validate(sink.written[-1][1])
+        return Profiled(reported, sink.written, clock.now() - began, len(launcher.launched))
 
     return in_virtual_time(story)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tightship.api.units import parse_duration, parse_quantity
 from tightship.api.v1alpha1 import spec as api
 from tightship.core.advisor import Recommendation, advise
-from tightship.core.curve import Curve, Latency, Metric, Objective, Point, Statistic
+from tightship.core.curve import Curve, Latency, Metric, Objective, Point, Statistic, Trial
 from tightship.core.memory import Context, Ledger, Reserve, context_from_means
 
 DEFAULT_EFFICIENCY_FLOOR = 0.1
@@ -25,6 +25,7 @@ DEFAULT_MAX_REPLICAS = 8
 # vLLM's default, for a profile that has lengths but not the engine's word.
 _BLOCK_SIZE = 16
 _LARGEST = 1e15
+_RATES = ("totalTokensPerSecond", "outputTokensPerSecond")
 
 T = TypeVar("T")
 
@@ -44,27 +45,29 @@ def decision_from_profile(
 ) -> Recommendation:
     """The advisor's answer for a BatchProfile object (a plain mapping) under these objectives.
 
-    The measurement is taken from `status`, or from `spec.results` where the status has no points yet. With device `cpu`
-    replicas have cores of their own, and a pack holds as many as it has cores for.
+    The measurement (curve, trials, baseline, memory) is taken from `status`, or from `spec.results` where the status has no
+    points yet. With device `cpu` replicas have cores of their own, and a pack holds as many as it has cores for.
 
     Raises:
         ProfileError: the profile holds no points, or something in it can't be read.
         ValueError: a setting out of its range.
     """
-    measured, where = measurement(profile)
-    accelerator = _mapping(profile, "spec", "key", "accelerator")
-    dedicated = accelerator.get("device") == "cpu"
+    dedicated = has_dedicated_cores(profile)
     if dedicated:
+        accelerator = _mapping(profile, "spec", "key", "accelerator")
         max_replicas = min(max_replicas, _replicas_by_cores(accelerator, max_replicas))
     return advise(
-        _curve(measured, where),
+        curve_from_profile(profile),
         tuple(objectives),
         efficiency_floor=efficiency_floor,
-        ledger=_ledger(profile, measured, where),
+        ledger=ledger_from_profile(profile),
         reserve=parse_reserve(memory_reserve),
         max_replicas=max_replicas,
         minimum_gain=minimum_gain,
         dedicated=dedicated,
+        trials=trials_from_profile(profile),
+        failed=failed_trials_from_profile(profile),
+        baseline=baseline_from_profile(profile),
     )
 
 
@@ -125,6 +128,52 @@ def ledger_from_profile(profile: Mapping[str, Any]) -> Ledger | None:
     return _ledger(profile, measured, where)
 
 
+def trials_from_profile(profile: Mapping[str, Any]) -> tuple[Trial, ...]:
+    """The packings that a BatchProfile holds measurements of, by batch and replicas.
+
+    Raises:
+        ProfileError: there is no curve, or a trial can't be read.
+    """
+    return tuple(trial for _, trial in _trials(profile) if trial is not None)
+
+
+def failed_trials_from_profile(profile: Mapping[str, Any]) -> frozenset[tuple[int, int]]:
+    """The pairs of batch and replicas that a BatchProfile lists among its trials without any rate: they could not be made.
+
+    Raises:
+        ProfileError: as `trials_from_profile`.
+    """
+    return frozenset(pair for pair, trial in _trials(profile) if trial is None)
+
+
+def baseline_from_profile(profile: Mapping[str, Any]) -> Point | None:
+    """The engine with its own default batch; `None` where it was not measured.
+
+    Raises:
+        ProfileError: there is no curve, or the baseline can't be read.
+    """
+    measured, where = measurement(profile)
+    row = _mapping(measured, "baseline")
+    if not row or not _has_rate(row):
+        return None
+    return _point(row, _throughput_field(_rows(measured, "points", where), where), f"{where}.baseline")
+
+
+def counts_prompt_tokens(profile: Mapping[str, Any]) -> bool:
+    """Whether the rates of what `curve_from_profile` gives are of prompt and generated tokens, not of generated ones alone.
+
+    Raises:
+        ProfileError: there is no curve.
+    """
+    measured, where = measurement(profile)
+    return _throughput_field(_rows(measured, "points", where), where) == _RATES[0]
+
+
+def has_dedicated_cores(profile: Mapping[str, Any]) -> bool:
+    """Whether replicas of what was measured have cores of their own (device `cpu`) instead of sharing a GPU."""
+    return _mapping(profile, "spec", "key", "accelerator").get("device") == "cpu"
+
+
 def _mapping(obj: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
     """The mapping at a path; empty where something on the way is absent."""
     here: Any = obj
@@ -145,9 +194,7 @@ def _replicas_by_cores(accelerator: Mapping[str, Any], otherwise: int) -> int:
 
 
 def _curve(measured: Mapping[str, Any], where: str) -> Curve:
-    rows = measured["points"]
-    if isinstance(rows, str) or not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):
-        raise ProfileError(f"{where}.points is not a list of points")
+    rows = _rows(measured, "points", where)
     rate = _throughput_field(rows, where)
     points = [_point(row, rate, f"{where}.points[{index}]") for index, row in enumerate(rows)]
     try:
@@ -156,39 +203,90 @@ def _curve(measured: Mapping[str, Any], where: str) -> Curve:
         raise ProfileError(f"{where}.points: {error}") from error
 
 
+def _rows(measured: Mapping[str, Any], name: str, where: str) -> Sequence[Mapping[str, Any]]:
+    rows = measured.get(name) or []
+    if isinstance(rows, str) or not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):
+        raise ProfileError(f"{where}.{name} is not a list of {name}")
+    return rows
+
+
+def _trials(profile: Mapping[str, Any]) -> list[tuple[tuple[int, int], Trial | None]]:
+    """Every pair listed under trials, with what was measured or `None` where its trial could not be made."""
+    measured, where = measurement(profile)
+    rate = _throughput_field(_rows(measured, "points", where), where)
+    found: dict[tuple[int, int], Trial | None] = {}
+    for index, row in enumerate(_rows(measured, "trials", where)):
+        at = f"{where}.trials[{index}]"
+        pair, trial = _trial(row, rate, at)
+        if pair in found:
+            raise ProfileError(f"{at}: batch {pair[0]} with {pair[1]} replicas occurs more than once")
+        found[pair] = trial
+    return sorted(found.items(), key=lambda item: item[0])
+
+
+def _trial(row: Mapping[str, Any], rate: str, where: str) -> tuple[tuple[int, int], Trial | None]:
+    batch, replicas = _read(row, "batch", _count, where), _read(row, "replicas", _count, where)
+    if batch is None or replicas is None:
+        raise ProfileError(f"{where} needs batch and replicas")
+    if not _has_rate(row):
+        return (batch, replicas), None
+    try:
+        trial = Trial(replicas=replicas, **_figures(row, batch, rate, where))
+    except ProfileError:
+        raise
+    except ValueError as error:
+        raise ProfileError(f"{where}: {error}") from error
+    return trial.pair, trial
+
+
+def _has_rate(row: Mapping[str, Any]) -> bool:
+    return any(row.get(name) is not None for name in _RATES)
+
+
 def _throughput_field(rows: Sequence[Mapping[str, Any]], where: str) -> str:
     """The field that is T in all points: rates of different tokens can't be compared with each other."""
-    for name in ("totalTokensPerSecond", "outputTokensPerSecond"):
+    for name in _RATES:
         if all(row.get(name) is not None for row in rows):
             return name
     raise ProfileError(f"{where}.points need totalTokensPerSecond, or else outputTokensPerSecond, in every point")
 
 
 def _point(row: Mapping[str, Any], rate: str, where: str) -> Point:
-    batch, throughput = _read(row, "batch", _count, where), _read(row, rate, _number, where)
-    if batch is None or throughput is None:
+    batch = _read(row, "batch", _count, where)
+    if batch is None:
         raise ProfileError(f"{where} has no batch")
-    unresolved = row.get("unresolved") or []
-    if not isinstance(unresolved, list):
-        raise ProfileError(f"{where}.unresolved is not a list of statistics")
     try:
         return Point(
-            batch=batch,
-            throughput=throughput,
-            inter_token_latency=_latency(row, "interTokenLatency", unresolved, where),
-            time_to_first_token=_latency(row, "timeToFirstToken", unresolved, where),
+            **_figures(row, batch, rate, where),
             kv_tokens_peak=_read(row, "kvCacheTokensPeak", _count, where),
-            requests=_read(row, "requests", _count, where),
-            preemptions=_read(row, "preemptions", _count, where),
-            gpu_utilization=_read(row, "gpuUtilization", _number, where),
-            memory_utilization=_read(row, "memoryUtilization", _number, where),
             requests_per_second=_read(row, "requestsPerSecond", _number, where),
-            running_mean=_read(row, "runningMean", _number, where),
         )
     except ProfileError:
         raise
     except ValueError as error:
         raise ProfileError(f"{where}: {error}") from error
+
+
+def _figures(row: Mapping[str, Any], batch: int, rate: str, where: str) -> dict[str, Any]:
+    """What a point of the curve and a trial have in common, as arguments of both."""
+    throughput = _read(row, rate, _number, where)
+    if throughput is None:
+        raise ProfileError(f"{where} has no {rate}, which the curve is in")
+    unresolved = row.get("unresolved") or []
+    if not isinstance(unresolved, list):
+        raise ProfileError(f"{where}.unresolved is not a list of statistics")
+    return {
+        "batch": batch,
+        "throughput": throughput,
+        "inter_token_latency": _latency(row, "interTokenLatency", unresolved, where),
+        "time_to_first_token": _latency(row, "timeToFirstToken", unresolved, where),
+        "requests": _read(row, "requests", _count, where),
+        "preemptions": _read(row, "preemptions", _count, where),
+        "gpu_utilization": _read(row, "gpuUtilization", _number, where),
+        "memory_utilization": _read(row, "memoryUtilization", _number, where),
+        "running_mean": _read(row, "runningMean", _number, where),
+        "half_width": _read(row, "halfWidth", _number, where),
+    }
 
 
 def _latency(row: Mapping[str, Any], name: str, unresolved: Sequence[object], where: str) -> Latency:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from tightship.api.units import format_duration, format_quantity, parse_duration
 from tightship.commands.manifest import InputError, read_profile
-from tightship.core.advisor import Candidate, Recommendation
+from tightship.commands.output import columns, show
+from tightship.core.advisor import Basis, Candidate, Recommendation
 from tightship.core.curve import Metric, Objective, Statistic
 from tightship.decide import (
     DEFAULT_EFFICIENCY_FLOOR,
@@ -102,14 +102,10 @@ def run(args: argparse.Namespace) -> int:
     except (InputError, ProfileError) as error:
         print(f"tightship advise: {args.filename}: {error}", file=sys.stderr)
         return EXIT_USAGE
-    try:
-        if args.output == "json":
-            print(json.dumps(to_json(answer, explain=args.explain), indent=2), flush=True)
-        else:
-            print("\n".join(to_table(answer, explain=args.explain)), flush=True)
-    except BrokenPipeError:
-        # The reader has what it wanted (`| head -1`). What is still buffered has nowhere to go, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if args.output == "json":
+        show([json.dumps(to_json(answer, explain=args.explain), indent=2)])
+    else:
+        show(to_table(answer, explain=args.explain))
     return 0 if answer.feasible else EXIT_INFEASIBLE
 
 
@@ -135,6 +131,8 @@ def to_json(answer: Recommendation, *, explain: bool = False) -> dict[str, Any]:
         "basis": answer.basis.value,
         "tokensPerSecond": None if chosen is None else f"{chosen.throughput:.1f}",
         "latencies": [] if chosen is None else _latencies(answer, chosen.latencies),
+        "applied": _applied(answer),
+        "defaultEngine": _default_engine(answer),
         "efficiencyFloorEvaluated": answer.floor_evaluated,
         "message": answer.message,
         "notes": list(answer.notes),
@@ -147,6 +145,32 @@ def to_json(answer: Recommendation, *, explain: bool = False) -> dict[str, Any]:
     return result
 
 
+def _applied(answer: Recommendation) -> dict[str, Any] | None:
+    """What may run where that is not the choice itself."""
+    if answer.applied is None or answer.applied == answer.chosen:
+        return None
+    return {
+        "batch": answer.applied_batch,
+        "replicasPerGPU": answer.applied_replicas,
+        "kvCache": _size(answer.applied_kv_cache),
+        "memoryPerReplica": _size(answer.applied_memory),
+        "expectedGain": None if answer.applied_gain is None else f"{answer.applied_gain:.3f}",
+        "tokensPerSecond": f"{answer.applied.throughput:.1f}",
+    }
+
+
+def _default_engine(answer: Recommendation) -> dict[str, Any] | None:
+    baseline = answer.baseline
+    if baseline is None:
+        return None
+    return {
+        "batch": baseline.point.batch,
+        "totalTokensPerSecond": f"{baseline.point.throughput:.1f}",
+        "latencies": _latencies(answer, baseline.latencies),
+        "meetsObjectives": baseline.meets_objectives,
+    }
+
+
 def _candidate(answer: Recommendation, candidate: Candidate) -> dict[str, Any]:
     return {
         "batch": candidate.batch,
@@ -155,8 +179,9 @@ def _candidate(answer: Recommendation, candidate: Candidate) -> dict[str, Any]:
         "latencies": _latencies(answer, candidate.latencies),
         "efficiency": None if candidate.efficiency is None else f"{candidate.efficiency:.4f}",
         "memoryPerReplica": _size(candidate.memory),
+        "basis": candidate.basis.value,
         "outcome": _outcome(answer, candidate),
-        "reasons": [rejection.text for rejection in candidate.rejections],
+        "reasons": _reasons(answer, candidate),
     }
 
 
@@ -175,7 +200,23 @@ def _latencies(answer: Recommendation, values: tuple[float | None, ...]) -> list
 def _outcome(answer: Recommendation, candidate: Candidate) -> str:
     if candidate == answer.chosen:
         return "chosen"
+    if candidate == answer.applied:
+        return "applied"
     return "less throughput" if candidate.eligible else "rejected"
+
+
+def _reasons(answer: Recommendation, candidate: Candidate) -> list[str]:
+    """Why a candidate won or fell."""
+    if candidate.rejections or answer.chosen is None:
+        return [rejection.text for rejection in candidate.rejections]
+    if candidate == answer.chosen:
+        untried = "" if answer.applied == answer.chosen else ", but untried: not applied until it has been"
+        return [f"the most tokens/s of all that pass{untried}"]
+    if candidate == answer.applied:
+        return ["the most tokens/s of all that pass and were measured: runs meanwhile"]
+    if candidate.throughput == answer.chosen.throughput:
+        return ["no more tokens/s than the choice, which is smaller"]
+    return [f"{candidate.throughput:.0f} tokens/s < {answer.chosen.throughput:.0f}"]
 
 
 def to_table(answer: Recommendation, *, explain: bool = False) -> Iterator[str]:
@@ -190,38 +231,47 @@ def to_table(answer: Recommendation, *, explain: bool = False) -> Iterator[str]:
             ("GAIN", "" if answer.expected_gain is None else f"{answer.expected_gain:.2f}"),
             ("BASIS", answer.basis.value),
         ]
-        yield from _columns([[head for head, _ in rows], [cell for _, cell in rows]])
+        yield from columns([[head for head, _ in rows], [cell for _, cell in rows]])
         yield ""
     yield answer.message
     for note in answer.notes:
         yield f"note: {note}"
     if explain:
         yield ""
-        yield from _columns([_explain_head(answer), *(_explain_row(answer, c) for c in answer.candidates)])
+        pairs = [_explain_row(answer, candidate) for candidate in answer.candidates]
+        yield from columns([_explain_head(answer), *pairs, *_baseline_rows(answer)])
 
 
 def _explain_head(answer: Recommendation) -> list[str]:
     objectives = [f"{objective}".upper() for objective in answer.objectives]
-    return ["BATCH", "REPLICAS", "TOKENS/S", *objectives, "EFFICIENCY", "MEMORY", "OUTCOME"]
+    return ["BATCH", "REPLICAS", "TOKENS/S", *objectives, "EFFICIENCY", "MEMORY", "BASIS", "OUTCOME"]
 
 
 def _explain_row(answer: Recommendation, candidate: Candidate) -> list[str]:
-    reasons = "; ".join(rejection.text for rejection in candidate.rejections)
     return [
         str(candidate.batch),
         str(candidate.replicas),
         f"{candidate.throughput:.0f}",
-        *("" if latency is None else format_duration(float(f"{latency:.4g}")) for latency in candidate.latencies),
+        *(_short(latency) for latency in candidate.latencies),
         "" if candidate.efficiency is None else f"{candidate.efficiency:.3f}",
         "" if candidate.memory is None else f"{candidate.memory / (1 << 30):.1f}Gi",
-        _outcome(answer, candidate) + (f": {reasons}" if reasons else ""),
+        candidate.basis.value,
+        f"{_outcome(answer, candidate)}: {'; '.join(_reasons(answer, candidate))}",
     ]
 
 
-def _columns(rows: list[list[str]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        yield "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+def _baseline_rows(answer: Recommendation) -> Iterator[list[str]]:
+    """The engine's default beside the candidates; it is none itself."""
+    baseline = answer.baseline
+    if baseline is not None:
+        verdict = {True: ", meets the SLO", False: ", misses the SLO", None: ""}[baseline.meets_objectives]
+        figures = [f"{baseline.point.throughput:.0f}", *(_short(latency) for latency in baseline.latencies)]
+        outcome = f"the engine's default{verdict if answer.objectives else ''}"
+        yield [str(baseline.point.batch), "1", *figures, "", "", Basis.MEASURED.value, outcome]
+
+
+def _short(latency: float | None) -> str:
+    return "" if latency is None else format_duration(float(f"{latency:.4g}"))
 
 
 def _size(amount: int | None) -> str | None:

@@ -312,14 +312,15 @@ def _best(eligible: Iterable[Candidate]) -> Candidate:
 def evaluate(
     question: Question, *, assumed_utilization: float | None = None
 ) -> tuple[tuple[Candidate, ...], tuple[Candidate, ...]]:
-    """Every candidate with what speaks against it: those of one replica, and those of two and more (tried, then untried).
+    """Every candidate with what speaks against it: those of one replica, and those of two and more.
 
     Args:
         assumed_utilization: u to predict with where no point of the curve has it; without it such pairs are left out.
     """
     singles = tuple(_single(question, point) for point in question.curve.points)
     tried = tuple(_tried(question, trial, singles) for trial in question.trials if trial.replicas > 1)
-    return singles, tried + tuple(_untried(question, singles, assumed_utilization))
+    packed = (*tried, *_untried(question, singles, assumed_utilization))
+    return singles, tuple(sorted(packed, key=lambda candidate: candidate.pair))
 
 
 def allowed_preemptions(requests: int | None) -> float:

@@ -100,6 +100,10 @@ def predict(
         notes.append(
             f"a KV cache of {kv_tokens_per_replica} tokens holds {effective:.1f} requests of {mean_context:.0f} tokens, not {batch}"
         )
+        if effective < curve.points[0].batch:
+            raise ValueError(
+                f"{notes[0]}, and fewer than the smallest batch that was measured, {curve.points[0].batch}"
+            )
     alone = _alone(curve, effective)
     interpolated = curve.at(alone.batch) is not alone
     if interpolated:

@@ -167,6 +167,84 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert ask(capsys, "-f", "-", "--itl", "15ms")[1]["batch"] == 96
 
 
+# The published packings (arXiv:2503.08311): batch, replicas, total tokens/s, mean ITL in ms.
+PACKED = [(96, 2, 12313.9, 18.98), (96, 4, 13172.4, 31.52), (256, 2, 14669.5, 37.07)]
+
+
+def make_trials(*changes: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "batch": batch,
+            "replicas": replicas,
+            "totalTokensPerSecond": str(throughput),
+            "interTokenLatency": {"mean": f"{itl}ms"},
+            "halfWidth": "0.02",
+        }
+        for batch, replicas, throughput, itl in PACKED
+    ]
+    return [*rows, *changes]
+
+
+def make_baseline() -> dict[str, Any]:
+    return {"batch": 512, "totalTokensPerSecond": "11203.6", "interTokenLatency": {"mean": "52.11ms"}}
+
+
+def test_a_pair_that_was_tried_is_measured_and_applied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, make_profile(make_memory(), trials=make_trials(), baseline=make_baseline()))
+    _, answer = ask(capsys, "-f", file, "--itl", "40ms")
+
+    expected = {"batch": 256, "replicasPerGPU": 2, "basis": "Measured", "applied": None, "tokensPerSecond": "14669.5"}
+    assert answer.items() >= expected.items()
+    assert float(answer["expectedGain"]) == pytest.approx(14669.5 / 10809.8, abs=0.001)
+    assert answer["defaultEngine"] == {
+        "batch": 512,
+        "totalTokensPerSecond": "11203.6",
+        "latencies": [{"metric": "InterTokenLatency", "statistic": "mean", "value": "52.11ms", "max": "40ms"}],
+        "meetsObjectives": False,
+    }
+
+
+def test_an_untried_best_waits_and_the_best_measured_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tried = [row for row in make_trials() if (row["batch"], row["replicas"]) == (96, 2)]
+    file = write(tmp_path, make_profile(make_memory(), trials=tried))
+    _, answer = ask(capsys, "-f", file, "--itl", "60ms", "--explain")
+
+    assert (answer["basis"], answer["replicasPerGPU"] > 1) == ("Estimated", True)
+    assert answer["applied"].items() >= {"batch": 96, "replicasPerGPU": 2, "memoryPerReplica": "13696Mi"}.items()
+    assert any("not applied until profiling.extend" in note for note in answer["notes"])
+    outcomes = {(c["batch"], c["replicas"]): (c["basis"], c["outcome"]) for c in answer["candidates"]}
+    assert outcomes[96, 2] == ("Measured", "applied")
+    assert outcomes[answer["batch"], answer["replicasPerGPU"]] == ("Estimated", "chosen")
+
+
+def test_a_trial_without_any_rate_could_not_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = make_profile(make_memory())
+    first = ask(capsys, "-f", write(tmp_path, before), "--itl", "60ms")[1]
+    pair = {"batch": first["batch"], "replicas": first["replicasPerGPU"], "message": "the second engine did not start"}
+    after = make_profile(make_memory(), trials=[pair])
+
+    _, answer = ask(capsys, "-f", write(tmp_path, after), "--itl", "60ms", "--explain")
+
+    assert (answer["batch"], answer["replicasPerGPU"]) != (pair["batch"], pair["replicas"])
+    reasons = {(c["batch"], c["replicas"]): c["reasons"] for c in answer["candidates"]}
+    assert reasons[pair["batch"], pair["replicas"]] == ["its trial could not be made"]
+
+
+def test_explain_shows_the_basis_of_each_pair_and_the_default_engine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, make_profile(make_memory(), trials=make_trials(), baseline=make_baseline()))
+    assert advise.main(["-f", file, "--itl", "40ms", "--explain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+
+    head = next(line.split() for line in lines if line.startswith("BATCH   REPLICAS"))
+    rows = [line.split() for line in lines if line[:1].isdigit()]
+    assert head[-2:] == ["BASIS", "OUTCOME"]
+    assert ["256", "2"] in [row[:2] for row in rows if "Measured" in row and "chosen:" in row]
+    assert rows[-1][:2] == ["512", "1"]
+    assert lines[-1].endswith("the engine's default, misses the SLO")
+
+
 def edit(**changes: Any) -> str:
     points = make_points()
     points[1].update(changes)
@@ -202,6 +280,22 @@ def edit(**changes: Any) -> str:
         (edit(interTokenLatency={"mean": "0s"}), "status.points[1]"),
         (edit(gpuUtilization="57.5"), "not between 0 and 1"),
         (edit(unresolved=5), "status.points[1].unresolved"),
+        (edit(halfWidth="-0.1"), "status.points[1]: batch 32: half_width -0.1"),
+        (yaml.safe_dump(make_profile(trials=5)), "status.trials is not a list of trials"),
+        (yaml.safe_dump(make_profile(trials=[{"batch": 1}])), "status.trials[0] needs batch and replicas"),
+        (
+            yaml.safe_dump(make_profile(trials=[{"batch": 1, "replicas": 0, "totalTokensPerSecond": 5}])),
+            "status.trials[0]: 0 replicas are fewer than 1",
+        ),
+        (
+            yaml.safe_dump(make_profile(trials=[{"batch": 1, "replicas": 2, "outputTokensPerSecond": 5}])),
+            "status.trials[0] has no totalTokensPerSecond, which the curve is in",
+        ),
+        (
+            yaml.safe_dump(make_profile(trials=[{"batch": 1, "replicas": 2}] * 2)),
+            "status.trials[1]: batch 1 with 2 replicas occurs more than once",
+        ),
+        (yaml.safe_dump(make_profile(baseline={"totalTokensPerSecond": 5})), "status.baseline has no batch"),
         (yaml.safe_dump_all([make_profile(), make_profile()]), "holds 2 BatchProfiles (opt, opt)"),
         (yaml.safe_dump(make_profile(make_memory(nonKV="lots"))), "status.memory.nonKV: 'lots' is not a quantity"),
         (yaml.safe_dump(make_profile(make_memory(contextMean="-5"))), "status.memory"),
@@ -285,7 +379,7 @@ def test_a_cpu_pack_is_bound_by_its_cores_and_its_own_memory() -> None:
     profile = make_profile(make_memory())
     accelerator = {"device": "cpu", "cores": 7, "coresPerReplica": 2, "memory": "100Gi"}
     profile["spec"] = {"key": {"accelerator": accelerator}}
-    objectives = decide.objectives_from_api([ApiObjective(metric="InterTokenLatency", max="15ms")])
+    objectives = decide.objectives_from_api([ApiObjective(metric="InterTokenLatency", max="16ms")])
 
     answer = decide.decision_from_profile(profile, objectives)
 

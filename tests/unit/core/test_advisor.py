@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tightship.core.advisor import Basis, Failure, Limit, Recommendation, advise
+from tightship.core.advisor import Basis, Failure, Limit, advise
 from tightship.core.curve import Curve, Latency, Metric, Objective, Point, Statistic
 from tightship.core.memory import Context, Ledger, Reserve
 
@@ -266,133 +263,3 @@ def test_the_confirmed_batch_takes_what_the_confirmation_measured() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="need efficiency floor"):
         advise(make_curve(OPT), **settings)
-
-
-# What must hold on every curve. Powers of two keep the scaling test free of rounding.
-
-
-@st.composite
-def curves(draw: st.DrawFn, *, preempting: bool = True) -> Curve:
-    """L non-decreasing and T/B non-increasing, as physics has it."""
-    batches = sorted(draw(st.sets(st.integers(1, 512), min_size=1, max_size=8)))
-    per_request, latency, points = draw(st.floats(10, 1000)), draw(st.floats(0.001, 0.1)), []
-    for batch in batches:
-        per_request *= draw(st.floats(0.3, 1))
-        latency *= draw(st.floats(1, 3))
-        points.append(
-            Point(
-                batch,
-                per_request * batch,
-                Latency(mean=latency),
-                requests=100,
-                preemptions=draw(st.sampled_from([0, 0, 0, 50])) if preempting else 0,
-                gpu_utilization=draw(st.floats(0, 1)),
-                kv_tokens_peak=draw(st.integers(0, batch * 800)),
-            )
-        )
-    return Curve(points)
-
-
-SLOS = st.floats(0.0005, 1)
-
-
-def objective(seconds: float) -> list[Objective]:
-    return [Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, seconds)]
-
-
-def total(answer: Recommendation) -> float:
-    return 0.0 if answer.chosen is None else answer.chosen.throughput
-
-
-@given(curves(), SLOS, SLOS)
-def test_a_tighter_slo_never_gives_a_larger_batch(curve: Curve, one: float, other: float) -> None:
-    tight, loose = sorted((one, other))
-    assert (advise(curve, objective(tight)).batch or 0) <= (advise(curve, objective(loose)).batch or 0)
-
-
-@given(curves(), SLOS, st.floats(0, 1), st.floats(0, 1))
-def test_a_higher_floor_never_gives_a_larger_batch(curve: Curve, slo: float, one: float, other: float) -> None:
-    low, high = sorted((one, other))
-    higher = advise(curve, objective(slo), efficiency_floor=high)
-    lower = advise(curve, objective(slo), efficiency_floor=low)
-    assert (higher.batch or 0) <= (lower.batch or 0)
-
-
-@given(curves(), SLOS, st.floats(5, 200), st.floats(5, 200))
-def test_less_memory_never_gives_a_larger_total(curve: Curve, slo: float, one: float, other: float) -> None:
-    small, large = sorted((one, other))
-    assert total(advise(curve, objective(slo), ledger=make_ledger(total=small))) <= total(
-        advise(curve, objective(slo), ledger=make_ledger(total=large))
-    )
-
-
-@given(curves(preempting=False), SLOS, SLOS, st.floats(80, 400))
-def test_a_tighter_slo_never_gives_a_larger_total(curve: Curve, one: float, other: float, memory: float) -> None:
-    """Where every batch may run alone, and without the margin of the gain, since both compare with another batch's best."""
-    tight, loose = (
-        advise(curve, objective(slo), efficiency_floor=0, minimum_gain=1, ledger=make_ledger(total=memory))
-        for slo in sorted((one, other))
-    )
-    assert total(tight) <= total(loose)
-
-
-@given(curves(), SLOS, SLOS, st.floats(5, 200), st.floats(1, 1.5))
-def test_a_tighter_slo_gains_at_most_the_bar_that_packing_had_to_pass(
-    curve: Curve, one: float, other: float, memory: float, gain: float
-) -> None:
-    """A looser SLO raises the bar of `minimum_gain`, which may drop a pair just above the tighter SLO's bar; nothing else."""
-    tight_slo, loose_slo = sorted((one, other))
-    ledger = make_ledger(total=memory)
-    tight = advise(curve, objective(tight_slo), minimum_gain=gain, ledger=ledger)
-    loose = advise(curve, objective(loose_slo), minimum_gain=gain, ledger=ledger)
-    bar = max((c.throughput for c in loose.candidates if c.replicas == 1 and Limit.SLO not in c.limits), default=0.0)
-    assert total(tight) <= max(total(loose), gain * bar)
-
-
-@given(curves(), SLOS, st.integers(-6, 6), st.floats(5, 200))
-def test_scaling_all_latencies_and_the_slo_changes_nothing(
-    curve: Curve, slo: float, exponent: int, memory: float
-) -> None:
-    factor = 2.0**exponent
-    scaled = Curve(
-        dataclasses.replace(point, inter_token_latency=Latency(mean=(point.inter_token_latency.mean or 0) * factor))
-        for point in curve.points
-    )
-    here = advise(curve, objective(slo), ledger=make_ledger(total=memory))
-    there = advise(scaled, objective(slo * factor), ledger=make_ledger(total=memory))
-    assert (here.batch, here.replicas, here.binding_limit) == (there.batch, there.replicas, there.binding_limit)
-
-
-@given(curves(), SLOS, st.randoms(use_true_random=False))
-def test_the_order_of_points_changes_nothing(curve: Curve, slo: float, shuffle: random.Random) -> None:
-    points = list(curve.points)
-    shuffle.shuffle(points)
-    assert advise(Curve(points), objective(slo), ledger=make_ledger()) == advise(
-        curve, objective(slo), ledger=make_ledger()
-    )
-
-
-@given(curves(), SLOS, st.floats(5, 200), st.integers(0, 99))
-def test_replicas_never_exceed_the_device(curve: Curve, slo: float, memory: float, percent: int) -> None:
-    reserve, ledger = Reserve(share=Fraction(percent, 100)), make_ledger(total=memory)
-    answer = advise(curve, objective(slo), ledger=ledger, reserve=reserve)
-    if answer.feasible:
-        assert answer.replicas is not None
-        assert answer.memory_per_replica is not None
-        assert answer.replicas * answer.memory_per_replica + reserve.of(ledger.device_total) <= ledger.device_total
-
-
-@given(curves(), SLOS)
-def test_what_is_advised_meets_the_slo_and_every_loser_has_a_reason(curve: Curve, slo: float) -> None:
-    answer = advise(curve, objective(slo), ledger=make_ledger())
-    if answer.chosen is None:
-        assert all(candidate.rejections for candidate in answer.candidates)
-        smallest = min(point.inter_token_latency.mean or 0 for point in curve.points)
-        if answer.failure is Failure.SLO_INFEASIBLE:
-            assert answer.best_latency is not None
-            assert answer.best_latency.latencies == (smallest,)
-    else:
-        latency = answer.chosen.latencies[0]
-        assert latency is not None
-        assert latency <= slo
-        assert all(c.rejections or c.throughput <= answer.chosen.throughput for c in answer.candidates)

@@ -33,7 +33,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "operator")]
 
 import common  # noqa: E402
-
 from tightship.profiler import load as load_module  # noqa: E402
 from tightship.profiler.clock import SystemClock  # noqa: E402
 from tightship.profiler.lengths import Lengths, Prompts  # noqa: E402

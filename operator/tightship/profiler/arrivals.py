@@ -36,6 +36,8 @@ UTILIZATION: Final = 0.8
 WARMUP_SHARE: Final = 0.15
 WARMUP_MOST: Final = 5.0
 SAMPLE_SECONDS: Final = 0.25
+TIMER_GRAIN: Final = 0.001
+"""Timers of the event loop are rounded up to a millisecond (epoll's unit): that much late is not late. Seconds."""
 GROWTH: Final = 2 / (1 - UTILIZATION)
 """Requests by which a longer queue has grown."""
 
@@ -118,7 +120,7 @@ class OpenLoop:
         self._timer = asyncio.get_running_loop().call_later(delay, self._arrive, due)
 
     def _arrive(self, due: float) -> None:
-        self.recording.lateness.add(max(0.0, self._clock.now() - due))
+        self.recording.lateness.add(max(0.0, self._clock.now() - due - TIMER_GRAIN))
         self.arrived += 1
         self._submit(self._lengths.fresh(self._rng), due)
         self._await_next(due)
@@ -209,8 +211,8 @@ def busy(curve: Curve, batch: int, share: float) -> int:
     return batch
 
 
-async def offer(engine: Engine, load: OpenLoop, clock: Clock, plan: Plan) -> api.Arrivals:
-    """Let requests arrive at random for the plan's time, and say how the engine did.
+async def offer(engine: Engine, load: OpenLoop, clock: Clock, plan: Plan) -> tuple[api.Arrivals, Recording]:
+    """Let requests arrive at random for the plan's time, and say how the engine did, and what the load saw.
 
     Raises:
         EngineError: the engine died, hangs or fails requests.
@@ -220,7 +222,7 @@ async def offer(engine: Engine, load: OpenLoop, clock: Clock, plan: Plan) -> api
     await _watch(engine, load, clock, plan.warmup)
     recording = load.begin()
     seen = await _watch(engine, load, clock, plan.seconds - plan.warmup)
-    return _result(plan, load, recording, seen)
+    return _result(plan, load, recording, seen), recording
 
 
 async def _watch(engine: Engine, load: OpenLoop, clock: Clock, seconds: float) -> _Seen:

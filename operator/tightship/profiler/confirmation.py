@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from typing import Final
 
 from tightship.api.units import parse_duration
@@ -16,18 +17,21 @@ from tightship.core.advisor import advise
 from tightship.core.curve import Curve
 from tightship.profiler import arrivals, confirm
 from tightship.profiler.budget import ARRIVALS_LEAST, CONFIRM_LEAST
+from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
 from tightship.profiler.errors import EngineError
 from tightship.profiler.gpu import GIB
 from tightship.profiler.meter import Reading
 from tightship.profiler.session import RESTARTS, Session
-from tightship.profiler.sweep import emptied, undriven
+from tightship.profiler.sweep import CHANCES, undriven
 
 log = logging.getLogger(__name__)
 
 WORST_STEP_SECONDS: Final = 600.0
 LEVEL_SECONDS: Final = 15.0
 DEFAULT_TOKEN_BUDGET: Final = 2048
+EMPTY_SECONDS: Final = 5.0
+EMPTY_POLL: Final = 0.05
 _ARRIVALS_SEED: Final = 1_000
 
 
@@ -131,7 +135,7 @@ class ConfirmationRun:
         self._ledger(plan, watch.peak - before)
         if reading is None:
             return
-        if reading.late:
+        if reading.undriven is not None:
             session.note(f"confirmation run: {undriven(reading)}")
             return
         compared = confirm.compare(reading, session.report.points[self._batch], plan)
@@ -153,12 +157,12 @@ class ConfirmationRun:
         load = session.load(engine)
         try:
             meter = session.meter(engine, load)
-            for _ in range(2):
+            for _ in range(CHANCES):
                 seconds = min(LEVEL_SECONDS, session.budget.left / 2)
                 reading = await meter.measure(
                     self._batch, seconds, session.budget.left, session.job.lengths.mean_output
                 )
-                if reading is None or not reading.late:
+                if reading is None or reading.undriven is None:
                     break
             return reading
         finally:
@@ -180,7 +184,7 @@ class ConfirmationRun:
         session.progress(
             "Confirming", self._batch, f"{plan.rate:.2f} requests/s arriving at random for {seconds:.0f} s"
         )
-        await emptied(engine, session.clock)
+        await _emptied(engine, session.clock)
         load = arrivals.OpenLoop(
             engine.channel(),
             session.job.lengths,
@@ -189,9 +193,13 @@ class ConfirmationRun:
             session.job.seed + _ARRIVALS_SEED,
         )
         try:
-            found = await arrivals.offer(engine, load, session.clock, plan)
+            found, seen = await arrivals.offer(engine, load, session.clock, plan)
         finally:
             await load.close()
+        overloaded = seen.overloaded(seen.itl.mean or math.inf, tail=session.steps_needed > 0)
+        if overloaded is not None:
+            session.note(f"arrivals at random at batch {self._batch} could not be driven: {overloaded}")
+            return
         self._report(confirmation, found)
 
     def _plan(self, confirmation: api.Confirmation, seconds: float) -> arrivals.Plan:
@@ -234,3 +242,14 @@ class ConfirmationRun:
             if text is not None and parse_duration(text) > objective.maximum:
                 doubts.append(f"{objective} is {text} under random arrivals, above {1000 * objective.maximum:g}ms")
         return doubts
+
+
+async def _emptied(engine: Engine, clock: Clock, timeout: float = EMPTY_SECONDS) -> None:
+    """Wait until an engine whose clients have gone runs nothing, at most `timeout` seconds."""
+    deadline = clock.now() + timeout
+    while clock.now() < deadline:
+        sample = await engine.sample()
+        if sample.running + sample.waiting == 0:
+            return
+        await clock.sleep(EMPTY_POLL)
+    log.warning("requests still run %.0f s after their clients have gone", timeout)

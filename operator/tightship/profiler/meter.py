@@ -5,10 +5,8 @@ lumps. It is read over windows of at least 1 s (0.5 s up to B = 8) and 20 engine
 half-width. Latencies are the client's. A level counts only if the engine ran at least 0.98 B requests on average: where it did not, and
 did not queue either, a few more are put in flight to fill the gaps between requests.
 
-What a late client does to the figures: all tokens of a step are put off about alike, so a mean gap hardly notices as long as the mean
-lateness is small beside it, while the gaps' tail is blurred by the tail of the lateness. So a level counts as not driven when the mean
-lateness exceeds a quarter of the mean gap (a client that handles a step's tokens in one go, and is busy 70 % of the time), or,
-where the objective is a percentile, when the lateness's 95th percentile does; and percentiles blurred that much count as unresolved.
+A level counts as not driven when the load says so of itself (`Recording.overloaded`): by its mean lateness, or by its tail where the objective
+is a percentile. Where only the mean holds, the percentiles that the lateness blurs count as unresolved.
 """
 
 from __future__ import annotations
@@ -42,8 +40,6 @@ SAMPLES_PER_WINDOW: Final = 4
 TOP_UPS: Final = 2
 TOP_UP_FROM: Final = 16  # below, one request more would be another batch
 SILENCE_SECONDS: Final = 3.0
-LATENESS: Final = 0.25
-"""Lateness of the load, as a share of the time between tokens, that is too much."""
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _STUDENT: Final = (
@@ -88,10 +84,8 @@ class Reading:
     half_width: float
     itl: float
     """Mean inter-token latency, seconds."""
-    late: bool
-    """Whether the load could not be driven as asked: then nothing here may be reported as measured."""
-    lateness: float
-    """How late the load ran, seconds: on average, or at the 95th percentile where the objective is a percentile."""
+    undriven: str | None
+    """Why the load could not be driven as asked: then nothing here may be reported as measured."""
     notes: tuple[str, ...]
     """What else a reader should know about it."""
 
@@ -137,14 +131,6 @@ class Meter:
         self._itl = 0.02  # the last level's, to size the first windows of the next
         self._surplus = 0.0  # what the last level needed in flight beyond its batch, relative
 
-    def use(self, load: ClosedLoop) -> None:
-        """Measure with another load from now on; what was learned about the engine stays."""
-        self._load = load
-
-    def in_flight(self, batch: int) -> int:
-        """Requests to put in flight so that the engine runs `batch` of them, by what the last level needed."""
-        return batch + round(batch * self._surplus)
-
     def least_seconds(self, batch: int) -> float:
         """The least time that a level can take, if tokens come as fast as at the last one."""
         return max(WARMUP_SECONDS, WARMUP_STEPS * self._itl) + WINDOWS_LEAST * self._window_seconds(batch)
@@ -163,7 +149,8 @@ class Meter:
             LoadError: the engine refuses the load's requests.
         """
         began = self._clock.now()
-        self._load.resize(self.in_flight(batch))
+        self._load.resize(batch + round(batch * self._surplus))
+        self._load.drop_surplus()  # waiting until they end by themselves would cost a request's whole duration
         for top_up in range(TOP_UPS + 1):
             if not await self._settle(seconds, began + limit):
                 return None
@@ -273,16 +260,14 @@ class Meter:
             memory_utilization=points.decimal(_mean(tally.memory)) if tally.memory else None,
             window=format_duration(seconds),
             half_width=points.decimal(width),
-            unresolved=points.unresolved(seconds / itl, blurred=_tail(recording) > LATENESS * itl),
+            unresolved=points.unresolved(seconds / itl, blurred=recording.overloaded(itl) is not None),
         )
-        lateness = _tail(recording) if self._steps_needed else recording.lateness.mean or 0.0
         return Reading(
             point=point,
             throughput=rate * self._factor,
             half_width=width,
             itl=itl,
-            late=lateness > LATENESS * itl,
-            lateness=lateness,
+            undriven=recording.overloaded(itl, tail=self._steps_needed > 0),
             notes=tuple(_notes(batch, tally, recording, itl)),
         )
 
@@ -303,11 +288,6 @@ def _notes(batch: int, tally: _Tally, recording: Recording, itl: float) -> list[
     if recording.failures:
         notes.append(f"batch {batch}: {recording.failures} requests failed and were sent again")
     return notes
-
-
-def _tail(recording: Recording) -> float:
-    """The 95th percentile of the load's lateness, seconds."""
-    return recording.lateness.quantile(0.95) or 0.0
 
 
 def _mean(values: Sequence[float]) -> float:

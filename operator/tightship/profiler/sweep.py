@@ -6,16 +6,12 @@ there is no point, only a word on what could not be driven; a finished point is 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
 from tightship.profiler.budget import LEVEL_MOST
-from tightship.profiler.clock import Clock
-from tightship.profiler.engine import Engine
 from tightship.profiler.errors import EngineError, LoadError
 from tightship.profiler.ladder import Goals, Noise, Step, next_batch, rungs
 from tightship.profiler.meter import Meter, Reading
@@ -23,8 +19,6 @@ from tightship.profiler.session import RESTARTS, Session
 
 log = logging.getLogger(__name__)
 
-EMPTY_SECONDS: Final = 5.0
-EMPTY_POLL: Final = 0.05
 BISECTION_LEVELS: Final = 3
 """Levels of a bisection between two rungs, from 64 on: to an eighth of the lower."""
 CHANCES: Final = 2
@@ -38,68 +32,6 @@ class Ended:
     reason: str
     exceeded: bool = False
     """Whether the budget ended it."""
-
-
-class Rig:
-    """An engine under a closed loop whose size goes up by adding, and down by starting anew in the steady state.
-
-    Waiting until spare requests end by themselves would cost a request's whole duration at every step down; dropping all and sending
-    aged ones costs their prompts.
-    """
-
-    def __init__(self, session: Session, engine: Engine) -> None:
-        self._session = session
-        self._engine = engine
-        self._loads = 0
-        self._load = session.load(engine)
-        self.meter: Meter = session.meter(engine, self._load)
-
-    async def measure(self, batch: int, seconds: float, limit: float) -> Reading | None:
-        """Measure one level (see `Meter.measure`).
-
-        Raises:
-            EngineError: the engine died, hangs or fails requests.
-            LoadError: the engine refuses the load's requests.
-        """
-        began = self._session.clock.now()
-        if self._load.size > self.meter.in_flight(batch):
-            await self._renew()
-        spent = self._session.clock.now() - began
-        return await self.meter.measure(batch, seconds, limit - spent, self._session.job.lengths.mean_output)
-
-    async def _renew(self) -> None:
-        await self._load.close()
-        await emptied(self._engine, self._session.clock)
-        self._loads += 1
-        self._load = self._session.load(self._engine, seed=self._loads)
-        self.meter.use(self._load)
-
-    async def close(self) -> None:
-        """Drop the load."""
-        await self._load.close()
-
-
-@contextlib.asynccontextmanager
-async def rig(session: Session, engine: Engine) -> AsyncIterator[Rig]:
-    """A rig on an engine, dropped at the end."""
-    made = Rig(session, engine)
-    try:
-        yield made
-    finally:
-        await made.close()
-
-
-async def emptied(engine: Engine, clock: Clock, timeout: float = EMPTY_SECONDS) -> bool:
-    """Wait until an engine whose clients have gone runs nothing; False when that takes longer than `timeout` seconds."""
-    deadline = clock.now() + timeout
-    while True:
-        sample = await engine.sample()
-        if sample.running + sample.waiting == 0:
-            return True
-        if clock.now() >= deadline:
-            log.warning("%s requests still run %.0f s after their clients have gone", sample.running, timeout)
-            return False
-        await clock.sleep(EMPTY_POLL)
 
 
 class Sweep:
@@ -137,13 +69,19 @@ class Sweep:
         engine = await session.launch(session.job.settings)
         try:
             session.describe(engine.info)
-            async with rig(session, engine) as made:
-                ended = await self._climb(made)
-                if session.report.points:
-                    await self._baseline(made)
-            return ended
+            load = session.load(engine)
+            try:
+                return await self._loaded(session.meter(engine, load))
+            finally:
+                await load.close()
         finally:
             await engine.stop()
+
+    async def _loaded(self, meter: Meter) -> Ended:
+        ended = await self._climb(meter)
+        if self._session.report.points:
+            await self._baseline(meter)
+        return ended
 
     def _next(self) -> Step:
         session = self._session
@@ -158,31 +96,36 @@ class Sweep:
         widths = {batch: float(point.half_width or 0) for batch, point in report.points.items()}
         return next_batch(curve.points if curve else [], self._top, goals, Noise(widths, self._undriven))
 
-    async def _climb(self, made: Rig) -> Ended:
+    async def _climb(self, meter: Meter) -> Ended:
         budget = self._session.budget
         while True:
             step = self._next()
             if step.batch is None:
                 return Ended(step.reason)
             log.info("batch %d next: %s", step.batch, step.reason)
-            if budget.for_sweep < made.meter.least_seconds(step.batch) or not await self._level(made, step.batch):
+            if budget.for_sweep < meter.least_seconds(step.batch) or not await self._level(meter, step.batch):
                 return Ended(self._spent(step.batch), exceeded=True)
 
-    async def _level(self, made: Rig, batch: int) -> bool:
+    async def _level(self, meter: Meter, batch: int) -> bool:
         """Measure one level and report it, or find that it can't be driven; False when the budget ended it."""
         session, budget = self._session, self._session.budget
         session.progress("Sweeping", batch, f"measuring batch {batch}")
         most = math.inf if session.steps_needed else LEVEL_MOST
         for _ in range(CHANCES):
-            reading = await made.measure(batch, budget.for_level(self._levels_left(batch), most), budget.for_sweep)
+            reading = await meter.measure(
+                batch,
+                budget.for_level(self._levels_left(batch), most),
+                budget.for_sweep,
+                session.job.lengths.mean_output,
+            )
             if reading is None:
                 return False
-            if not reading.late:
+            if reading.undriven is None:
                 self._take(reading)
                 return True
-            late = undriven(reading)
+            why = undriven(reading)
         self._undriven.add(batch)
-        session.note(late)
+        session.note(why)
         return True
 
     def _levels_left(self, batch: int) -> int:
@@ -216,7 +159,7 @@ class Sweep:
 
     # --- the baseline ---
 
-    async def _baseline(self, made: Rig) -> None:
+    async def _baseline(self, meter: Meter) -> None:
         """The engine at its own default batch; what keeps it from being measured is said, and costs nothing else."""
         session = self._session
         if session.report.baseline is None:
@@ -226,35 +169,34 @@ class Sweep:
             return
         with session.cost.in_phase("baseline"):
             try:
-                missing = await self._saturate(made)
+                missing = await self._saturate(meter)
             except (EngineError, LoadError) as error:
                 missing = str(error)
         if missing:
             session.note(f"no baseline: {missing}"[:1000])
 
-    async def _saturate(self, made: Rig) -> str | None:
+    async def _saturate(self, meter: Meter) -> str | None:
         """One level at the engine's largest batch; returns why there is none."""
         session, budget = self._session, self._session.budget
         if self._top in self._undriven:
             return f"the load could not drive batch {self._top}"
-        if budget.for_baseline < made.meter.least_seconds(self._top):
+        if budget.for_baseline < meter.least_seconds(self._top):
             return f"no time was left for batch {self._top} ({max(0.0, budget.for_baseline):.0f} s)"
         session.progress("Baseline", self._top, f"measuring batch {self._top}, the engine's own")
         for _ in range(CHANCES):
-            reading = await made.measure(self._top, min(LEVEL_MOST, budget.for_baseline), budget.for_baseline)
+            reading = await meter.measure(
+                self._top, min(LEVEL_MOST, budget.for_baseline), budget.for_baseline, session.job.lengths.mean_output
+            )
             if reading is None:
                 return f"the budget ended it at batch {self._top}"
-            if not reading.late:
+            if reading.undriven is None:
                 session.report.baseline = reading.point
                 session.progress("Baseline", self._top, f"batch {self._top}: {reading.throughput:.0f} tokens/s")
                 return None
-            late = undriven(reading)
-        return late
+            why = undriven(reading)
+        return why
 
 
 def undriven(reading: Reading) -> str:
     """That a batch could not be driven, and by how much."""
-    return (
-        f"batch {reading.point.batch} could not be driven: the load ran {1000 * reading.lateness:.1f} ms late, with "
-        f"{1000 * reading.itl:.1f} ms between tokens, so it has no point; give the profiling Job more CPU"
-    )
+    return f"the load could not drive batch {reading.point.batch}, which has no point: {reading.undriven}"

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler.clock import Clock, SystemClock
 from tightship.profiler.engine import ProcessLauncher
-from tightship.profiler.errors import ProfilerError, ReportError
+from tightship.profiler.errors import LengthsError, ProfilerError, ReportError
 from tightship.profiler.gpu import CpuDevice, Device, DeviceError, memory_limit, open_nvml
 from tightship.profiler.profile import Profiler, make_job
 from tightship.profiler.report import ApiSink, Report, Sink
@@ -36,13 +36,18 @@ def open_device(profile: api.BatchProfile, environ: Mapping[str, str], clock: Cl
 
 
 def kept(profile: api.BatchProfile) -> api.BatchProfileStatus | None:
-    """What an earlier attempt found and this one keeps; None when the profile is finished already."""
-    outcome = profile.status.outcome
+    """What an earlier attempt found and this one keeps; None when the profile is finished already.
+
+    A finished profile that is asked for more trials keeps everything, its outcome included.
+    """
+    outcome, wanted = profile.status.outcome, profile.spec.measurement
     if outcome is None:
         return profile.status
-    if outcome.rerun == profile.spec.measurement.rerun:
-        return None
-    return api.BatchProfileStatus()
+    if outcome.rerun != wanted.rerun:
+        return api.BatchProfileStatus()
+    if wanted.extend is not None and wanted.extend.request != outcome.extend:
+        return profile.status
+    return None
 
 
 async def profile(sink: Sink, environ: Mapping[str, str], clock: Clock) -> int:
@@ -68,16 +73,26 @@ async def _measure(subject: api.BatchProfile, report: Report, environ: Mapping[s
     model = environ.get("TIGHTSHIP_MODEL_PATH") or subject.spec.key.model.source.removeprefix("hf://")
     try:
         device = open_device(subject, environ, clock)
-    except DeviceError as error:
-        report.outcome = api.Outcome(
-            state="Failed", reason="EngineFailed", message=str(error), rerun=subject.spec.measurement.rerun
-        )
+        job = make_job(subject, model, device, environ)
+    except (DeviceError, LengthsError) as error:
+        report.outcome = _not_begun(subject, report.outcome, error)
         report.save()
         return
-    job = make_job(subject, model, device, environ)
     launcher = ProcessLauncher(clock, environ, echo=lambda line: print(f"engine: {line}", flush=True))
     outcome = await Profiler(job, launcher=launcher, device=device, report=report, clock=clock, environ=environ).run()
     log.info("%s (%s): %s", outcome.state, outcome.reason, outcome.message)
+
+
+def _not_begun(subject: api.BatchProfile, earlier: api.Outcome | None, error: ProfilerError) -> api.Outcome:
+    """The outcome where not even an engine could be started; what was measured before stands."""
+    wanted = subject.spec.measurement
+    request = wanted.extend.request if wanted.extend is not None else None
+    if earlier is not None:
+        message = f"{earlier.message}; the trials asked for failed: {error}" if earlier.message else str(error)
+        return earlier.model_copy(update={"message": message[:8000], "extend": request})
+    return api.Outcome(
+        state="Failed", reason="EngineFailed", message=str(error)[:8000], rerun=wanted.rerun, extend=request
+    )
 
 
 async def run(environ: Mapping[str, str]) -> int:

@@ -24,6 +24,10 @@ class SystemClock:
         """Seconds of the monotonic clock."""
         return time.monotonic()
 
+    def cpu(self) -> float:
+        """CPU seconds that the calling thread took so far."""
+        return time.thread_time()
+
     async def sleep(self, seconds: float) -> None:
         """Wait that long; negative means not at all."""
         await asyncio.sleep(max(0.0, seconds))

@@ -17,13 +17,13 @@ from typing import Any, Final
 
 from tightship.api.units import format_quantity, parse_duration
 from tightship.api.v1alpha1 import batchprofile as api
-from tightship.core.memory import Context, context_from_means, kv_tokens
+from tightship.core.memory import Context, kv_tokens
 from tightship.profiler import points
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine, EngineInfo, EngineSettings
 from tightship.profiler.errors import EngineError, LoadError
 from tightship.profiler.gpu import Device
-from tightship.profiler.lengths import Lengths, Prompts
+from tightship.profiler.lengths import Prompts
 from tightship.profiler.meter import Reading
 from tightship.profiler.wire import Channel, Completion
 
@@ -49,8 +49,8 @@ class ReplicaPlan:
     """Whether the method asks for more KV cache than the sweep's whole engine had."""
 
 
-def plan_replica(batch: int, lengths: Lengths, info: EngineInfo, observed_peak: int | None) -> ReplicaPlan:
-    """The KV cache of a replica at a batch, from what the sweep's engine said of itself.
+def plan_replica(batch: int, context: Context, info: EngineInfo, observed_peak: int | None) -> ReplicaPlan:
+    """The KV cache of a replica at a batch, from the context in flight and what the sweep's engine said of itself.
 
     Raises:
         EngineError: the engine did not say how large its KV cache is.
@@ -62,7 +62,6 @@ def plan_replica(batch: int, lengths: Lengths, info: EngineInfo, observed_peak: 
             "vllm:cache_config_info lacks kv_cache_size_tokens, and its log 'Available KV cache memory'"
         )
     longest = info.max_model_len or 0
-    context = context_from_means(lengths.mean_input, lengths.mean_output, block)
     wanted = kv_tokens(batch, context, block, longest, observed_peak)
     tokens = min(wanted, info.kv_tokens // block * block)
     return ReplicaPlan(batch, tokens, tokens * per_token, per_token, block, longest, context, capped=tokens < wanted)

@@ -11,6 +11,8 @@ from typing import Final
 
 _SMALLEST: Final = 1e-6
 _GROWTH: Final = math.log(1.005)
+_PER_SMALLEST: Final = 1 / _SMALLEST
+_PER_GROWTH: Final = 1 / _GROWTH
 _BINS: Final = int(math.log(1e10) / _GROWTH) + 2  # 1 us to 10,000 s; the first bin takes everything below
 
 
@@ -31,7 +33,8 @@ class Histogram:
         if seconds <= _SMALLEST:
             self._bins[0] += weight
             return
-        self._bins[min(_BINS - 1, 1 + int(math.log(seconds / _SMALLEST) / _GROWTH))] += weight
+        index = 1 + int(math.log(seconds * _PER_SMALLEST) * _PER_GROWTH)
+        self._bins[index if index < _BINS else -1] += weight
 
     @property
     def mean(self) -> float | None:

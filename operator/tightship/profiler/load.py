@@ -2,29 +2,59 @@
 
 What must hold: between `resize` and `close` the number of requests in flight never exceeds the size, and falls below it only while a
 connection is made or a failed request waits to be sent again. Latency is counted by tokens: a gap that brings k tokens counts as k gaps of
-a k-th. Only what happens between two `begin` calls is in a recording. The load measures its own lateness, how much later than due its event
-loop ran a timer: a load that is late measures itself, not the engine.
+a k-th. Only what happens between two `begin` calls is in a recording.
+
+A load that can't keep up measures itself, not the engine, so it watches itself in two ways. Its event loop runs a timer at random moments
+and notes how much later than due it ran: the time that anything due at that moment would have waited, a token that became readable
+included, since one round of the loop handles all readable sockets before its timers. That shows rounds that are long beside the time between
+tokens, and cores that other processes took. It is blind below a timer's grain, and to a loop that is always busy in short rounds;
+so the share of its core that the loop's thread took is noted as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 from tightship.profiler.clock import Clock
 from tightship.profiler.errors import EngineError, LoadError
 from tightship.profiler.histogram import Histogram
 from tightship.profiler.lengths import Length, Lengths, Prompts
-from tightship.profiler.wire import Channel, Completion
+from tightship.profiler.wire import Channel, Completion, Ticket
+
+T = TypeVar("T")
 
 RETRY_SECONDS: Final = 0.2
 FAILURES_IN_A_ROW: Final = 20
 STALL_SECONDS: Final = 90.0
+LATENESS_MOST: Final = 0.1
+"""How late the load may run at the 95th percentile, as a share of the time between tokens."""
+CPU_MOST: Final = 0.9
+"""Share of a core above which one thread has nothing left to react with."""
 _TICK: Final = 0.02
 _TIMER_GRAIN: Final = 0.001
 """The event loop's timers are rounded up to a millisecond (epoll's unit): that much late is not late. Seconds."""
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """A clock that also counts CPU time; one whose seconds are virtual has none to compare them with."""
+
+    def cpu(self) -> float:
+        """CPU seconds that the calling thread took so far."""
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run` on uvloop, where the environment carries it (vLLM's does): somewhat less CPU time a token, same behaviour."""
+    try:
+        import uvloop  # noqa: PLC0415 (optional)
+    except ImportError:
+        return asyncio.run(main)
+    answer: T = uvloop.run(main)
+    return answer
 
 
 @dataclass
@@ -40,9 +70,33 @@ class Recording:
     ttft: Histogram = field(default_factory=Histogram)
     """Time to first token in seconds, of requests that started fresh."""
     lateness: Histogram = field(default_factory=Histogram)
-    """How late the client's own timers ran, seconds."""
+    """How late the client's own timers ran at random moments, seconds."""
     busy: float = 0.0
     """Integral of requests in flight over time, request-seconds."""
+    seconds: float = 0.0
+    """Length so far."""
+    cpu: float | None = None
+    """Share of one core that the load's thread took, 0 to 1; None where the clock counts no CPU time."""
+
+    def overloaded(self, itl: float, *, tail: bool = True) -> str | None:
+        """Why the load could not drive what it should, with numbers; None when it could.
+
+        Lateness puts off all arrivals alike, so it blurs the tail of the gaps by as much as its own tail, but hardly moves their mean.
+
+        Args:
+            itl: mean time between a request's tokens in seconds, what lateness is measured by.
+            tail: whether percentiles of the latency shall hold (the lateness's 95th percentile counts), or its mean only (its mean).
+        """
+        late = (self.lateness.quantile(0.95) if tail else self.lateness.mean) or 0.0
+        if late > LATENESS_MOST * itl:
+            return (
+                f"its event loop ran {late * 1000:.1f} ms late {'at the 95th percentile' if tail else 'on average'}, more than "
+                f"{LATENESS_MOST:.0%} of the {itl * 1000:.2f} ms between tokens: give it a core of its own"
+            )
+        if self.cpu is not None and self.cpu > CPU_MOST:
+            rate = self.tokens / self.seconds if self.seconds else 0.0
+            return f"it took {self.cpu:.0%} of a core for {rate:.0f} tokens/s: one thread can't drive more"
+        return None
 
 
 class ClosedLoop:
@@ -53,8 +107,11 @@ class ClosedLoop:
         self._lengths = lengths
         self._prompts = prompts
         self._clock = clock
+        self._now = clock.now
+        self._cpu = clock.cpu if isinstance(clock, Metered) else None
         self._rng = random.Random(seed)
-        self._slots: set[_Slot] = set()
+        self._moments = random.Random(seed + 1)
+        self._slots: dict[_Slot, None] = {}  # in the order they were added: a set's would differ from run to run
         self._size = 0
         self._waiting = 0  # slots without their first token since they started or failed
         self._in_flight = 0
@@ -64,6 +121,7 @@ class ClosedLoop:
         self._broken: str | None = None
         self._progress = clock.now()
         self._ticker: asyncio.TimerHandle | None = None
+        self._cpu_since = 0.0
         self.recording = Recording(since=clock.now())
 
     @property
@@ -82,21 +140,42 @@ class ClosedLoop:
         return self._clock.now() - self._progress
 
     def resize(self, size: int) -> None:
-        """Keep `size` requests in flight: what runs goes on, new ones start in the steady state, spare ones end by themselves."""
+        """Keep `size` requests in flight: what runs goes on, new ones start in the steady state.
+
+        Spare ones end by themselves, each in its own time, unless `drop_surplus` ends them at once.
+        """
         self._size = size
         if self._ticker is None:
             self._tick(self._clock.now())
         self._progress = self._clock.now()
         while len(self._slots) < size:
             slot = _Slot(self)
-            self._slots.add(slot)
+            self._slots[slot] = None
             self._waiting += 1
             slot.start(self._lengths.aged(self._rng), fresh=False)
+
+    def drop_surplus(self) -> int:
+        """End at once what is in flight beyond `size`; returns how many requests that was. The engine aborts them.
+
+        Who goes is drawn by lot: the rest then is in flight as in a steady state of the new size. Dropping the newest, say, would leave
+        the old and long.
+        """
+        surplus = max(0, len(self._slots) - self._size)
+        for slot in self._rng.sample(list(self._slots), surplus):
+            self._remove(slot)
+            ticket, slot.ticket = slot.ticket, None
+            if ticket is not None:
+                self._left()
+                ticket.cancel()
+        return surplus
 
     def begin(self) -> Recording:
         """Start a new recording, and return it; it fills until the next `begin`."""
         self._account()
+        self._meter()
         self.recording = Recording(since=self._clock.now())
+        if self._cpu is not None:
+            self._cpu_since = self._cpu()
         return self.recording
 
     def check(self) -> None:
@@ -129,12 +208,26 @@ class ClosedLoop:
     def _tick(self, due: float) -> None:
         late = self._clock.now() - due - _TIMER_GRAIN
         self.recording.lateness.add(max(0.0, late))
-        self._ticker = asyncio.get_running_loop().call_later(_TICK, self._tick, self._clock.now() + _TICK)
+        self._meter()
+        wait = _TICK * self._moments.uniform(0.5, 1.5)  # at random moments, or it could fall in step with the engine
+        self._ticker = asyncio.get_running_loop().call_later(wait, self._tick, self._clock.now() + wait)
+
+    def _meter(self) -> None:
+        recording = self.recording
+        recording.seconds = self._clock.now() - recording.since
+        if self._cpu is not None and recording.seconds > 0:
+            recording.cpu = (self._cpu() - self._cpu_since) / recording.seconds
 
     def _submit(self, slot: _Slot, length: Length) -> None:
         self._account()
         self._in_flight += 1
-        self._channel.submit(Completion(self._prompts.draw(length.input), length.output), slot)
+        slot.ended = False
+        ticket = self._channel.submit(Completion(self._prompts.draw(length.input), length.output), slot)
+        slot.ticket = None if slot.ended else ticket  # a channel may fail a request before it returns
+
+    def _remove(self, slot: _Slot) -> None:
+        del self._slots[slot]
+        self._waiting -= slot.new
 
     def _left(self) -> None:
         self._account()
@@ -144,7 +237,7 @@ class ClosedLoop:
         self._left()
         self.recording.requests += 1
         if len(self._slots) > self._size:
-            self._slots.discard(slot)
+            self._slots.pop(slot, None)
         elif slot in self._slots:
             slot.start(self._lengths.fresh(self._rng), fresh=True)
 
@@ -155,6 +248,8 @@ class ClosedLoop:
         self._last_failure = reason
         if final:
             self._broken = reason
+        elif len(self._slots) > self._size and slot in self._slots:
+            self._remove(slot)
         elif slot in self._slots:
             asyncio.get_running_loop().call_later(RETRY_SECONDS, self._again, slot)
 
@@ -166,11 +261,16 @@ class ClosedLoop:
 class _Slot:
     """One of the B places: a request, and after it the next."""
 
-    __slots__ = ("_fresh", "_last", "_loop", "_new", "_submitted")
+    __slots__ = ("_fresh", "_last", "_loop", "_submitted", "ended", "new", "ticket")
 
     def __init__(self, loop: ClosedLoop) -> None:
         self._loop = loop
-        self._new = True
+        self.new = True
+        """Whether it is still without a first token."""
+        self.ended = False
+        """Whether its request is over."""
+        self.ticket: Ticket | None = None
+        """Its request in flight."""
         self._fresh = False
         self._last: float | None = None
         self._submitted = 0.0
@@ -178,12 +278,12 @@ class _Slot:
     def start(self, length: Length, *, fresh: bool) -> None:
         self._fresh = fresh
         self._last = None
-        self._submitted = self._loop._clock.now()
+        self._submitted = self._loop._now()
         self._loop._submit(self, length)
 
     def tokens(self, count: int) -> None:
         loop = self._loop
-        now = loop._clock.now()
+        now = loop._now()
         recording = loop.recording
         recording.tokens += count
         last = self._last
@@ -196,12 +296,16 @@ class _Slot:
         loop._row = 0
         if self._fresh:
             recording.ttft.add(now - self._submitted)
-        if self._new:
-            self._new = False
+        if self.new:
+            self.new = False
             loop._waiting -= 1
 
     def finished(self) -> None:
+        self.ended = True
+        self.ticket = None
         self._loop._finished(self)
 
     def failed(self, reason: str, final: bool) -> None:
+        self.ended = True
+        self.ticket = None
         self._loop._failed(self, reason, final)

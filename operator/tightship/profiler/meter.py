@@ -4,6 +4,9 @@ T is the rate of the engine's own generation-token counter times (1 + in/out): i
 lumps. It is read over windows of at least 1 s (0.5 s up to B = 8) and 20 engine steps, at least five of them; the windows' spread gives the
 half-width. Latencies are the client's. A level counts only if the engine ran at least 0.98 B requests on average: where it did not, and
 did not queue either, a few more are put in flight to fill the gaps between requests.
+
+A level counts as not driven when the load says so of itself (`Recording.overloaded`): by its mean lateness, or by its tail where the objective
+is a percentile. Where only the mean holds, the percentiles that the lateness blurs count as unresolved.
 """
 
 from __future__ import annotations
@@ -37,7 +40,6 @@ SAMPLES_PER_WINDOW: Final = 4
 TOP_UPS: Final = 2
 TOP_UP_FROM: Final = 16  # below, one request more would be another batch
 SILENCE_SECONDS: Final = 3.0
-LATENESS: Final = 0.1
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _STUDENT: Final = (
@@ -82,8 +84,8 @@ class Reading:
     half_width: float
     itl: float
     """Mean inter-token latency, seconds."""
-    late: bool
-    """Whether the load ran late by more than a tenth of the time between tokens."""
+    undriven: str | None
+    """Why the load could not be driven as asked: then nothing here may be reported as measured."""
     notes: tuple[str, ...]
     """What else a reader should know about it."""
 
@@ -148,6 +150,7 @@ class Meter:
         """
         began = self._clock.now()
         self._load.resize(batch + round(batch * self._surplus))
+        self._load.drop_surplus()  # waiting until they end by themselves would cost a request's whole duration
         for top_up in range(TOP_UPS + 1):
             if not await self._settle(seconds, began + limit):
                 return None
@@ -257,10 +260,16 @@ class Meter:
             memory_utilization=points.decimal(_mean(tally.memory)) if tally.memory else None,
             window=format_duration(seconds),
             half_width=points.decimal(width),
-            unresolved=points.unresolved(seconds / itl),
+            unresolved=points.unresolved(seconds / itl, blurred=recording.overloaded(itl) is not None),
         )
-        late = (recording.lateness.quantile(0.95) or 0.0) > LATENESS * itl
-        return Reading(point, rate * self._factor, width, itl, late, tuple(_notes(batch, tally, recording, itl)))
+        return Reading(
+            point=point,
+            throughput=rate * self._factor,
+            half_width=width,
+            itl=itl,
+            undriven=recording.overloaded(itl, tail=self._steps_needed > 0),
+            notes=tuple(_notes(batch, tally, recording, itl)),
+        )
 
 
 def _notes(batch: int, tally: _Tally, recording: Recording, itl: float) -> list[str]:

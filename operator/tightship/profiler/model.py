@@ -1,13 +1,13 @@
-"""What the model's own files say: its vocabulary, and the commit its name on the hub resolved to.
+"""What the model's own files say: its vocabulary, its tokenizer, and the commit its name on the hub resolved to.
 
-Read from the model's directory, or from the hub's cache once an engine has fetched it there. Both are conveniences: without them
+Read from the model's directory, or from the hub's cache once an engine has fetched it there. Vocabulary and commit are conveniences: without them
 prompts use low token ids, which every vocabulary has, and the commit stays unknown.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,11 +26,55 @@ class ModelFiles:
 
 def read_model(model: str, revision: str | None, environ: Mapping[str, str]) -> ModelFiles:
     """Look at a model directory, or at the hub cache's snapshot of `ORGANISATION/NAME` at a revision."""
-    directory, commit = (Path(model), None) if Path(model).is_dir() else _snapshot(model, revision or "main", environ)
+    directory, commit = _find(model, revision, environ)
     config = _config(directory)
     text = config.get("text_config")
     size = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
     return ModelFiles(size if isinstance(size, int) and size > 1 else SMALL_VOCABULARY, commit)
+
+
+def tokenizer(model: str, environ: Mapping[str, str], revision: str | None = None) -> Callable[[str], int]:
+    """The number of tokens of a text by the model's own tokenizer, without the special tokens that open or close a prompt.
+
+    Uses the `tokenizers` library on the model's tokenizer.json, else `transformers` on whatever the model has; vLLM carries both.
+
+    Raises:
+        ValueError: the model's files are not there, hold no tokenizer, or neither library is installed.
+    """
+    directory, _ = _find(model, revision, environ)
+    file = directory / "tokenizer.json"
+    if not directory.is_dir():
+        raise ValueError(
+            f"the tokenizer of {model} isn't on this machine ({directory} is no folder): fetch the model first"
+        )
+    if file.is_file():
+        try:
+            from tokenizers import Tokenizer  # noqa: PLC0415 (only where conversations are to be counted)
+        except ImportError:
+            pass
+        else:
+            try:
+                fast = Tokenizer.from_file(str(file))
+            except Exception as error:  # the library raises bare Exception for a file that is none
+                raise ValueError(f"{file} can't be used: {error}") from error
+            return lambda text: len(fast.encode(text, add_special_tokens=False).ids)
+    try:
+        from transformers import AutoTokenizer  # noqa: PLC0415 (seconds to import)
+    except ImportError:
+        raise ValueError(
+            f"neither tokenizers nor transformers can be imported, so the texts for {model} can't be counted: install tokenizers, or "
+            "give lengths in tokens"
+        ) from None
+    try:
+        slow = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory} holds no tokenizer that can be used: {error}") from error
+    return lambda text: len(slow.encode(text, add_special_tokens=False))
+
+
+def _find(model: str, revision: str | None, environ: Mapping[str, str]) -> tuple[Path, str | None]:
+    """The model's folder and commit."""
+    return (Path(model), None) if Path(model).is_dir() else _snapshot(model, revision or "main", environ)
 
 
 def _snapshot(model: str, revision: str, environ: Mapping[str, str]) -> tuple[Path, str | None]:

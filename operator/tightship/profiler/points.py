@@ -31,9 +31,9 @@ def latency(histogram: Histogram) -> api.Latency | None:
     return api.Latency(**texts)
 
 
-def unresolved(steps: float) -> list[ApiStatistic]:
-    """Statistics that so many engine steps do not settle."""
-    return [name for name, needed in STEPS_NEEDED.items() if steps < needed]
+def unresolved(steps: float, *, blurred: bool = False) -> list[ApiStatistic]:
+    """Statistics that so many engine steps do not settle, or, `blurred`, that the load's own lateness hides."""
+    return [name for name, needed in STEPS_NEEDED.items() if steps < needed or blurred]
 
 
 def decimal(value: float, digits: int = 4) -> str:

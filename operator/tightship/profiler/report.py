@@ -171,8 +171,14 @@ class Report:
         self.engine: api.ProfileEngine | None = status.engine
         self.memory: api.ProfileMemory | None = status.memory
         self.confirmation: api.Confirmation | None = status.confirmation
+        self.load: api.Load | None = status.load
+        self.baseline: api.Point | None = status.baseline
+        self.trials: dict[tuple[int, int], api.Trial] = {(one.batch, one.replicas): one for one in status.trials}
+        """By batch and replicas."""
+        self.cost: api.Cost | None = status.cost
         self.progress: api.Progress | None = status.progress
-        self.outcome: api.Outcome | None = None
+        self.outcome: api.Outcome | None = status.outcome
+        """The earlier measurement's while it is being extended: what was found stays valid meanwhile."""
         self.gpu_seconds = float(status.gpu_seconds or 0.0)
         self._dirty = asyncio.Event()
         self._clean = asyncio.Event()
@@ -217,10 +223,15 @@ class Report:
             "progress": self.progress,
             "memory": self.memory,
             "confirmation": self.confirmation,
+            "load": self.load,
+            "baseline": self.baseline,
+            "cost": self.cost,
             "outcome": self.outcome,
         }
         status: dict[str, Any] = {name: part.to_dict() for name, part in parts.items() if part is not None}
         status["points"] = [self.points[batch].to_dict() for batch in sorted(self.points)]
+        if self.trials:
+            status["trials"] = [self.trials[pair].to_dict() for pair in sorted(self.trials)]
         status["gpuSeconds"] = points.decimal(round(self.gpu_seconds, 1), digits=1)
         return status
 

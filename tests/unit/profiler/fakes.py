@@ -19,7 +19,7 @@ from tightship.sandbox.virtual.clock import VirtualClock, VirtualLoop, in_virtua
 __all__ = ["VirtualClock", "VirtualLoop", "in_virtual_time"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A request in the fake engine."""
 
@@ -148,6 +148,19 @@ class FakeEngine:
             one.listener.finished()
 
 
+@dataclass
+class FakeTicket:
+    """A request in a fake engine, or one that was."""
+
+    engine: FakeEngine
+    running: Running
+
+    def cancel(self) -> None:
+        self.engine.running = [one for one in self.engine.running if one is not self.running]
+        if self.running in self.engine.waiting:
+            self.engine.waiting.remove(self.running)
+
+
 class FakeChannel:
     """Requests straight into a fake engine."""
 
@@ -155,13 +168,15 @@ class FakeChannel:
         self.engine = engine
         self.closed = False
 
-    def submit(self, request: Completion, listener: Listener) -> None:
+    def submit(self, request: Completion, listener: Listener) -> FakeTicket:
         tokens = request.prompt.count(b",") + 1
+        running = Running(request, listener, tokens, request.output)
         if self.engine.dead:
             listener.failed("no connection", final=False)
-            return
-        self.engine.prompt_tokens += tokens
-        self.engine.waiting.append(Running(request, listener, tokens, request.output))
+        else:
+            self.engine.prompt_tokens += tokens
+            self.engine.waiting.append(running)
+        return FakeTicket(self.engine, running)
 
     async def close(self) -> None:
         self.closed = True

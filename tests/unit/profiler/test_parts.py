@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 import pytest
@@ -10,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tightship.api.v1alpha1 import batchprofile as api
-from tightship.core.curve import Point
+from tightship.core.curve import Latency, Metric, Objective, Point, Statistic
 from tightship.profiler import points
-from tightship.profiler.budget import Budget
+from tightship.profiler.budget import Budget, Cost
 from tightship.profiler.engine import EngineSettings
 from tightship.profiler.histogram import Histogram
-from tightship.profiler.ladder import next_batch, rungs
+from tightship.profiler.ladder import Goals, Noise, next_batch, rungs
 from tightship.profiler.lastwords import is_memory, last_words, plain
 from tightship.profiler.lengths import Length, Lengths, Prompts
 from tightship.profiler.meter import half_width
@@ -181,7 +182,7 @@ def make_point(batch: int, throughput: float, **more: int) -> Point:
         ([make_point(2, 100), make_point(1, 60), make_point(4, 180)], 6, 6, "next"),
     ],
 )
-def test_the_next_batch(measured: list[Point], top: int, batch: int | None, reason: str) -> None:
+def test_the_ladders_next_batch(measured: list[Point], top: int, batch: int | None, reason: str) -> None:
     for order in (measured, measured[::-1]):
         step = next_batch(order, top)
         assert step.batch == batch
@@ -190,8 +191,148 @@ def test_the_next_batch(measured: list[Point], top: int, batch: int | None, reas
 
 def test_noise_does_not_end_the_ladder() -> None:
     flat = [make_point(1, 100), make_point(2, 100)]
-    assert next_batch(flat, 8, {1: 0.03, 2: 0.03}).batch is None
-    assert next_batch(flat, 8, {1: 0.03, 2: 0.30}).batch == 4
+    assert next_batch(flat, 8, noise=Noise({1: 0.03, 2: 0.03})).batch is None
+    assert next_batch(flat, 8, noise=Noise({1: 0.03, 2: 0.30})).batch == 4
+
+
+@pytest.mark.parametrize(
+    ("measured", "undriven", "batch", "reason"),
+    [
+        ([1, 2], {4}, 8, "next"),  # one alone may be chance
+        ([1, 2], {4, 8}, None, "could not drive batch 8"),
+        ([1, 2, 8], {4}, 16, "next"),
+        ([1, 2, 8], {4, 16}, 32, "next"),
+        ([], {1}, 2, "next"),
+        ([], {1, 2}, None, "could not drive"),
+    ],
+)
+def test_a_ladder_that_cannot_be_driven_ends(
+    measured: list[int], undriven: set[int], batch: int | None, reason: str
+) -> None:
+    step = next_batch([make_point(each, 90 * each) for each in measured], 64, noise=Noise(undriven=undriven))
+    assert (step.batch, reason in step.reason) == (batch, True)
+
+
+def test_no_objective_shortens_the_ladder() -> None:
+    slow = [Point(batch, 90.0 * batch, Latency(mean=batch / 1000)) for batch in (1, 2, 4)]
+    assert next_batch(slow, 64, Goals([mean_itl(0.001)], efficiency_floor=0.99)).batch == 8
+
+
+# --- bisection ---
+
+
+def mean_itl(maximum: float) -> Objective:
+    return Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, maximum)
+
+
+def sweep(
+    latency: Callable[[int], float],
+    throughput: Callable[[int], float],
+    goals: Goals,
+    *,
+    top: int = 256,
+    fits: int = 10_000,
+    undriven: Set[int] = frozenset(),
+) -> list[int]:
+    """The batches beyond the ladder, in order, of a machine with these curves that preempts above `fits`."""
+    points: list[Point] = []
+    refused: set[int] = set()
+    proposed: list[int] = []
+    while True:
+        step = next_batch(points, top, goals, Noise(undriven=refused))
+        if step.batch is None:
+            return [batch for batch in proposed if batch not in rungs(top)]
+        assert step.batch not in proposed, "nothing is measured twice"
+        proposed.append(step.batch)
+        if step.batch in undriven:
+            refused.add(step.batch)
+            continue
+        preemptions = 100 if step.batch > fits else 0
+        points.append(
+            Point(
+                step.batch,
+                throughput(step.batch),
+                Latency(mean=latency(step.batch)),
+                requests=100,
+                preemptions=preemptions,
+            )
+        )
+
+
+def itl(batch: int) -> float:
+    """10 ms and 0.2 ms a request."""
+    return 0.010 + 0.0002 * batch
+
+
+def rate(batch: int) -> float:
+    """What keeps that pace brings."""
+    return batch / itl(batch)
+
+
+@pytest.mark.parametrize(
+    ("goals", "fits", "beyond"),
+    [
+        (Goals(), 10_000, []),
+        # 30 ms hold up to 100: 64 and 128, then halves down to 8
+        (Goals([mean_itl(0.030)]), 10_000, [96, 112, 104]),
+        # the step grows with the batch: 16 at 128
+        (Goals([mean_itl(0.0500)]), 10_000, [192, 224, 208]),
+        # below 8 the ladder itself is fine enough
+        (Goals([mean_itl(0.0107)]), 10_000, []),
+        # nothing meets it, or all do
+        (Goals([mean_itl(0.001)]), 10_000, []),
+        (Goals([mean_itl(1.0)]), 10_000, []),
+        # T(B) / (B T(1)) = 10.2 / (10 + 0.2 B) > 0.3 up to 120
+        (Goals(efficiency_floor=0.3), 10_000, [96, 112, 120]),
+        # the stricter of the two counts: one gap, not two
+        (Goals([mean_itl(0.030)], efficiency_floor=0.3), 10_000, [96, 112, 104]),
+        (Goals([mean_itl(0.050)], efficiency_floor=0.3), 10_000, [96, 112, 120]),
+        # memory: 90 fit; the first probe is where the mean context fills the cache
+        (Goals(), 90, [96, 80, 88]),
+        (Goals(full_batch=91), 90, [88, 112, 104, 96]),
+        (Goals(full_batch=100), 90, [96, 80, 88]),
+        (Goals(full_batch=3000), 90, [96, 80, 88]),
+        # an objective that binds below needs no word on memory
+        (Goals([mean_itl(0.0143)], full_batch=91), 90, [24]),
+    ],
+    ids=str,
+)
+def test_bisection_is_placed_by_what_limits_the_batch(goals: Goals, fits: int, beyond: list[int]) -> None:
+    assert sweep(itl, rate, goals, fits=fits) == beyond
+
+
+def test_bisection_goes_round_a_batch_that_cannot_be_driven() -> None:
+    assert sweep(itl, rate, Goals([mean_itl(0.030)]), undriven={96}) == [96, 80, 88]
+
+
+def test_a_statistic_that_is_not_known_places_nothing() -> None:
+    points = [Point(batch, rate(batch)) for batch in rungs(256)]
+    assert next_batch(points, 256, Goals([mean_itl(0.030)])).batch is None
+
+
+@given(
+    st.integers(0, 1_000_000), st.integers(1, 2000), st.floats(0.0, 0.3), st.floats(0.0, 0.5), st.floats(0.0105, 0.2)
+)
+def test_whatever_the_noise_a_sweep_ends_and_asks_for_nothing_twice(
+    seed: int, top: int, noise: float, floor: float, maximum: float
+) -> None:
+    rng = random.Random(seed)
+
+    def noisy(curve: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda batch: curve(batch) * (1 + rng.uniform(-noise, noise))
+
+    goals = Goals([mean_itl(maximum)], floor, full_batch=rng.randrange(1, 3000))
+    beyond = sweep(noisy(itl), noisy(rate), goals, top=top, fits=rng.randrange(1, 3000))
+    assert len(beyond) <= 5
+    assert all(batch % 8 == 0 for batch in beyond)
+
+
+@given(st.floats(0.0115, 0.06))
+def test_bisection_finds_the_batch_within_a_step(maximum: float) -> None:
+    points = {*rungs(256), *sweep(itl, rate, Goals([mean_itl(maximum)]))}
+    best = max(batch for batch in points if itl(batch) <= maximum)
+    exact = (maximum - 0.010) / 0.0002
+    assert best <= exact < best + max(8, best // 8) or best == 256
 
 
 @given(st.integers(1, 5000))
@@ -233,8 +374,64 @@ def test_the_first_start_is_free_and_all_after_it_counts() -> None:
 
 def test_levels_share_the_sweeps_time() -> None:
     budget = Budget(120, spent=0, clock=Hand())
-    assert budget.for_level(1, 1024) == pytest.approx(budget.for_sweep / 11)
-    assert budget.for_level(1024, 1024) == 20
+    assert budget.for_level(11) == pytest.approx(budget.for_sweep / 11)
+    assert budget.for_level(1) == 20
+
+
+@pytest.mark.parametrize(
+    ("seconds", "start", "sweep", "confirmation", "trials"),
+    [
+        # a story: half a ladder, a replica alone, one packing trial
+        (45, 1.5, 19, 12, 11),
+        (60, 1.5, 27, 12, 12),
+        (75, 1.5, 27, 12, 15),
+        # the default: the ladder, its bisection and the rest at leisure
+        (1200, 45, 600, 45 + 36 + 30, 240),
+        # engines too slow for trials in this time: nothing is kept for them
+        (180, 60, 40, 70, 0),
+    ],
+)
+def test_every_phase_leaves_something_to_those_after_it(
+    seconds: float, start: float, sweep: float, confirmation: float, trials: float
+) -> None:
+    clock = Hand()
+    budget = Budget(seconds, spent=0, clock=clock)
+    budget.engine_healthy(start)
+    assert budget.for_sweep >= sweep
+    clock.time += budget.for_sweep
+    clock.time += budget.for_baseline
+    assert budget.left >= confirmation + trials
+    clock.time += confirmation
+    assert budget.for_trials >= trials
+
+
+@given(st.floats(10, 5000), st.floats(0, 600), st.booleans())
+def test_no_phase_is_given_more_than_there_is(seconds: float, start: float, packing: bool) -> None:
+    budget = Budget(seconds, spent=0, clock=Hand(), packing=packing)
+    budget.engine_healthy(start)
+    assert 0 <= budget.for_sweep <= budget.for_baseline <= budget.left == budget.for_trials == seconds
+    assert budget.for_arrivals <= 30
+
+
+def test_cost_goes_to_the_innermost_phase_and_on_from_attempt_to_attempt() -> None:
+    clock = Hand()
+    cost = Cost(api.Cost(starts="10", sweep="5"), clock)
+    clock.time += 100  # in no phase: counted nowhere
+    with cost.in_phase("sweep"):
+        clock.time += 1
+        with cost.in_phase("starts"):
+            clock.time += 2
+            assert cost.seconds("starts") == 12
+        clock.time += 4
+
+    def fail() -> None:
+        with cost.in_phase("trials"):
+            clock.time += 8
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert cost.report() == api.Cost(starts="12", sweep="10", trials="8")
 
 
 # --- figures ---

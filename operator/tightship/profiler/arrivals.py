@@ -1,0 +1,261 @@
+"""An open loop: requests arrive at random times (a Poisson process), as users' do, whether or not earlier ones are answered.
+
+A closed loop can't show what queueing costs, since it sends a request only when another ends. The run begins in the steady state: with as
+many aged requests in flight as the offered rate keeps busy by the curve, so the first arrivals don't find an idle engine; a warm-up
+is left out.
+
+What must hold: arrivals don't wait for the client, each is due at a time drawn beforehand; the time to the first token counts from when a request
+was due; the load's own lateness is measured as the closed loop's is.
+
+Whether the engine keeps up shows in its queue. At 80 % of the capacity of B servers the number waiting, while any wait, is geometric with mean
+1 / (1 - 0.8) = 5 (M/M/c), whatever B is: a queue longer by more than twice that at the end than at the beginning has grown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from tightship.api.units import format_duration
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.core.curve import Curve
+from tightship.profiler import points
+from tightship.profiler.clock import Clock
+from tightship.profiler.engine import Engine
+from tightship.profiler.errors import EngineError, LoadError
+from tightship.profiler.lengths import Length, Lengths, Prompts
+from tightship.profiler.load import FAILURES_IN_A_ROW, STALL_SECONDS, Recording
+from tightship.profiler.metrics import EngineSample
+from tightship.profiler.wire import Channel, Completion
+
+UTILIZATION: Final = 0.8
+"""Offered rate over capacity."""
+WARMUP_SHARE: Final = 0.15
+WARMUP_MOST: Final = 5.0
+SAMPLE_SECONDS: Final = 0.25
+TIMER_GRAIN: Final = 0.001
+"""Timers of the event loop are rounded up to a millisecond (epoll's unit): that much late is not late. Seconds."""
+GROWTH: Final = 2 / (1 - UTILIZATION)
+"""Requests by which a longer queue has grown."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is offered, and for how long."""
+
+    rate: float
+    """Requests per second."""
+    in_flight: int
+    """Aged requests that run when it begins."""
+    seconds: float
+    """In all, warm-up included."""
+
+    @property
+    def warmup(self) -> float:
+        """Seconds that are left out."""
+        return min(WARMUP_MOST, WARMUP_SHARE * self.seconds)
+
+
+class OpenLoop:
+    """Sends requests at random times."""
+
+    def __init__(self, channel: Channel, lengths: Lengths, prompts: Prompts, clock: Clock, seed: int) -> None:
+        self._channel = channel
+        self._lengths = lengths
+        self._prompts = prompts
+        self._clock = clock
+        self._rng = random.Random(seed)
+        self._timer: asyncio.TimerHandle | None = None
+        self._row = 0
+        self._last_failure = ""
+        self._broken: str | None = None
+        self._progress = clock.now()
+        self._rate = 0.0
+        self.in_flight = 0
+        self.arrived = 0
+        """Requests that arrived since `begin`."""
+        self.recording = Recording(since=clock.now())
+
+    def start(self, rate: float, in_flight: int) -> None:
+        """Send `in_flight` aged requests now, and from now on `rate` fresh ones a second on average."""
+        self._rate = rate
+        self._progress = self._clock.now()
+        for _ in range(in_flight):
+            self._submit(self._lengths.aged(self._rng), due=None)
+        self._await_next(self._clock.now())
+
+    def begin(self) -> Recording:
+        """Start a new recording, and return it."""
+        self.arrived = 0
+        self.recording = Recording(since=self._clock.now())
+        return self.recording
+
+    def check(self) -> None:
+        """Raise when the load can't go on.
+
+        Raises:
+            LoadError: the engine refuses the requests as such.
+            EngineError: requests fail one after the other, or no token has come for 90 s while requests were in flight.
+        """
+        if self._broken is not None:
+            raise LoadError(self._broken)
+        if self._row >= FAILURES_IN_A_ROW:
+            raise EngineError(f"{self._row} requests failed in a row, the last because {self._last_failure}")
+        silent = self._clock.now() - self._progress
+        if self.in_flight and silent > STALL_SECONDS:
+            raise EngineError(f"no token has come for {silent:.0f} s with {self.in_flight} requests in flight")
+
+    async def close(self) -> None:
+        """Stop sending, and drop everything in flight."""
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._channel.close()
+
+    def _await_next(self, before: float) -> None:
+        due = before + self._rng.expovariate(self._rate)
+        delay = max(0.0, due - self._clock.now())
+        self._timer = asyncio.get_running_loop().call_later(delay, self._arrive, due)
+
+    def _arrive(self, due: float) -> None:
+        self.recording.lateness.add(max(0.0, self._clock.now() - due - TIMER_GRAIN))
+        self.arrived += 1
+        self._submit(self._lengths.fresh(self._rng), due)
+        self._await_next(due)
+
+    def _submit(self, length: Length, due: float | None) -> None:
+        if not self.in_flight:
+            self._progress = self._clock.now()  # an idle engine is no silent one
+        self.in_flight += 1
+        request = Completion(self._prompts.draw(length.input), length.output)
+        self._channel.submit(request, _Arrival(self, due))
+
+    def _tokens(self, arrival: _Arrival, count: int) -> None:
+        now, recording = self._clock.now(), self.recording
+        self._progress, self._row = now, 0
+        recording.tokens += count
+        if arrival.last is not None:
+            recording.itl.add((now - arrival.last) / count, count)
+        elif arrival.due is not None and arrival.due >= recording.since:
+            recording.ttft.add(now - arrival.due)
+        arrival.last = now
+
+    def _finished(self) -> None:
+        self.in_flight -= 1
+        self.recording.requests += 1
+
+    def _failed(self, reason: str, final: bool) -> None:
+        self.in_flight -= 1
+        self.recording.failures += 1
+        self._row += 1
+        self._last_failure = reason
+        if final:
+            self._broken = reason
+
+
+class _Arrival:
+    """One request; `due` is None for those that ran from the beginning."""
+
+    __slots__ = ("_loop", "due", "last")
+
+    def __init__(self, loop: OpenLoop, due: float | None) -> None:
+        self._loop = loop
+        self.due = due
+        self.last: float | None = None
+
+    def tokens(self, count: int) -> None:
+        self._loop._tokens(self, count)
+
+    def finished(self) -> None:
+        self._loop._finished()
+
+    def failed(self, reason: str, final: bool) -> None:
+        self._loop._failed(reason, final)
+
+
+@dataclass
+class _Seen:
+    """The engine's samples of a run."""
+
+    samples: list[EngineSample] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return self.samples[-1].at - self.samples[0].at
+
+    @property
+    def growth(self) -> float:
+        """Requests by which the queue of the last third exceeds that of the first."""
+        third = max(1, len(self.samples) // 3)
+        waiting = [sample.waiting for sample in self.samples]
+        return _mean(waiting[-third:]) - _mean(waiting[:third])
+
+
+def busy(curve: Curve, batch: int, share: float) -> int:
+    """Requests in flight at which the engine does `share` of what it does at `batch`, by linear interpolation of the curve.
+
+    Only to begin near the steady state: nothing is decided from it.
+    """
+    here = curve.at(batch)
+    if here is None:
+        return max(1, round(share * batch))
+    wanted = share * here.throughput
+    low_batch, low = 0, 0.0
+    for point in curve.points:
+        if point.throughput >= wanted or point.batch == batch:
+            rise = (wanted - low) / (point.throughput - low) if point.throughput > low else 1.0
+            return max(1, round(low_batch + min(1.0, rise) * (point.batch - low_batch)))
+        low_batch, low = point.batch, point.throughput
+    return batch
+
+
+async def offer(engine: Engine, load: OpenLoop, clock: Clock, plan: Plan) -> tuple[api.Arrivals, Recording]:
+    """Let requests arrive at random for the plan's time, and say how the engine did, and what the load saw.
+
+    Raises:
+        EngineError: the engine died, hangs or fails requests.
+        LoadError: the engine refuses the requests.
+    """
+    load.start(plan.rate, plan.in_flight)
+    await _watch(engine, load, clock, plan.warmup)
+    recording = load.begin()
+    seen = await _watch(engine, load, clock, plan.seconds - plan.warmup)
+    return _result(plan, load, recording, seen), recording
+
+
+async def _watch(engine: Engine, load: OpenLoop, clock: Clock, seconds: float) -> _Seen:
+    until = clock.now() + seconds
+    seen = _Seen([await engine.sample()])
+    while clock.now() < until:
+        await clock.sleep(min(SAMPLE_SECONDS, until - clock.now()))
+        engine.check()
+        load.check()
+        seen.samples.append(await engine.sample())
+    return seen
+
+
+def _result(plan: Plan, load: OpenLoop, recording: Recording, seen: _Seen) -> api.Arrivals:
+    first, last = seen.samples[0], seen.samples[-1]
+    return api.Arrivals(
+        offered_requests_per_second=points.decimal(plan.rate),
+        requests_per_second=points.decimal(recording.requests / seen.seconds),
+        time_to_first_token=points.latency(recording.ttft),
+        inter_token_latency=points.latency(recording.itl),
+        requests=load.arrived,
+        running_mean=points.decimal(_mean([sample.running for sample in seen.samples])),
+        waiting_mean=points.decimal(_mean([sample.waiting for sample in seen.samples])),
+        preemptions=round(last.preemptions - first.preemptions),
+        window=format_duration(seen.seconds),
+        sustained=seen.growth <= GROWTH,
+    )
+
+
+def sustainable(arrivals: api.Arrivals) -> str | None:
+    """Requests per second that a replica sustains: what was offered if it kept up, else what it finished."""
+    return arrivals.offered_requests_per_second if arrivals.sustained else arrivals.requests_per_second
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

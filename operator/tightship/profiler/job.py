@@ -1,0 +1,194 @@
+"""What one profile asks for, on this device: from a BatchProfile and the Job's environment to plain values."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from tightship.api.units import parse_duration
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.api.v1alpha1.validation import lengths_digest
+from tightship.core.curve import Objective
+from tightship.profiler import lengths, points
+from tightship.profiler.engine import EngineSettings
+from tightship.profiler.errors import LengthsError
+from tightship.profiler.gpu import GIB, Device
+from tightship.profiler.lengths import Lengths
+
+START_SECONDS: Final = 3600.0
+SEED: Final = 20250311
+CPU_KV_SHARE: Final = 0.4
+
+_REMARKS: Final = {
+    "--speculative-config": (
+        "speculative decoding was measured on random tokens: how many drafts are accepted, and so both latency and throughput, "
+        "differ with real prompts"
+    ),
+    "--enable-lora": "measured on the base model: requests for LoRA adapters are slower",
+}
+"""Arguments that the key holds, and what they mean for the figures."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to profile, and how."""
+
+    settings: EngineSettings
+    """The sweep's engine."""
+    lengths: Lengths
+    budget: float
+    """Seconds from the first healthy engine."""
+    objectives: tuple[Objective, ...]
+    efficiency_floor: float
+    rerun: str | None
+    basis: Literal["Means", "Lengths"] = "Means"
+    """Whether `lengths` are those of real requests."""
+    seed: int = SEED
+    max_replicas: int = 1
+    """Most replicas on the device that packing trials may use; 1 for none."""
+    minimum_gain: float = 1.05
+    memory_reserve: str = "5%"
+    extension: api.Extension | None = None
+    remarks: tuple[str, ...] = ()
+    """What the outcome must say of the figures, whatever is measured."""
+    start_timeout: float = START_SECONDS
+
+
+def make_job(profile: api.BatchProfile, model: str, device: Device, environ: Mapping[str, str]) -> Job:
+    """What a BatchProfile asks for, on this device. `model`: the path or name that the engine gets as --model.
+
+    Raises:
+        LengthsError: the file of lengths is not there, can't be read, or is not the one that the profile was made for.
+    """
+    key, how = profile.spec.key, profile.spec.measurement
+    args = tuple(key.engine.args)
+    explicit, environment = _cpu_settings(device, environ)
+    return Job(
+        settings=EngineSettings(
+            model=model,
+            max_num_seqs=largest_batch(device, args),
+            revision=key.model.revision if key.model.source.startswith("hf://") and not model.startswith("/") else None,
+            args=args,
+            max_model_len=key.engine.max_model_len,
+            kv_cache_bytes=explicit,
+            environment=environment,
+        ),
+        lengths=read_lengths(profile, environ, make_tokenize(model, key.model.revision)),
+        budget=parse_duration(how.budget),
+        objectives=tuple(points.objectives(how.objectives)),
+        efficiency_floor=float(how.efficiency_floor),
+        rerun=how.rerun,
+        basis="Lengths" if key.workload.lengths_digest else "Means",
+        seed=int(environ.get("TIGHTSHIP_SEED") or SEED),
+        max_replicas=how.max_replicas_per_gpu,
+        minimum_gain=float(how.minimum_gain),
+        memory_reserve=how.memory_reserve,
+        extension=how.extend,
+        remarks=tuple(_remarks(args)),
+        start_timeout=float(environ.get("TIGHTSHIP_START_TIMEOUT", START_SECONDS)),
+    )
+
+
+def read_lengths(profile: api.BatchProfile, environ: Mapping[str, str], tokenize: Callable[[str], int]) -> Lengths:
+    """The workload: the means in the profile's key, or the file that TIGHTSHIP_LENGTHS_FILE names, if it has the key's digest.
+
+    `tokenize` counts the tokens of a text, for conversations.
+
+    Raises:
+        LengthsError: the file is not there, holds no lengths, or is not the one that the profile was made for.
+    """
+    workload = profile.spec.key.workload
+    if workload.lengths_digest is None:
+        return Lengths.constant(workload.input_tokens or 1, workload.output_tokens or 1)
+    name = environ.get("TIGHTSHIP_LENGTHS_FILE")
+    if not name:
+        raise LengthsError(
+            "the profile is of a set of lengths, but TIGHTSHIP_LENGTHS_FILE names no file that holds them"
+        )
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LengthsError(f"the lengths in {name} can't be read: {error}") from error
+    found = lengths_digest(text)
+    if found != workload.lengths_digest:
+        raise LengthsError(
+            f"the lengths in {name} have the SHA-256 {found}, but this profile is of {workload.lengths_digest}: the ConfigMap was "
+            "changed after the profile was created; services that refer to it get a new profile, so delete this one, or "
+            "put the old lengths back and set profiling.rerun"
+        )
+    try:
+        return Lengths(lengths.parse_lengths(text, tokenize))
+    except ValueError as error:
+        raise LengthsError(f"the lengths in {name} can't be used: {error}") from error
+
+
+def make_tokenize(model: str, revision: str | None) -> Callable[[str], int]:
+    """Counts tokens as the model's own tokenizer does. It is loaded with the first text: lengths given as numbers need none.
+
+    What is returned raises ValueError where there is no tokenizer.
+    """
+
+    @functools.cache
+    def tokenizer() -> Any:
+        try:
+            transformers = importlib.import_module("transformers")
+            return transformers.AutoTokenizer.from_pretrained(model, revision=revision)
+        except (ImportError, OSError, ValueError) as error:
+            raise ValueError(
+                f"conversations need the tokenizer of {model}, or give lengths as numbers: {error}"
+            ) from error
+
+    return lambda text: len(tokenizer()(text, add_special_tokens=False).input_ids)
+
+
+def largest_batch(device: Device, args: tuple[str, ...]) -> int:
+    """vLLM's own `max_num_seqs` on a device (EngineArgs.get_batch_defaults), bounded by the user's token budget."""
+    identity = device.identity
+    if identity.kind == "cpu":
+        top = 128
+    elif identity.memory >= 70 * GIB and "a100" not in (identity.product or "").lower():
+        top = 1024
+    else:
+        top = 256
+    budget = _option(args, "--max-num-batched-tokens")
+    return min(top, int(budget)) if budget and budget.isdigit() else top
+
+
+def engine_cores(cores: Set[int]) -> str:
+    """The cores for the engine's threads, as VLLM_CPU_OMP_THREADS_BIND takes them: all but the lowest, where there are several.
+
+    The lowest is left for the engine's API server and the load: an engine on all cores starves its own server, and then neither
+    latency nor throughput means anything. Replicas are bound by the same rule (`tightship.replica`).
+    """
+    ordered = sorted(cores)
+    return ",".join(map(str, ordered[1:] or ordered))
+
+
+def _cpu_settings(device: Device, environ: Mapping[str, str]) -> tuple[int | None, dict[str, str | None]]:
+    """The KV cache's bytes and the environment of an engine on CPUs; nothing for a GPU."""
+    if device.identity.kind != "cpu":
+        return None, {}
+    explicit = None if environ.get("VLLM_CPU_KVCACHE_SPACE") else int(CPU_KV_SHARE * device.identity.memory)
+    return explicit, {"VLLM_CPU_OMP_THREADS_BIND": engine_cores(os.sched_getaffinity(0))}
+
+
+def _remarks(args: tuple[str, ...]) -> Iterator[str]:
+    flags = {arg.replace("_", "-").partition("=")[0] for arg in args}
+    flags |= {"--enable-lora"} if "--lora-modules" in flags else set()
+    flags |= {"--speculative-config"} if any(flag.startswith("--speculative-config.") for flag in flags) else set()
+    yield from (text for flag, text in _REMARKS.items() if flag in flags)
+
+
+def _option(args: tuple[str, ...], name: str) -> str | None:
+    """The value of the last `--name value` or `--name=value`, in either spelling of the dashes."""
+    value = None
+    for index, arg in enumerate(args):
+        flag, equals, rest = arg.replace("_", "-").partition("=")
+        if flag == name:
+            value = rest if equals else (args[index + 1] if index + 1 < len(args) else None)
+    return value

@@ -1,0 +1,169 @@
+"""What the phases of one profile share: the job, the ports to the world, the budget, what is reported and what it cost.
+
+A phase (sweep, confirmation run, packing trials) is handed a session and touches the world through nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Final, Literal
+
+from tightship.api.units import format_duration
+from tightship.api.v1alpha1 import batchprofile as api
+from tightship.core.curve import Curve, Metric
+from tightship.core.memory import Context, context_from_lengths, context_from_means
+from tightship.profiler import points
+from tightship.profiler.budget import Budget, Cost
+from tightship.profiler.clock import Clock
+from tightship.profiler.engine import Engine, EngineInfo, EngineSettings, Launcher
+from tightship.profiler.gpu import Device
+from tightship.profiler.job import Job
+from tightship.profiler.lengths import Prompts
+from tightship.profiler.load import ClosedLoop
+from tightship.profiler.meter import Meter
+from tightship.profiler.model import read_model
+from tightship.profiler.report import Report
+
+log = logging.getLogger(__name__)
+
+RESTARTS: Final = 1
+"""How often an engine that fails is started again, in each phase."""
+DEFAULT_BLOCK: Final = 16
+
+Stage = Literal["Starting", "Sweeping", "Baseline", "Confirming", "Trying", "Done"]
+
+
+class Session:
+    """One attempt at one job."""
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        launcher: Launcher,
+        device: Device,
+        report: Report,
+        clock: Clock,
+        environ: Mapping[str, str],
+        budget: Budget,
+    ) -> None:
+        self.job = job
+        self.launcher = launcher
+        self.device = device
+        self.report = report
+        self.clock = clock
+        self.environ = environ
+        self.budget = budget
+        self.cost = Cost(report.cost, clock)
+        self.info = _remembered(report)
+        """What the sweep's engine said of itself, in this attempt or in an earlier one."""
+        self.notes: list[str] = []
+        """What the outcome must say besides."""
+        self._gpu_seconds = report.gpu_seconds
+
+    async def launch(self, settings: EngineSettings) -> Engine:
+        """Start an engine; the time is accounted as a start.
+
+        Raises:
+            EngineError: it did not become healthy.
+        """
+        began = self.clock.now()
+        with self.cost.in_phase("starts"):
+            engine = await self.launcher.launch(settings, timeout=self.job.start_timeout)
+        self.budget.engine_healthy(self.clock.now() - began)
+        return engine
+
+    def load(self, engine: Engine, seed: int = 0) -> ClosedLoop:
+        """A closed loop on an engine; `seed` tells apart the loads of one profile."""
+        return ClosedLoop(engine.channel(), self.job.lengths, self.prompts(seed), self.clock, self.job.seed + seed)
+
+    def prompts(self, seed: int = 0) -> Prompts:
+        """Prompts of the model's vocabulary."""
+        return Prompts(self.vocabulary(), self.job.seed + seed)
+
+    def meter(self, engine: Engine, load: ClosedLoop) -> Meter:
+        """What measures levels on an engine."""
+        lengths = self.job.lengths
+        ratio = lengths.mean_input / lengths.mean_output
+        return Meter(engine, load, self.device, self.clock, input_per_output=ratio, steps_needed=self.steps_needed)
+
+    @property
+    def steps_needed(self) -> int:
+        """Engine steps that the objectives' statistics want; 0 for means."""
+        statistics = {one.statistic.value for one in self.job.objectives if one.metric is Metric.INTER_TOKEN_LATENCY}
+        return max((needed for name, needed in points.STEPS_NEEDED.items() if name in statistics), default=0)
+
+    @property
+    def context(self) -> Context:
+        """The context of a request in flight: from the lengths where they are known, else from their means."""
+        lengths, block = self.job.lengths, self.info.block_size or DEFAULT_BLOCK
+        if self.job.basis == "Lengths":
+            return context_from_lengths([(one.input, one.output) for one in lengths.pairs], block)
+        return context_from_means(lengths.mean_input, lengths.mean_output, block)
+
+    def vocabulary(self) -> int:
+        """Token ids below this are valid."""
+        return read_model(self.job.settings.model, self.job.settings.revision, self.environ).vocabulary
+
+    def curve(self) -> Curve | None:
+        """What was measured so far; None when nothing was."""
+        return points.curve(self.report.points.values())
+
+    def describe(self, info: EngineInfo) -> None:
+        """Keep and report what the sweep's engine said of itself."""
+        self.info = info
+        settings = self.job.settings
+        self.report.engine = api.ProfileEngine(
+            version=info.version,
+            model_commit=read_model(settings.model, settings.revision, self.environ).commit,
+            block_size=info.block_size,
+            kv_cache_tokens=info.kv_tokens,
+            max_num_seqs=settings.max_num_seqs,
+            max_model_len=info.max_model_len,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+            capture_sizes=list(info.capture_sizes),
+        )
+
+    def note(self, text: str) -> None:
+        """Have the outcome say something, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+            log.warning("%s", text)
+
+    def progress(self, stage: Stage, batch: int | None, message: str, *, replicas: int | None = None) -> None:
+        """Say what is being done, and save all that was measured so far."""
+        self.account()
+        self.report.progress = api.Progress(
+            stage=stage,
+            batch=batch,
+            replicas=replicas,
+            points=len(self.report.points),
+            elapsed=format_duration(round(self.budget.spent, 1)),
+            message=message[:1024],
+        )
+        self.report.save()
+
+    def account(self) -> None:
+        """Bring the reported time up to date."""
+        self.report.gpu_seconds = self._gpu_seconds + self.budget.spent_now
+        self.report.cost = self.cost.report()
+
+
+def _remembered(report: Report) -> EngineInfo:
+    """What an earlier attempt's engine said; bytes are known only once the ledger is."""
+    engine, memory = report.engine, report.memory
+    if engine is None:
+        return EngineInfo()
+    tokens = engine.kv_cache_tokens
+    per_token = memory.kv_bytes_per_token if memory is not None else None
+    return EngineInfo(
+        version=engine.version,
+        block_size=engine.block_size,
+        blocks=tokens // engine.block_size if tokens and engine.block_size else None,
+        kv_tokens=tokens,
+        kv_bytes=tokens * per_token if tokens and per_token else None,
+        max_model_len=engine.max_model_len,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        capture_sizes=tuple(engine.capture_sizes),
+    )

@@ -1,0 +1,202 @@
+"""The sweep: one engine start, the ladder and its bisection, and the engine's default batch as the baseline.
+
+What must hold: no batch is measured twice, but for a level at which the load ran late: that one gets a second chance, and when it is late again
+there is no point, only a word on what could not be driven; a finished point is saved at once; an engine that dies is started once more.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from tightship.profiler.budget import LEVEL_MOST
+from tightship.profiler.errors import EngineError, LoadError
+from tightship.profiler.ladder import Goals, Noise, Step, next_batch, rungs
+from tightship.profiler.meter import Meter, Reading
+from tightship.profiler.session import RESTARTS, Session
+
+log = logging.getLogger(__name__)
+
+BISECTION_LEVELS: Final = 3
+"""Levels of a bisection between two rungs, from 64 on: to an eighth of the lower."""
+CHANCES: Final = 2
+"""Measurements of a level at which the load runs late, before it counts as one that can't be driven."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the sweep ended."""
+
+    reason: str
+    exceeded: bool = False
+    """Whether the budget ended it."""
+
+
+class Sweep:
+    """Measures the curve and the baseline."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._undriven: set[int] = set()
+        self._top = session.job.settings.max_num_seqs
+
+    async def run(self) -> Ended:
+        """Measure what is still missing.
+
+        Raises:
+            EngineError: the engine did not start, or failed twice.
+            LoadError: the engine refuses the load's requests.
+        """
+        session = self._session
+        step = self._next()
+        if step.batch is None and session.report.baseline is not None and session.info.kv_bytes is not None:
+            return Ended(step.reason)
+        for restart in range(RESTARTS + 1):
+            session.progress("Starting", None, "starting the sweep's engine")
+            try:
+                with session.cost.in_phase("sweep"):
+                    return await self._on_an_engine()
+            except EngineError as error:
+                if restart == RESTARTS:
+                    raise
+                session.note(f"the engine was restarted once: {error}"[:500])
+        raise AssertionError("the last round returns or raises")
+
+    async def _on_an_engine(self) -> Ended:
+        session = self._session
+        engine = await session.launch(session.job.settings)
+        try:
+            session.describe(engine.info)
+            load = session.load(engine)
+            try:
+                return await self._loaded(session.meter(engine, load))
+            finally:
+                await load.close()
+        finally:
+            await engine.stop()
+
+    async def _loaded(self, meter: Meter) -> Ended:
+        ended = await self._climb(meter)
+        if self._session.report.points:
+            await self._baseline(meter)
+        return ended
+
+    def _next(self) -> Step:
+        session = self._session
+        report, job = session.report, session.job
+        curve = session.curve()
+        kv_tokens = session.info.kv_tokens
+        goals = Goals(
+            objectives=job.objectives,
+            efficiency_floor=job.efficiency_floor,
+            full_batch=int(kv_tokens / session.context.mean) if kv_tokens else None,
+        )
+        widths = {batch: float(point.half_width or 0) for batch, point in report.points.items()}
+        return next_batch(curve.points if curve else [], self._top, goals, Noise(widths, self._undriven))
+
+    async def _climb(self, meter: Meter) -> Ended:
+        budget = self._session.budget
+        while True:
+            step = self._next()
+            if step.batch is None:
+                return Ended(step.reason)
+            log.info("batch %d next: %s", step.batch, step.reason)
+            if budget.for_sweep < meter.least_seconds(step.batch) or not await self._level(meter, step.batch):
+                return Ended(self._spent(step.batch), exceeded=True)
+
+    async def _level(self, meter: Meter, batch: int) -> bool:
+        """Measure one level and report it, or find that it can't be driven; False when the budget ended it."""
+        session, budget = self._session, self._session.budget
+        session.progress("Sweeping", batch, f"measuring batch {batch}")
+        most = math.inf if session.steps_needed else LEVEL_MOST
+        for _ in range(CHANCES):
+            reading = await meter.measure(
+                batch,
+                budget.for_level(self._levels_left(batch), most),
+                budget.for_sweep,
+                session.job.lengths.mean_output,
+            )
+            if reading is None:
+                return False
+            if reading.undriven is None:
+                self._take(reading)
+                return True
+            why = undriven(reading)
+        self._undriven.add(batch)
+        session.note(why)
+        return True
+
+    def _levels_left(self, batch: int) -> int:
+        """Levels still possible, this one included."""
+        points = self._session.report.points
+        above = sum(1 for rung in rungs(self._top) if rung >= batch and rung not in points)
+        return BISECTION_LEVELS + above if above else BISECTION_LEVELS
+
+    def _take(self, reading: Reading) -> None:
+        session, point = self._session, reading.point
+        session.report.points[point.batch] = point
+        for note in reading.notes:
+            session.note(note)
+        session.progress("Sweeping", point.batch, f"batch {point.batch}: {reading.throughput:.0f} tokens/s")
+        log.info(
+            "batch %d: T %.1f tokens/s +- %.1f %%, ITL %.2f ms, %s running, %s preemptions, window %s",
+            point.batch,
+            reading.throughput,
+            100 * reading.half_width,
+            1000 * reading.itl,
+            point.running_mean,
+            point.preemptions,
+            point.window,
+        )
+
+    def _spent(self, batch: int) -> str:
+        return (
+            f"the budget of {self._session.budget.seconds:.0f} s was spent before batch {batch}: "
+            f"{len(self._session.report.points)} points measured"
+        )
+
+    # --- the baseline ---
+
+    async def _baseline(self, meter: Meter) -> None:
+        """The engine at its own default batch; what keeps it from being measured is said, and costs nothing else."""
+        session = self._session
+        if session.report.baseline is None:
+            session.report.baseline = session.report.points.get(self._top)
+        if session.report.baseline is not None:
+            session.report.save()
+            return
+        with session.cost.in_phase("baseline"):
+            try:
+                missing = await self._saturate(meter)
+            except (EngineError, LoadError) as error:
+                missing = str(error)
+        if missing:
+            session.note(f"no baseline: {missing}"[:1000])
+
+    async def _saturate(self, meter: Meter) -> str | None:
+        """One level at the engine's largest batch; returns why there is none."""
+        session, budget = self._session, self._session.budget
+        if self._top in self._undriven:
+            return f"the load could not drive batch {self._top}"
+        if budget.for_baseline < meter.least_seconds(self._top):
+            return f"no time was left for batch {self._top} ({max(0.0, budget.for_baseline):.0f} s)"
+        session.progress("Baseline", self._top, f"measuring batch {self._top}, the engine's own")
+        for _ in range(CHANCES):
+            reading = await meter.measure(
+                self._top, min(LEVEL_MOST, budget.for_baseline), budget.for_baseline, session.job.lengths.mean_output
+            )
+            if reading is None:
+                return f"the budget ended it at batch {self._top}"
+            if reading.undriven is None:
+                session.report.baseline = reading.point
+                session.progress("Baseline", self._top, f"batch {self._top}: {reading.throughput:.0f} tokens/s")
+                return None
+            why = undriven(reading)
+        return why
+
+
+def undriven(reading: Reading) -> str:
+    """That a batch could not be driven, and by how much."""
+    return f"the load could not drive batch {reading.point.batch}, which has no point: {reading.undriven}"

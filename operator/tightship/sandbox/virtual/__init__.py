@@ -7,7 +7,8 @@
 - `sharing`: the profiler's `Sharing` on such a GPU;
 - `settings`: models, GPUs and workloads as published, and three kinds of packing;
 - `reference`: the published procedure, an engine's start for every batch and 2,000 prompts each, in the same simulation;
-- `profile`: the profiler from beginning to end on one of those settings.
+- `profile`: the profiler from beginning to end on one of those settings;
+- `agreement`: the two held against each other: what they choose, what they measure, what they cost.
 
 Nothing here models anything: memory, costs and scheduling are `sandbox.simulation`'s, as are vLLM's command line and messages.
 What must hold: virtual time only, so the same inputs give the same result on any machine, however busy; engines that wait for

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Final, cast
 
 from tightship.profiler.engine import EngineInfo
 from tightship.profiler.errors import EngineError, OutOfMemory
@@ -23,6 +23,9 @@ from tightship.sandbox.simulation.gpu import Gpu, OutOfMemoryError
 from tightship.sandbox.simulation.serving.channel import RefusedError
 from tightship.sandbox.simulation.serving.startup import Started, activation_bytes
 from tightship.sandbox.virtual.disturbance import Faults, Noise
+
+_REMEMBERED: Final = 4096
+"""Requests that a channel keeps in mind before it forgets those that are over."""
 
 
 @dataclass(slots=True, eq=False)
@@ -230,21 +233,36 @@ class VirtualEngine:
             sequence.listener.failed(f"connection lost after {sequence.generated} of {sequence.output} tokens", False)
 
 
+class VirtualTicket:
+    """A request that was sent; None in it where the engine refused it."""
+
+    __slots__ = ("_engine", "_request")
+
+    def __init__(self, engine: VirtualEngine, request: _Request | None) -> None:
+        self._engine = engine
+        self._request = request
+
+    def cancel(self) -> None:
+        """Drop it, if it is still in flight: its listener hears nothing more."""
+        if self._request is not None:
+            self._engine.abandon(self._request)
+
+
 class VirtualChannel:
     """Requests straight into a virtual engine."""
 
     def __init__(self, engine: VirtualEngine) -> None:
         self._engine = engine
         self._sent: list[_Request] = []
-        self._closed = False
 
-    def submit(self, request: Completion, listener: Listener) -> None:
+    def submit(self, request: Completion, listener: Listener) -> VirtualTicket:
         """Send a request; returns at once, the listener hears the rest."""
         sequence = self._engine.submit(request, listener)
         if sequence is not None:
             self._sent.append(sequence)
-            if len(self._sent) > 4096:  # forget those that are done, now and then
-                self._sent = [one for one in self._sent if not one.finished]
+            if len(self._sent) > _REMEMBERED:
+                self._sent = [one for one in self._sent if not (one.finished or one.aborted)]
+        return VirtualTicket(self._engine, sequence)
 
     async def close(self) -> None:
         """Drop all requests; listeners hear nothing more."""

@@ -49,11 +49,14 @@ class Profiled:
     """Engines started."""
 
     @property
+    def sweep_began(self) -> float:
+        """The virtual second in which the sweep's engine was first loaded."""
+        return next(at for at, status in self.written if status["progress"]["stage"] == "Sweeping")
+
+    @property
     def sweep_seconds(self) -> float:
-        """Virtual seconds from the first healthy engine to the last point's report: the sweep, its engine's start not counted."""
-        began = next(at for at, status in self.written if status["progress"]["stage"] == "Sweeping")
-        ended = max(at for at, status in self.written if status["progress"]["stage"] == "Sweeping")
-        return ended - began
+        """From there to the last report of the sweep: what the sweep took, its engine's start not counted."""
+        return max(at for at, status in self.written if status["progress"]["stage"] == "Sweeping") - self.sweep_began
 
 
 def make_profile(

@@ -60,8 +60,8 @@ def measure(setting: Setting, batch: int, prompts: int = PUBLISHED_PROMPTS) -> F
 
 
 def steady(setting: Setting, batch: int) -> FinitePoint:
-    """A run long enough that its saturated part is most of it: 30 prompts for each in flight, and at least 600."""
-    return measure(setting, batch, max(600, 30 * batch))
+    """A run long enough that its saturated part is most of it: 30 prompts for each in flight, and at least 200."""
+    return measure(setting, batch, max(200, 30 * batch))
 
 
 def sweep(setting: Setting, *, shortened: bool = False) -> list[FinitePoint]:

@@ -80,7 +80,7 @@ async def test_a_profile_tries_packings_under_a_daemon_of_its_own(one: Machine, 
 
     assert status.outcome is not None
     said = status.outcome.message or ""
-    assert status.trials, said
+    assert status.trials, f"{said}: {status.to_dict()}"
     trial = status.trials[0]
     assert trial.replicas == 2
     point = next(point for point in status.points if point.batch == trial.batch)

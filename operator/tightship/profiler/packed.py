@@ -8,7 +8,6 @@ point of the sweep differ in nothing but the neighbours. A load that ran late ha
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,10 +19,8 @@ from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
 from tightship.profiler.errors import LoadError
 from tightship.profiler.gpu import Device
-from tightship.profiler.histogram import Histogram
 from tightship.profiler.load import ClosedLoop, Recording
 from tightship.profiler.meter import (
-    LATENESS,
     POLL_SECONDS,
     PRECISION,
     RUNNING_LEAST,
@@ -33,10 +30,11 @@ from tightship.profiler.meter import (
     STEPS_PER_WINDOW,
     TOP_UP_FROM,
     TOP_UPS,
-    WARMUP_SECONDS,
-    WARMUP_STEPS,
     WINDOWS_LEAST,
     half_width,
+    missing,
+    warmup_seconds,
+    window_seconds,
 )
 from tightship.profiler.metrics import EngineSample
 
@@ -165,7 +163,7 @@ class PackedMeter:
             if self._clock.now() >= deadline:
                 return False
             await self._pause(POLL_SECONDS)
-        await self._pause(max(WARMUP_SECONDS, WARMUP_STEPS * self._itl))
+        await self._pause(warmup_seconds(self._itl))
         return self._clock.now() < deadline
 
     async def _windows(self, batch: int, began: float, seconds: float, limit: float, may_top_up: bool) -> _Tally | None:
@@ -175,7 +173,7 @@ class PackedMeter:
         tally = _Tally(samples, samples)
         while True:
             await self._window(batch, tally)
-            self._itl = _pooled([load.recording.itl for load in self._loads]).mean or self._itl
+            self._itl = _pooled([load.recording for load in self._loads]).itl.mean or self._itl
             count, elapsed = len(tally.rates), self._clock.now() - began
             if may_top_up and count == 2 and self._missing(batch, tally):
                 return tally
@@ -190,7 +188,7 @@ class PackedMeter:
                 return None
 
     async def _window(self, batch: int, tally: _Tally) -> None:
-        length = max(0.5 if batch <= 8 else 1.0, STEPS_PER_WINDOW * self._itl)
+        length = window_seconds(batch, self._itl)
         start = tally.last
         for part in range(1, SAMPLES_PER_WINDOW + 1):
             await self._pause(max(0.0, start[0].at + length * part / SAMPLES_PER_WINDOW - self._clock.now()))
@@ -215,28 +213,19 @@ class PackedMeter:
             load.check()
 
     def _missing(self, batch: int, tally: _Tally) -> int:
-        """Requests to put in flight besides in each engine, so that it runs `batch` of them; 0 when it does, queues or preempts."""
-        running = _mean(tally.running)
-        full = tally.preemptions > 0 or _mean(tally.waiting) > 0.02 * batch
-        if batch < TOP_UP_FROM or full or running >= RUNNING_LEAST * batch or running <= 0:
-            return 0
-        return max(1, min(math.ceil(batch - running), batch // 4))
+        """Requests to put in flight besides in each engine."""
+        return missing(batch, _mean(tally.running), _mean(tally.waiting), preempted=tally.preemptions > 0)
 
     def _reading(self, batch: int, tally: _Tally, recordings: Sequence[Recording]) -> PackedReading:
         each = tally.each
         rate = sum(each)
         width = half_width(tally.rates)
         width = 1.0 if width is None else width
-        pooled = _pooled([one.itl for one in recordings])
-        itl = pooled.mean or self._itl
-        lateness = _pooled([one.lateness for one in recordings])
-        tail = lateness.quantile(0.95) or 0.0
-        late = tail if self._steps_needed else lateness.mean or 0.0
-        if late > LATENESS * itl:
-            raise LateLoadError(
-                f"the load ran {1000 * late:.1f} ms late at {1000 * itl:.1f} ms between tokens ({rate:.0f} tokens/s): "
-                "it measured itself, so the trial is not reported; give the Job more CPU"
-            )
+        whole = _pooled(recordings)
+        itl = whole.itl.mean or self._itl
+        undriven = whole.overloaded(itl, tail=self._steps_needed > 0)
+        if undriven is not None:
+            raise LateLoadError(f"the load could not keep up with {len(each)} engines: {undriven}")
         slowest = min(each) / _mean(each)
         trial = api.Trial(
             batch=batch,
@@ -245,24 +234,24 @@ class PackedMeter:
             requests_per_second=points.decimal(rate / self._mean_output),
             output_tokens_per_second=points.decimal(rate),
             total_tokens_per_second=points.decimal(rate * self._factor),
-            inter_token_latency=points.latency(pooled),
-            time_to_first_token=points.latency(_pooled([one.ttft for one in recordings])),
-            requests=sum(one.requests for one in recordings),
+            inter_token_latency=points.latency(whole.itl),
+            time_to_first_token=points.latency(whole.ttft),
+            requests=whole.requests,
             preemptions=round(tally.preemptions),
             gpu_utilization=points.decimal(_mean(tally.compute)) if tally.compute else None,
             memory_utilization=points.decimal(_mean(tally.memory)) if tally.memory else None,
             memory=format_quantity(max(0, tally.used - self._idle)),
             window=format_duration(tally.seconds),
             half_width=points.decimal(width),
-            unresolved=points.unresolved(tally.seconds / itl, blurred=tail > LATENESS * itl),
+            unresolved=points.unresolved(tally.seconds / itl, blurred=whole.overloaded(itl) is not None),
             slowest=points.decimal(slowest),
-            message="; ".join(self._doubts(batch, tally, recordings, slowest))[:1024] or None,
+            message="; ".join(self._doubts(batch, tally, whole.failures, slowest))[:1024] or None,
         )
         return PackedReading(trial, rate * self._factor, width, itl)
 
-    def _doubts(self, batch: int, tally: _Tally, recordings: Sequence[Recording], slowest: float) -> list[str]:
+    def _doubts(self, batch: int, tally: _Tally, failures: int, slowest: float) -> list[str]:
         doubts = []
-        running, failures = _mean(tally.running), sum(one.failures for one in recordings)
+        running = _mean(tally.running)
         if running < RUNNING_LEAST * batch and batch >= TOP_UP_FROM:
             doubts.append(f"only {running:.1f} requests ran in a replica on average")
         if slowest < UNFAIR:
@@ -276,10 +265,18 @@ def _rate(first: EngineSample, last: EngineSample) -> float:
     return (last.generation_tokens - first.generation_tokens) / (last.at - first.at)
 
 
-def _pooled(histograms: Sequence[Histogram]) -> Histogram:
-    whole = Histogram()
-    for one in histograms:
-        whole.merge(one)
+def _pooled(recordings: Sequence[Recording]) -> Recording:
+    """What all loads saw together. They run on one thread, so the share of its core that each noted is that of all."""
+    whole = Recording(since=recordings[0].since)
+    for one in recordings:
+        whole.tokens += one.tokens
+        whole.requests += one.requests
+        whole.failures += one.failures
+        whole.itl.merge(one.itl)
+        whole.ttft.merge(one.ttft)
+        whole.lateness.merge(one.lateness)
+    whole.seconds = max(one.seconds for one in recordings)
+    whole.cpu = max((one.cpu for one in recordings if one.cpu is not None), default=None)
     return whole
 
 

@@ -28,7 +28,7 @@ from tightship.profiler.fleet import DoesNotFitError, Fleet, Pair, Sizes, packed
 from tightship.profiler.gpu import Device
 from tightship.profiler.lengths import Lengths
 from tightship.profiler.load import ClosedLoop
-from tightship.profiler.meter import STEPS_PER_WINDOW, WARMUP_SECONDS, WARMUP_STEPS, WINDOWS_LEAST
+from tightship.profiler.meter import WINDOWS_LEAST, warmup_seconds, window_seconds
 from tightship.profiler.packed import PackedMeter
 from tightship.profiler.sharing import Sharing, SharingError
 
@@ -342,9 +342,8 @@ class Trials:
         running = 0
         if self._fleet is not None and self._bench.sizes.serves(self._fleet.group, pair):
             running = len(self._fleet.engines)
-        windows = WINDOWS_LEAST * max(1.0, STEPS_PER_WINDOW * self._itl)
-        warmup = SETTLE_SECONDS + max(WARMUP_SECONDS, WARMUP_STEPS * self._itl)
-        return max(0, pair[1] - running) * self._start_cost + warmup + windows
+        measuring = SETTLE_SECONDS + warmup_seconds(self._itl) + WINDOWS_LEAST * window_seconds(pair[0], self._itl)
+        return max(0, pair[1] - running) * self._start_cost + measuring
 
     def _cut(self, why: str) -> str:
         self._verdict.exceeded = True

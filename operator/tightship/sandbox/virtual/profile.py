@@ -8,7 +8,8 @@ from typing import Any
 
 from tightship.api.units import format_duration
 from tightship.api.v1alpha1 import batchprofile as api
-from tightship.profiler.profile import Profiler, make_job
+from tightship.profiler.job import SEED, make_job
+from tightship.profiler.profile import Profiler
 from tightship.profiler.report import Report
 from tightship.sandbox.virtual.clock import VirtualClock, in_virtual_time
 from tightship.sandbox.virtual.disturbance import Faults, Noise
@@ -101,9 +102,10 @@ def profile(
     start_seconds: float = START_SECONDS,
     noise: Noise | None = None,
     faults: Sequence[Faults] = (),
+    seed: int = SEED,
     **measurement: Any,
 ) -> Profiled:
-    """Run the profiler on a setting, with its lengths, and return what it reported."""
+    """Run the profiler on a setting, with its lengths, and return what it reported. `seed`: the load's."""
 
     async def story() -> Profiled:
         clock, gpu = VirtualClock(), setting.gpu()
@@ -112,7 +114,7 @@ def profile(
         subject = make_profile(setting, objectives=objectives, budget=budget, **measurement)
         sink = MemorySink(subject)
         report = Report(sink, api.BatchProfileStatus())
-        job = replace(make_job(subject, setting.hub, device, {}), lengths=setting.lengths)
+        job = replace(make_job(subject, setting.hub, device, {}), lengths=setting.lengths, basis="Lengths", seed=seed)
         began = clock.now()
         try:
             await Profiler(job, launcher=launcher, device=device, report=report, clock=clock, environ={}).run()

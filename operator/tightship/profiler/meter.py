@@ -37,6 +37,8 @@ WARMUP_STEPS: Final = 10
 SETTLE_LEAST: Final = 5.0
 POLL_SECONDS: Final = 0.05
 SAMPLES_PER_WINDOW: Final = 4
+LIVES_LEAST: Final = 1.0
+"""Mean lives of a request that a level is measured for: the requests it starts with weigh on all windows alike, unseen by their spread."""
 TOP_UPS: Final = 2
 TOP_UP_FROM: Final = 16  # below, one request more would be another batch
 SILENCE_SECONDS: Final = 3.0
@@ -180,7 +182,7 @@ class Meter:
             if not await self._settle(seconds, began + limit):
                 return None
             recording = self._load.begin()
-            tally = await self._windows(batch, began, seconds, limit, may_top_up=top_up < TOP_UPS)
+            tally = await self._windows(batch, mean_output, began, seconds, limit, may_top_up=top_up < TOP_UPS)
             self._load.begin()
             if tally is None:
                 return None
@@ -205,7 +207,9 @@ class Meter:
         await self._pause(warmup_seconds(self._itl))
         return self._clock.now() < deadline
 
-    async def _windows(self, batch: int, began: float, seconds: float, limit: float, may_top_up: bool) -> _Tally | None:
+    async def _windows(
+        self, batch: int, mean_output: float, began: float, seconds: float, limit: float, *, may_top_up: bool
+    ) -> _Tally | None:
         """Windows until the level is precise or its time is over; None when the limit came before five of them."""
         self._device.utilization()
         sample = await self._engine.sample()
@@ -221,15 +225,15 @@ class Meter:
             if count >= WINDOWS_LEAST and alive:
                 width = half_width(tally.rates)
                 if now - began >= min(seconds, limit) or (
-                    width is not None and width <= PRECISION and self._resolved(tally)
+                    width is not None and width <= PRECISION and self._resolved(tally, mean_output)
                 ):
                     return tally
             elif now - began >= limit:
                 return None
 
-    def _resolved(self, tally: _Tally) -> bool:
-        """Whether enough engine steps stand behind the objective's statistic."""
-        return tally.seconds >= self._steps_needed * self._itl
+    def _resolved(self, tally: _Tally, mean_output: float) -> bool:
+        """Whether enough engine steps stand behind the objective's statistic, and a request's life behind all of them."""
+        return tally.seconds >= max(self._steps_needed, LIVES_LEAST * mean_output) * self._itl
 
     async def _window(self, batch: int, tally: _Tally) -> None:
         length = window_seconds(batch, self._itl)

@@ -8,7 +8,8 @@ from typing import Any
 
 from tightship.api.units import format_duration
 from tightship.api.v1alpha1 import batchprofile as api
-from tightship.profiler.profile import Profiler, make_job
+from tightship.profiler.job import SEED, make_job
+from tightship.profiler.profile import Profiler
 from tightship.profiler.report import Report
 from tightship.sandbox.virtual.clock import VirtualClock, in_virtual_time
 from tightship.sandbox.virtual.disturbance import Faults, Noise
@@ -102,10 +103,11 @@ def profile(
     start_seconds: float = START_SECONDS,
     noise: Noise | None = None,
     faults: Sequence[Faults] = (),
+    seed: int = SEED,
     status: api.BatchProfileStatus | None = None,
     **measurement: Any,
 ) -> Profiled:
-    """Run the profiler on a setting, with its lengths, and return what it reported; `status`: what there is already."""
+    """Run the profiler on a setting, with its lengths, and return what it reported. `seed`: the load's; `status`: what there is already."""
 
     async def story() -> Profiled:
         clock, gpu = VirtualClock(), setting.gpu()
@@ -114,7 +116,7 @@ def profile(
         subject = make_profile(setting, objectives=objectives, budget=budget, **measurement)
         sink = MemorySink(subject)
         report = Report(sink, status or api.BatchProfileStatus())
-        job = replace(make_job(subject, setting.hub, device, {}), lengths=setting.lengths)
+        job = replace(make_job(subject, setting.hub, device, {}), lengths=setting.lengths, seed=seed)
         began = clock.now()
         try:
             await Profiler(

@@ -20,6 +20,7 @@ from tightship.profiler.errors import LengthsError, ProfilerError, ReportError
 from tightship.profiler.gpu import CpuDevice, Device, DeviceError, memory_limit, open_nvml
 from tightship.profiler.profile import Profiler, make_job
 from tightship.profiler.report import ApiSink, Report, Sink
+from tightship.profiler.sharing import open_sharing
 
 log = logging.getLogger("tightship.profiler")
 
@@ -84,7 +85,16 @@ async def _measure(
         report.outcome = _not_begun(subject, report.outcome, error)
         report.save()
         return
-    outcome = await Profiler(job, launcher=launcher, device=device, report=report, clock=clock, environ=environ).run()
+    profiler = Profiler(
+        job,
+        launcher=launcher,
+        device=device,
+        report=report,
+        clock=clock,
+        environ=environ,
+        sharing=open_sharing(device.identity, subject.spec.key.accelerator.cores_per_replica, environ, clock),
+    )
+    outcome = await profiler.run()
     log.info("%s (%s): %s", outcome.state, outcome.reason, outcome.message)
 
 

@@ -164,7 +164,7 @@ class ProcessLauncher:
             stderr=asyncio.subprocess.STDOUT,
             env=settings.environ(self._environ),
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         engine = ProcessEngine(process, port, settings, self._clock, self._echo)
         try:
@@ -343,7 +343,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child: SIGTERM when the profiler goes without stopping it (Linux's PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 

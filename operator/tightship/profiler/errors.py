@@ -4,6 +4,7 @@ ProfilerError
 ├── EngineError        the engine did not start, died, hung or refused what it was asked
 │   └── OutOfMemory    the cause was memory: the device's, or too little left for a KV cache
 ├── LoadError          the load could not be driven as asked
+├── SharingError       the device can't be shared among engines here (`tightship.profiler.sharing`)
 ├── LengthsError       the lengths of the workload can't be used, or are not those the profile is of
 └── ReportError        the API server refused what was reported: retrying would not help
 """

@@ -36,6 +36,12 @@ class Histogram:
         index = 1 + int(math.log(seconds * _PER_SMALLEST) * _PER_GROWTH)
         self._bins[index if index < _BINS else -1] += weight
 
+    def merge(self, other: Histogram) -> None:
+        """Add all that another histogram counted."""
+        self.count += other.count
+        self.total += other.total
+        self._bins = [mine + theirs for mine, theirs in zip(self._bins, other._bins, strict=True)]
+
     @property
     def mean(self) -> float | None:
         """Exact mean in seconds; None when nothing was counted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,7 @@ from tightship.profiler.errors import LengthsError
 from tightship.profiler.gpu import GIB, Device
 from tightship.profiler.lengths import Lengths, Tokenize
 from tightship.profiler.model import tokenizer
+from tightship.profiler.sharing import engine_cores
 
 START_SECONDS: Final = 3600.0
 SEED: Final = 20250311
@@ -65,7 +66,7 @@ def make_job(profile: api.BatchProfile, model: str, device: Device, environ: Map
     """
     key, how = profile.spec.key, profile.spec.measurement
     args = tuple(key.engine.args)
-    explicit, environment = _cpu_settings(device, environ)
+    explicit, environment = _cpu_settings(device, key.accelerator.cores_per_replica, environ)
     return Job(
         settings=EngineSettings(
             model=model,
@@ -149,22 +150,15 @@ def largest_batch(device: Device, args: tuple[str, ...]) -> int:
     return min(top, int(budget)) if budget and budget.isdigit() else top
 
 
-def engine_cores(cores: Set[int]) -> str:
-    """The cores for the engine's threads, as VLLM_CPU_OMP_THREADS_BIND takes them: all but the lowest, where there are several.
-
-    The lowest is left for the engine's API server and the load: an engine on all cores starves its own server, and then neither
-    latency nor throughput means anything. Replicas are bound by the same rule (`tightship.replica`).
-    """
-    ordered = sorted(cores)
-    return ",".join(map(str, ordered[1:] or ordered))
-
-
-def _cpu_settings(device: Device, environ: Mapping[str, str]) -> tuple[int | None, dict[str, str | None]]:
+def _cpu_settings(
+    device: Device, cores_per_replica: int | None, environ: Mapping[str, str]
+) -> tuple[int | None, dict[str, str | None]]:
     """The KV cache's bytes and the environment of an engine on CPUs; nothing for a GPU."""
     if device.identity.kind != "cpu":
         return None, {}
     explicit = None if environ.get("VLLM_CPU_KVCACHE_SPACE") else int(CPU_KV_SHARE * device.identity.memory)
-    return explicit, {"VLLM_CPU_OMP_THREADS_BIND": engine_cores(os.sched_getaffinity(0))}
+    cores = os.sched_getaffinity(0)
+    return explicit, {"VLLM_CPU_OMP_THREADS_BIND": engine_cores(cores, 0, cores_per_replica or 1)}
 
 
 def _remarks(args: tuple[str, ...]) -> Iterator[str]:

@@ -37,6 +37,8 @@ WARMUP_STEPS: Final = 10
 SETTLE_LEAST: Final = 5.0
 POLL_SECONDS: Final = 0.05
 SAMPLES_PER_WINDOW: Final = 4
+LIVES_LEAST: Final = 1.0
+"""Mean lives of a request that a level is measured for: the requests it starts with weigh on all windows alike, unseen by their spread."""
 TOP_UPS: Final = 2
 TOP_UP_FROM: Final = 16  # below, one request more would be another batch
 SILENCE_SECONDS: Final = 3.0
@@ -72,6 +74,31 @@ def half_width(values: Sequence[float]) -> float | None:
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
     quantile = _STUDENT[count - 2] if count - 2 < len(_STUDENT) else 1.96 + 2.4 / (count - 1)
     return quantile * deviation / math.sqrt(count) / mean
+
+
+def window_seconds(batch: int, itl: float) -> float:
+    """Length of one window in seconds; `itl`: seconds of an engine step."""
+    return max(0.5 if batch <= 8 else 1.0, STEPS_PER_WINDOW * itl)
+
+
+def warmup_seconds(itl: float) -> float:
+    """How long a load runs before it is measured; `itl`: seconds of an engine step."""
+    return max(WARMUP_SECONDS, WARMUP_STEPS * itl)
+
+
+def missing(batch: int, running: float, waiting: float, *, preempted: bool) -> int:
+    """Requests to put in flight besides, so that an engine runs `batch` of them; 0 when it does, queues or preempts.
+
+    Args:
+        batch: what it shall run.
+        running: what it ran on average.
+        waiting: what it let wait on average.
+        preempted: whether it preempted requests.
+    """
+    full = preempted or waiting > 0.02 * batch
+    if batch < TOP_UP_FROM or full or running >= RUNNING_LEAST * batch or running <= 0:
+        return 0
+    return max(1, min(math.ceil(batch - running), batch // 4))
 
 
 @dataclass(frozen=True)
@@ -133,7 +160,7 @@ class Meter:
 
     def least_seconds(self, batch: int) -> float:
         """The least time that a level can take, if tokens come as fast as at the last one."""
-        return max(WARMUP_SECONDS, WARMUP_STEPS * self._itl) + WINDOWS_LEAST * self._window_seconds(batch)
+        return warmup_seconds(self._itl) + WINDOWS_LEAST * window_seconds(batch, self._itl)
 
     async def measure(self, batch: int, seconds: float, limit: float, mean_output: float) -> Reading | None:
         """Measure one level.
@@ -155,7 +182,7 @@ class Meter:
             if not await self._settle(seconds, began + limit):
                 return None
             recording = self._load.begin()
-            tally = await self._windows(batch, began, seconds, limit, may_top_up=top_up < TOP_UPS)
+            tally = await self._windows(batch, mean_output, began, seconds, limit, may_top_up=top_up < TOP_UPS)
             self._load.begin()
             if tally is None:
                 return None
@@ -177,10 +204,12 @@ class Meter:
             if self._clock.now() >= deadline:
                 return False
             await self._pause(POLL_SECONDS)
-        await self._pause(max(WARMUP_SECONDS, WARMUP_STEPS * self._itl))
+        await self._pause(warmup_seconds(self._itl))
         return self._clock.now() < deadline
 
-    async def _windows(self, batch: int, began: float, seconds: float, limit: float, may_top_up: bool) -> _Tally | None:
+    async def _windows(
+        self, batch: int, mean_output: float, began: float, seconds: float, limit: float, *, may_top_up: bool
+    ) -> _Tally | None:
         """Windows until the level is precise or its time is over; None when the limit came before five of them."""
         self._device.utilization()
         sample = await self._engine.sample()
@@ -196,18 +225,18 @@ class Meter:
             if count >= WINDOWS_LEAST and alive:
                 width = half_width(tally.rates)
                 if now - began >= min(seconds, limit) or (
-                    width is not None and width <= PRECISION and self._resolved(tally)
+                    width is not None and width <= PRECISION and self._resolved(tally, mean_output)
                 ):
                     return tally
             elif now - began >= limit:
                 return None
 
-    def _resolved(self, tally: _Tally) -> bool:
-        """Whether enough engine steps stand behind the objective's statistic."""
-        return tally.seconds >= self._steps_needed * self._itl
+    def _resolved(self, tally: _Tally, mean_output: float) -> bool:
+        """Whether enough engine steps stand behind the objective's statistic, and a request's life behind all of them."""
+        return tally.seconds >= max(self._steps_needed, LIVES_LEAST * mean_output) * self._itl
 
     async def _window(self, batch: int, tally: _Tally) -> None:
-        length = self._window_seconds(batch)
+        length = window_seconds(batch, self._itl)
         start = tally.last
         for part in range(1, SAMPLES_PER_WINDOW + 1):
             await self._pause(max(0.0, start.at + length * part / SAMPLES_PER_WINDOW - self._clock.now()))
@@ -221,21 +250,14 @@ class Meter:
         tally.last = sample
         tally.rates.append((sample.generation_tokens - start.generation_tokens) / (sample.at - start.at))
 
-    def _window_seconds(self, batch: int) -> float:
-        return max(0.5 if batch <= 8 else 1.0, STEPS_PER_WINDOW * self._itl)
-
     async def _pause(self, seconds: float) -> None:
         await self._clock.sleep(seconds)
         self._engine.check()
         self._load.check()
 
     def _missing(self, batch: int, tally: _Tally) -> int:
-        """Requests to put in flight besides, so that the engine runs `batch` of them; 0 when it does, queues or preempts."""
-        running = _mean(tally.running)
-        full = tally.last.preemptions > tally.first.preemptions or _mean(tally.waiting) > 0.02 * batch
-        if batch < TOP_UP_FROM or full or running >= RUNNING_LEAST * batch or running <= 0:
-            return 0
-        return max(1, min(math.ceil(batch - running), batch // 4))
+        preempted = tally.last.preemptions > tally.first.preemptions
+        return missing(batch, _mean(tally.running), _mean(tally.waiting), preempted=preempted)
 
     def _reading(self, batch: int, tally: _Tally, recording: Recording, mean_output: float) -> Reading:
         seconds = tally.seconds

@@ -7,12 +7,14 @@ directions live here.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from fractions import Fraction
 
-from tightship.api.units import format_duration, parse_duration
+from tightship.api.units import format_duration, parse_duration, parse_quantity
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1.spec import Objective as ApiObjective
 from tightship.api.v1alpha1.spec import Statistic as ApiStatistic
 from tightship.core import curve as core
+from tightship.core import memory
 from tightship.profiler.histogram import Histogram
 
 QUANTILES: dict[ApiStatistic, float] = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
@@ -54,6 +56,50 @@ def curve(points: Iterable[api.Point]) -> core.Curve | None:
     """The curve of a profile; None without a single usable point. Unresolved statistics count as not measured."""
     usable = [point for point in points if throughput(point)]
     return core.Curve([_core_point(point) for point in usable]) if usable else None
+
+
+def trial(given: api.Trial) -> core.Trial:
+    """A packing trial as decisions read it. Raises ValueError for one without throughput."""
+    total = given.total_tokens_per_second or given.output_tokens_per_second
+    return core.Trial(
+        batch=given.batch,
+        replicas=given.replicas,
+        throughput=float(total or 0),
+        inter_token_latency=_core_latency(given.inter_token_latency, given.unresolved),
+        time_to_first_token=_core_latency(given.time_to_first_token, []),
+        half_width=float(given.half_width) if given.half_width else None,
+        preemptions=given.preemptions,
+        requests=given.requests,
+        gpu_utilization=_share(given.gpu_utilization),
+        memory_utilization=_share(given.memory_utilization),
+        running_mean=float(given.running_mean) if given.running_mean else None,
+    )
+
+
+def ledger(given: api.ProfileMemory | None, max_model_len: int | None) -> memory.Ledger | None:
+    """A confirmation run's ledger as decisions read it; None where a part of it is not known."""
+    if given is None:
+        return None
+    total, non_kv, mean, std = given.device_total, given.non_kv, given.context_mean, given.context_std
+    if not (total and non_kv and mean and std and given.kv_bytes_per_token and given.block_size):
+        return None
+    return memory.Ledger(
+        device_total=parse_quantity(total),
+        non_kv=parse_quantity(non_kv),
+        kv_bytes_per_token=given.kv_bytes_per_token,
+        block_size=given.block_size,
+        context=memory.Context(float(mean), float(std), assumed=given.basis == "Assumed"),
+        max_model_len=max_model_len or 0,
+        confirmed_batch=given.confirmed_batch,
+        confirmed_kv_tokens=given.kv_cache_tokens,
+    )
+
+
+def reserve(text: str) -> memory.Reserve:
+    """The memory reserve in `5%` or `4Gi`."""
+    if text.endswith("%"):
+        return memory.Reserve(share=Fraction(text[:-1]) / 100)
+    return memory.Reserve(amount=parse_quantity(text))
 
 
 def objectives(given: Iterable[ApiObjective]) -> list[core.Objective]:

@@ -24,8 +24,10 @@ from tightship.profiler.engine import Launcher
 from tightship.profiler.errors import EngineError, LengthsError, LoadError, OutOfMemory
 from tightship.profiler.gpu import Device
 from tightship.profiler.job import Job, largest_batch, make_job
+from tightship.profiler.packing import try_packings
 from tightship.profiler.report import Report
 from tightship.profiler.session import Session
+from tightship.profiler.sharing import Sharing
 from tightship.profiler.sweep import Ended, Sweep
 
 __all__ = ["Job", "Profiler", "largest_batch", "make_job"]
@@ -39,9 +41,19 @@ class Profiler:
     """Carries out one job; all that touches the world is handed in."""
 
     def __init__(
-        self, job: Job, *, launcher: Launcher, device: Device, report: Report, clock: Clock, environ: Mapping[str, str]
+        self,
+        job: Job,
+        *,
+        launcher: Launcher,
+        device: Device,
+        report: Report,
+        clock: Clock,
+        environ: Mapping[str, str],
+        sharing: Sharing | None = None,
     ) -> None:
+        """`sharing`: how engines of packing trials share the device; None where they can't, and then it is said."""
         self._job = job
+        self._sharing = sharing
         self._report = report
         self._earlier = report.outcome
         self._session = Session(
@@ -110,7 +122,7 @@ class Profiler:
 
     async def _try_packings(self) -> list[str]:
         """Try pairs of batch and replicas on the device, as far as the budget goes; returns what the outcome must say of them."""
-        return []
+        return await try_packings(self._session, self._sharing, asked_only=self._earlier is not None)
 
     # --- what is said ---
 

@@ -1,13 +1,12 @@
-"""Virtual time, and an engine, a device and a sink that live in it: a whole profile runs in milliseconds, the same every time."""
+"""An engine, a device and a sink that live in virtual time: a whole profile runs in milliseconds, the same every time."""
 
 from __future__ import annotations
 
 import asyncio
-import selectors
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler.engine import EngineInfo, EngineSettings
@@ -15,35 +14,9 @@ from tightship.profiler.errors import EngineError
 from tightship.profiler.gpu import GIB, DeviceIdentity, Utilization
 from tightship.profiler.metrics import EngineSample
 from tightship.profiler.wire import Completion, Listener
+from tightship.sandbox.virtual.clock import VirtualClock, VirtualLoop, in_virtual_time
 
-T = TypeVar("T")
-
-
-class _NoWait(selectors.DefaultSelector):
-    """Never sleeps: what would be waited for is added to the loop's time instead."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.time = 1000.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0)
-        if not ready and timeout:
-            self.time += timeout
-        if not ready and timeout is None:
-            raise RuntimeError("deadlock: nothing is scheduled and nobody will wake the loop")
-        return ready
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose seconds pass at once."""
-
-    def __init__(self) -> None:
-        self._virtual = _NoWait()
-        super().__init__(self._virtual)
-
-    def time(self) -> float:
-        return self._virtual.time
+__all__ = ["VirtualClock", "VirtualLoop", "in_virtual_time"]
 
 
 def work(seconds: float) -> None:
@@ -51,26 +24,6 @@ def work(seconds: float) -> None:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     loop._virtual.time += seconds
-
-
-class VirtualClock:
-    """The profiler's clock, on the loop's time."""
-
-    def now(self) -> float:
-        return asyncio.get_running_loop().time()
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(max(0.0, seconds))
-
-
-def in_virtual_time(story: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a story to its end in virtual time."""
-    loop = VirtualLoop()
-    try:
-        return loop.run_until_complete(story())
-    finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
 
 
 @dataclass(eq=False)

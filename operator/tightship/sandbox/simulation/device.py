@@ -234,7 +234,7 @@ class Connection(asyncio.Protocol):
         def serve() -> None:
             if timer is not None:
                 self._pending.discard(timer)
-            self.send({"end": slot.gpu.serve(ready, mean, share)})
+            self.send({"end": slot.gpu.serve(ready, mean, share, owner=self)})
 
         if ready - LOOKAHEAD <= self._loop.time():
             serve()

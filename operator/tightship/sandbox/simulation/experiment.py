@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .engine import Engine, Sequence, Step
+from .engine import Engine, Outcome, Sequence, Step
 from .gpu import Gpu
 
 # Means of the published ShareGPT workload with OPT's tokenizer. Its lengths aren't published: they are taken as
@@ -58,8 +58,15 @@ def sharegpt_lengths(
     return list(zip(inputs, outputs, strict=True))
 
 
-def run(gpu: Gpu, loads: Iterable[tuple[Engine, list[tuple[int, int]]]]) -> Result:
-    """Let each engine work off its requests, given as pairs of input and output lengths, all there at time 0."""
+def run(
+    gpu: Gpu,
+    loads: Iterable[tuple[Engine, list[tuple[int, int]]]],
+    observe: Callable[[Engine, Outcome, float], None] | None = None,
+) -> Result:
+    """Let each engine work off its requests, given as pairs of input and output lengths, all there at time 0.
+
+    `observe` is told of every step: whose it was, what it brought, and when it ended.
+    """
     engines: list[Engine] = []
     sequences: list[Sequence] = []
     ready: list[tuple[float, int, Step]] = []
@@ -73,8 +80,10 @@ def run(gpu: Gpu, loads: Iterable[tuple[Engine, list[tuple[int, int]]]]) -> Resu
     now = 0.0
     while ready:
         at, number, step = heapq.heappop(ready)
-        end = gpu.serve(at, step.cost.gpu, step.cost.memory_share)
-        engines[number].complete(step, end)
+        end = gpu.serve(at, step.cost.gpu, step.cost.memory_share, owner=number)
+        outcome = engines[number].complete(step, end)
+        if observe is not None:
+            observe(engines[number], outcome, end)
         now = max(now, end)
         _push(ready, engines[number], number, end)
     return _result(gpu, engines, sequences, now)

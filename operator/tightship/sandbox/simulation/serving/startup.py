@@ -9,13 +9,14 @@ holds, and sampling parameters the profile run didn't have can make it grow.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from ..costs import Model
 from ..engine import Scheduling
 from .arguments import Options
-from .channel import Channel, RefusedError
+from .channel import RefusedError
 
 GIB = 2**30
 CONTEXT_BYTES = 500 * 2**20
@@ -30,11 +31,18 @@ class StartError(Exception):
     """The engine can't start; the text is what vLLM prints."""
 
 
+class Driver(Protocol):
+    """Who gives out the GPU's memory: the device server over its channel, or a GPU in this process."""
+
+    async def request(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer `open` and `alloc`. Raises RefusedError."""
+
+
 @dataclass
 class Holdings:
     """What an engine holds of its GPU, in bytes, and how it asks for more."""
 
-    channel: Channel
+    channel: Driver
     total: int
     parts: dict[str, int] = field(default_factory=dict)
 
@@ -52,11 +60,12 @@ class Holdings:
         try:
             answer = await self.channel.request({"op": "alloc", "bytes": amount})
         except RefusedError as error:
-            raise StartError(self._out_of_memory(amount, error)) from error
+            raise StartError(self.out_of_memory(amount, error)) from error
         self.parts[part] = self.parts.get(part, 0) + amount
         return int(answer["free"])
 
-    def _out_of_memory(self, amount: int, error: RefusedError) -> str:
+    def out_of_memory(self, amount: int, error: RefusedError) -> str:
+        """PyTorch's words for an allocation of `amount` bytes that was refused."""
         if "free" not in error.answer:
             return f"torch.AcceleratorError: CUDA error: {error}"
         torch = (self.used - self.parts.get("context", 0)) / GIB
@@ -104,7 +113,7 @@ def max_model_len(options: Options, model: Model) -> int:
 
 
 async def start(
-    options: Options, model: Model, channel: Channel, uuid: str, *, seconds: float, log: Callable[[str], None]
+    options: Options, model: Model, channel: Driver, uuid: str, *, seconds: float, log: Callable[[str], None]
 ) -> Started:
     """Start an engine on a GPU; the phases together take `seconds` of real time.
 

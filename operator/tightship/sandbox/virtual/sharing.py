@@ -1,0 +1,28 @@
+"""How virtual engines share their GPU: they wait for it in line anyway, as clients of MPS do, so there is nothing to set up."""
+
+from __future__ import annotations
+
+
+class VirtualSharing:
+    """The profiler's `Sharing` where the simulated GPU does it."""
+
+    async def open(self) -> None:
+        """Nothing to set up."""
+
+    def environment(self, index: int) -> dict[str, str | None]:
+        """Nothing an engine must be told."""
+        return {}
+
+    async def prove(self, engines: int) -> None:
+        """All engines of a GPU share it."""
+
+    async def condition(self) -> str | None:
+        """Nothing that could be wrong."""
+        return None
+
+    def doubt(self, engines: int) -> str | None:
+        """Nothing to doubt."""
+        return None
+
+    async def close(self) -> None:
+        """Nothing to take down."""

@@ -1,0 +1,110 @@
+"""The Job's own MPS daemon, against the simulated `nvidia-cuda-mps-control` and engines that are its clients."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from simulation_helpers import ENGINE, Machine, machine, wait_for
+from tightship.profiler import sharing
+from tightship.profiler.clock import SystemClock
+from tightship.profiler.gpu import DeviceIdentity
+from tightship.profiler.sharing import MpsSharing, NotAttachedError, SharingError, open_sharing
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Machine]:
+    with machine(tmp_path) as started:
+        yield started
+
+
+def make(one: Machine, tmp_path: Path) -> MpsSharing:
+    """A daemon for the machine's GPU, started as in a container of the engine image."""
+    environ = one.environment(ENGINE)
+    environ.pop("CUDA_MPS_PIPE_DIRECTORY")
+    return MpsSharing(one.uuid, environ, SystemClock(), preferred=tmp_path)
+
+
+def start(one: Machine, environment: dict[str, str]) -> None:
+    engine = one.engine("--kv-cache-memory-bytes=1000000000", "--gpu-memory-utilization=0.1", **environment)
+    wait_for("the engine is healthy", engine.healthy)
+
+
+def homes(directory: Path) -> list[Path]:
+    """What daemons have left behind."""
+    return list(directory.glob("mps-*"))
+
+
+async def test_engines_are_proven_to_be_clients_and_the_daemon_ends_with_the_trials(
+    one: Machine, tmp_path: Path
+) -> None:
+    mps = make(one, tmp_path)
+    await mps.open()
+    environment = {name: value or "" for name, value in mps.environment(0).items()}
+    pipe = Path(environment["CUDA_MPS_PIPE_DIRECTORY"])
+    assert (pipe / "control").exists()
+
+    await asyncio.to_thread(start, one, environment)
+    await mps.prove(1)
+    await asyncio.to_thread(start, one, environment)
+    await mps.prove(2)
+    assert await mps.condition() is None
+
+    for process in one.processes[1:]:
+        process.terminate()
+        await asyncio.to_thread(process.wait)
+    await mps.close()
+    assert not pipe.parent.exists()
+    await mps.close()
+
+
+async def test_an_engine_that_is_no_client_is_found_out(
+    one: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "ATTACH_SECONDS", 0.5)
+    mps = make(one, tmp_path)
+    await mps.open()
+    environment = {name: value or "" for name, value in mps.environment(0).items()}
+    await asyncio.to_thread(start, one, environment)
+    # To CUDA an empty pipe directory is no error: the engine starts, and takes turns.
+    await asyncio.to_thread(start, one, {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path / "elsewhere")})
+    with pytest.raises(NotAttachedError, match=r"MPSNotAttached: 2 engines run, but the MPS daemon says: 1 clients"):
+        await mps.prove(2)
+    await mps.close()
+
+
+async def test_a_fault_is_told(one: Machine, tmp_path: Path) -> None:
+    mps = make(one, tmp_path)
+    await mps.open()
+    await asyncio.to_thread(start, one, {name: value or "" for name, value in mps.environment(0).items()})
+    await mps.prove(1)
+    one.control("fault")
+    assert "FAULT" in (await mps.condition() or "")
+    await mps.close()
+
+
+async def test_without_the_program_it_is_said_what_to_do(one: Machine, tmp_path: Path) -> None:
+    mps = MpsSharing(one.uuid, {"PATH": str(tmp_path)}, SystemClock(), preferred=tmp_path)
+    with pytest.raises(SharingError, match="NVIDIA_DRIVER_CAPABILITIES=compute,utility"):
+        await mps.open()
+    assert not homes(tmp_path)
+
+
+async def test_a_daemon_that_ends_at_once_is_no_daemon(one: Machine, tmp_path: Path) -> None:
+    mps = MpsSharing("GPU-nothing", one.environment(ENGINE), SystemClock(), preferred=tmp_path)
+    with pytest.raises(SharingError, match="ended with 1"):
+        await mps.open()
+    assert not homes(tmp_path)
+
+
+def test_the_way_to_share_fits_the_device() -> None:
+    gpu = DeviceIdentity("cuda", "H100", 1, uuid="GPU-1")
+    assert isinstance(open_sharing(gpu, None, {}, SystemClock()), MpsSharing)
+    cores = len(os.sched_getaffinity(0))
+    cpu = open_sharing(DeviceIdentity("cpu", "cpu", 1), None, {}, SystemClock())
+    assert cpu.doubt(1) is None
+    assert f"the {cores} cores this Job may use" in (cpu.doubt(2) or "")

@@ -39,8 +39,8 @@ from typing import Any
 import yaml
 
 from tightship.api.units import parse_duration
-from tightship.decide import decision_from_profile, objectives_from_api
 from tightship.api.v1alpha1.spec import Objective
+from tightship.decide import decision_from_profile, objectives_from_api
 from tightship.profiler.lengths import Prompts
 from tightship.profiler.metrics import EngineSample, parse_sample
 from tightship.profiler.model import read_model
@@ -362,7 +362,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns."""
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
     for row in [heads, *rows] if any(heads) else rows:
-        print("  ".join(cell.rjust(width) if any(heads) else cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        print(
+            "  ".join(
+                cell.rjust(width) if any(heads) else cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            ).rstrip()
+        )
     print(flush=True)
 
 
@@ -387,8 +391,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--server-cores", default="", help="cores of all the rest, for taskset (default: not bound)")
     parser.add_argument("--cores", type=int, default=2, help="cores of the device (default: %(default)s)")
     parser.add_argument("--memory", default="8Gi", help="memory of the device (default: %(default)s)")
-    parser.add_argument("--kv-gib", type=int, default=2, help="KV cache of the reference's engines (default: %(default)s)")
-    parser.add_argument("--itl", default="60ms", help="the objective that batches are advised for (default: %(default)s)")
+    parser.add_argument(
+        "--kv-gib", type=int, default=2, help="KV cache of the reference's engines (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--itl", default="60ms", help="the objective that batches are advised for (default: %(default)s)"
+    )
     parser.add_argument("-o", "--output", type=Path, help="JSON file")
     options = parser.parse_args(argv)
     options.batches = [int(batch) for batch in options.batches.split(",")]

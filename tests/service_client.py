@@ -38,23 +38,23 @@ class Tally:
 async def stream(options: argparse.Namespace, tally: Tally, seed: int) -> None:
     """One connection: request after request until the end."""
     rng = random.Random(seed)
-    reader, writer = await asyncio.open_connection(options.host, options.port)
+    connection = await asyncio.open_connection(options.host, options.port)
     age = rng.randrange(options.output)
     while time.monotonic() < tally.until:
-        await request(options, tally, reader, writer, options.input + age, options.output - age)
+        await request(options, tally, connection, (options.input + age, options.output - age))
         age = 0
-    writer.close()
+    connection[1].close()
 
 
 async def request(
     options: argparse.Namespace,
     tally: Tally,
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    prompt: int,
-    output: int,
+    connection: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+    lengths: tuple[int, int],
 ) -> None:
-    """One completion of exactly `output` tokens."""
+    """One completion of exact length, (prompt, output) tokens."""
+    reader, writer = connection
+    prompt, output = lengths
     body = json.dumps(
         {
             "model": options.model,

@@ -50,6 +50,9 @@ def _prepare(session: Session, sharing: Sharing | None, asked_only: bool) -> tup
         return "the memory of a replica is unknown"
     peaks = {point.batch: point.kv_tokens_peak for point in curve.points}
     sizes = Sizes(ledger, points.reserve(job.memory_reserve), peaks)
+    for pair in asked:  # what could not be made before is asked for again
+        if pair in report.trials and not points.has_figures(report.trials[pair]):
+            del report.trials[pair]
     if not asked and not any(sizes.fits((point.batch, 2)) for point in curve.points):
         return f"the device holds one replica: {sizes.misfit((curve.points[0].batch, 2))}"
     predicted = Predicted(

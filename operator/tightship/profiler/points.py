@@ -58,6 +58,11 @@ def curve(points: Iterable[api.Point]) -> core.Curve | None:
     return core.Curve([_core_point(point) for point in usable]) if usable else None
 
 
+def has_figures(given: api.Trial) -> bool:
+    """Whether a trial was measured; one that could not be made has only words."""
+    return bool(given.total_tokens_per_second or given.output_tokens_per_second)
+
+
 def trial(given: api.Trial) -> core.Trial:
     """A packing trial as decisions read it. Raises ValueError for one without throughput."""
     total = given.total_tokens_per_second or given.output_tokens_per_second

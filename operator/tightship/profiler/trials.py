@@ -2,9 +2,9 @@
 
 Engines are started once for as many pairs as they can serve, and only as many as the next pair needs, so that a small budget still
 yields a first trial; pairs then differ in nothing but which engines are loaded and with how much. What must hold: a trial is kept as
-soon as it is measured, and never made twice; nothing is kept that was not measured with all its engines loaded and proven to
-share the device; whatever fails is said, costs one pair (or those with as many engines), and never the profile; at the end no
-engine and no daemon is left.
+soon as it is measured, and never made twice; no figure is kept that was not measured with all its engines loaded and proven to
+share the device; whatever fails is kept as a trial without figures, so that the pair isn't advised as an estimate later, costs one pair
+(or those with as many engines), and never the profile; at the end no engine and no daemon is left.
 """
 
 from __future__ import annotations
@@ -164,11 +164,11 @@ class Trials:
     """Makes the trials of one profile."""
 
     def __init__(self, bench: Bench, agenda: Agenda, trials: MutableMapping[Pair, api.Trial]) -> None:
-        """`trials`: those there are; new ones are added to it."""
+        """`trials`: those there are, without figures where they could not be made; new ones are added to it."""
         self._bench = bench
         self._agenda = agenda
         self._trials = trials
-        self._failed: set[Pair] = set()
+        self._failed: set[Pair] = {pair for pair, trial in trials.items() if not points.has_figures(trial)}
         self._fleet: Fleet | None = None
         self._open = False
         self._recoveries = 0
@@ -187,7 +187,7 @@ class Trials:
 
     async def _run(self) -> str:
         while True:
-            choice = self._agenda.next(self._trials, self._failed)
+            choice = self._agenda.next(self._measured, self._failed)
             if choice.pair is None:
                 return choice.reason
             batch, replicas = choice.pair
@@ -234,7 +234,7 @@ class Trials:
             self._open = True
             await bench.sharing.open()
         if self._fleet is None:
-            group = bench.sizes.group(pair, self._agenda.wanted(self._trials, self._failed))
+            group = bench.sizes.group(pair, self._agenda.wanted(self._measured, self._failed))
             settings = packed_settings(bench.settings, bench.info, group, bench.device)
             self._fleet = Fleet(group, settings, launch=self._launch, device=bench.device, sharing=bench.sharing)
         return await self._fleet.grow(replicas)
@@ -304,14 +304,30 @@ class Trials:
 
     def _give_up(self, pair: Pair, error: DoesNotFitError) -> None:
         """Nothing with as many engines is tried again; those that run serve the rest."""
-        wanted = (batch for batch, _ in (*self._agenda.wanted(self._trials, self._failed), pair))
-        batches = {*self._bench.sizes.batches, *wanted}
+        wanted = {*self._agenda.wanted(self._measured, self._failed), pair}
+        text = f"no trial with {error.replicas} replicas or more: {error}"
+        for batch, count in sorted(wanted):
+            if count >= error.replicas > 1:  # an engine that doesn't start alone says nothing of packing
+                self._record((batch, count), text)
+        batches = {*self._bench.sizes.batches, *(batch for batch, _ in wanted)}
         self._failed |= {(batch, count) for batch in batches for count in range(error.replicas, MOST_REPLICAS + 1)}
-        self._note(f"no trial with {error.replicas} replicas or more: {error}")
+        self._note(text)
 
     def _fail(self, pair: Pair, why: str) -> None:
         self._failed.add(pair)
-        self._note(f"the trial of {pair[1]} x {pair[0]} failed: {why}")
+        text = f"the trial of {pair[1]} x {pair[0]} failed: {why}"
+        self._record(pair, text)
+        self._note(text)
+
+    def _record(self, pair: Pair, why: str) -> None:
+        """Keep that a pair could not be tried."""
+        self._trials[pair] = api.Trial(batch=pair[0], replicas=pair[1], message=why[:1024])
+        self._bench.progress(pair, why)
+
+    @property
+    def _measured(self) -> Mapping[Pair, api.Trial]:
+        """The trials that have figures."""
+        return {pair: trial for pair, trial in self._trials.items() if points.has_figures(trial)}
 
     async def _recover(self, pair: Pair, error: EngineError) -> str | None:
         """An engine died under load, perhaps all of them: start anew, once."""
@@ -354,10 +370,11 @@ class Trials:
         self._verdict.notes.append(text[:500])
 
     def _summary(self) -> str:
-        if not self._trials:
+        made = self._measured
+        if not made:
             return "no packing was tried"
-        best = max(self._trials.values(), key=lambda trial: (_total(trial), -trial.batch))
-        count = f"{len(self._trials)} packing{'s were' if len(self._trials) > 1 else ' was'} tried"
+        best = max(made.values(), key=lambda trial: (_total(trial), -trial.batch))
+        count = f"{len(made)} packing{'s were' if len(made) > 1 else ' was'} tried"
         return f"{count}, the fastest {best.replicas} x {best.batch} with {_total(best):.0f} tokens/s"
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, require
 from tightship.core.memory import context_from_lengths
 from tightship.profiler import lengths as module
 from tightship.profiler.lengths import Length, Lengths, parse_lengths
@@ -175,6 +174,8 @@ def test_without_a_library_texts_cannot_be_counted(tmp_path: Path, monkeypatch: 
         tokenizer(str(tmp_path), {})
 
 
+ROOT = Path(__file__).resolve().parents[3]
+
 COUNT = """
 import sys
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -192,9 +193,8 @@ except ValueError as error:
 """
 
 
-@pytest.mark.needs("engine_python")
-def test_texts_are_counted_by_the_models_own_tokenizer(tmp_path: Path) -> None:
-    command = [str(require("engine_python")), "-c", COUNT, str(tmp_path)]
+def test_texts_are_counted_by_the_models_own_tokenizer(tmp_path: Path, engine_python: Path) -> None:
+    command = [str(engine_python), "-c", COUNT, str(tmp_path)]
     path = {"PYTHONPATH": str(ROOT / "operator"), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, env=path, capture_output=True, text=True, check=False, timeout=120)
     counts, refusal = done.stdout.splitlines() or [done.stderr, ""]

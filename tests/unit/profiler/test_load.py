@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import ROOT
 from tightship.core.memory import context_from_lengths
 from tightship.profiler.clock import SystemClock
 from tightship.profiler.engine import EngineSettings
@@ -25,6 +25,8 @@ from tightship.profiler.load import ClosedLoop, Recording
 from tightship.profiler.wire import Channel, Completion, HttpChannel, Listener, Ticket
 from tightship.sandbox.simulation.experiment import sharegpt_lengths
 from unit.profiler.fakes import FakeDevice, FakeEngine, FakeModel, VirtualClock, VirtualLoop, in_virtual_time
+
+ROOT = Path(__file__).resolve().parents[3]
 
 SHAREGPT = [Length(*pair) for pair in sharegpt_lengths(500, seed=3)]
 

@@ -14,6 +14,7 @@ from tightship.api.v1alpha1 import batchprofile as api
 from tightship.core.advisor import Basis, Limit, Recommendation, advise
 from tightship.core.curve import Metric, Objective, Statistic
 from tightship.core.memory import Context, Ledger, Reserve
+from tightship.decide import decision_from_profile
 from tightship.profiler import points
 from tightship.profiler.engine import EngineInfo, EngineSettings
 from tightship.profiler.fleet import Pair, Sizes, packed_settings
@@ -494,7 +495,10 @@ def test_where_the_device_cannot_be_shared_it_is_said_and_nothing_is_started() -
 def test_a_load_that_runs_late_refuses_the_trial() -> None:
     story = Story(PAYS, pairs=((64, 2),), late=True)
     verdict = story.run()
-    assert story.trials == {}
+    (refused,) = story.trials.values()
+    assert refused.total_tokens_per_second is None
+    assert refused.message is not None
+    assert refused.message in "; ".join(verdict.notes)
     assert any("the trial of 2 x 64 failed: the load" in note for note in verdict.notes)
     assert story.used_after == story.idle
 
@@ -567,7 +571,11 @@ def test_an_engine_that_never_starts_beside_another_leaves_a_complete_profile() 
     done = profile(OPT, objectives=[PAYS.slo], budget=1200.0, faults=faults)
     assert done.status.outcome is not None
     assert done.status.outcome.state == "Completed"
-    assert done.status.trials == []
+    assert done.status.trials, "that no pair can be tried is kept"
+    assert not any(trial.total_tokens_per_second for trial in done.status.trials)
+    objective = Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, PAYS.slo)
+    answer = decision_from_profile({"status": done.status.to_dict()}, [objective])
+    assert (answer.replicas, answer.basis) == (1, Basis.MEASURED), "what could not be tried is no estimate either"
     assert "no trial with 2 replicas or more: engine 2 did not start" in message(done.status)
 
 

@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -33,9 +34,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "operator")]
 
 import common  # noqa: E402
-from tightship.profiler import load as load_module  # noqa: E402
 from tightship.profiler.clock import SystemClock  # noqa: E402
 from tightship.profiler.lengths import Lengths, Prompts  # noqa: E402
+from tightship.profiler.load import ClosedLoop  # noqa: E402
 from tightship.profiler.wire import HttpChannel  # noqa: E402
 
 PROMPT = 64
@@ -64,7 +65,7 @@ COLUMNS = {
 async def drive_ours(port: int, streams: int, seconds: float) -> dict[str, Any]:
     """The profiler's own closed loop: what it saw in its window."""
     channel = HttpChannel("127.0.0.1", port, MODEL)
-    load = load_module.ClosedLoop(channel, Lengths.constant(PROMPT, OUTPUT), Prompts(2000, 1), SystemClock(), seed=1)
+    load = ClosedLoop(channel, Lengths.constant(PROMPT, OUTPUT), Prompts(2000, 1), SystemClock(), seed=1)
     load.resize(streams)
     while not load.settled:
         await asyncio.sleep(0.05)
@@ -149,15 +150,19 @@ async def drive_httpx(port: int, streams: int, seconds: float) -> dict[str, Any]
     gaps.sort()
     return {
         "delivered": seen / took,
-        "itl": statistics.fmean(gaps) * 1000,
-        "p95": gaps[int(0.95 * len(gaps))] * 1000,
+        "itl": statistics.fmean(gaps) * 1000 if gaps else None,
+        "p95": gaps[int(0.95 * len(gaps))] * 1000 if gaps else None,
     }
 
 
 def run_client(options: argparse.Namespace) -> int:
     """A client process: says "window" at both ends of its window, then what it saw, as JSON."""
     drive = {"ours": drive_ours, "ours-uvloop": drive_ours, "httpx": drive_httpx}[options.client]
-    runner = load_module.run if options.client == "ours-uvloop" else asyncio.run
+    runner = asyncio.run
+    if options.client == "ours-uvloop":
+        import uvloop  # noqa: PLC0415 (vLLM's environment has it, ours hasn't)
+
+        runner = uvloop.run
     print(json.dumps(runner(drive(options.port, options.streams, options.seconds))), flush=True)
     return 0
 
@@ -217,7 +222,7 @@ def row(client: str, rate: float, cpu: float, seconds: float, seen: dict[str, An
         "client": client,
         "offered": rate,
         "cpu": cpu / seconds,
-        "perToken": cpu / tokens * 1e6,
+        "perToken": cpu / tokens * 1e6 if tokens else math.inf,
         "perCore": tokens / cpu,
         **seen,
         "verdict": verdict(rate, cpu / seconds, seen),
@@ -275,7 +280,16 @@ def bench_vllm(rate: float, options: argparse.Namespace, cores: Cores, tokenizer
         arguments += ["--model", MODEL, "--tokenizer", str(tokenizer), "--dataset-name", "random", "--seed", "1"]
         arguments += ["--random-input-len", str(PROMPT), "--random-output-len", str(OUTPUT), "--ignore-eos"]
         arguments += ["--num-prompts", str(rounds * options.streams), "--max-concurrency", str(options.streams)]
-        arguments += ["--disable-tqdm", "--save-result", "--result-dir", folder, "--result-filename", "result.json"]
+        arguments += [
+            "--metric-percentiles",
+            "95",
+            "--disable-tqdm",
+            "--save-result",
+            "--result-dir",
+            folder,
+            "--result-filename",
+            "result.json",
+        ]
         environment = dict(
             os.environ, HF_HUB_OFFLINE="1", PYTHONPATH="", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1"
         )
@@ -293,7 +307,7 @@ def bench_vllm(rate: float, options: argparse.Namespace, cores: Cores, tokenizer
     seen = {
         "delivered": tokens / seconds,
         "itl": said["mean_itl_ms"],
-        "p95": said.get("p95_itl_ms", said.get("p99_itl_ms")),
+        "p95": said.get("p95_itl_ms"),
     }
     answer = row("vllm bench serve", rate, cpu, seconds, seen)
     answer["server"] = share

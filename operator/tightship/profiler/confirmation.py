@@ -159,9 +159,7 @@ class ConfirmationRun:
             meter = session.meter(engine, load)
             for _ in range(CHANCES):
                 seconds = min(LEVEL_SECONDS, session.budget.left / 2)
-                reading = await meter.measure(
-                    self._batch, seconds, session.budget.left, session.job.lengths.mean_output
-                )
+                reading = await meter.measure(self._batch, seconds, session.budget.left, session.lengths.mean_output)
                 if reading is None or reading.undriven is None:
                     break
             return reading
@@ -187,7 +185,7 @@ class ConfirmationRun:
         await _emptied(engine, session.clock)
         load = arrivals.OpenLoop(
             engine.channel(),
-            session.job.lengths,
+            session.lengths,
             session.prompts(_ARRIVALS_SEED),
             session.clock,
             session.job.seed + _ARRIVALS_SEED,
@@ -204,7 +202,7 @@ class ConfirmationRun:
 
     def _plan(self, confirmation: api.Confirmation, seconds: float) -> arrivals.Plan:
         """80 % of the capacity that the same engine has just shown."""
-        lengths = self._session.job.lengths
+        lengths = self._session.lengths
         tokens = float(confirmation.total_tokens_per_second or 0)
         rate = arrivals.UTILIZATION * tokens / (lengths.mean_input + lengths.mean_output)
         in_flight = arrivals.busy(self._curve, self._batch, arrivals.UTILIZATION)

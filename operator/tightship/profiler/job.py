@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final
 
 from tightship.api.units import parse_duration
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1.validation import lengths_digest
 from tightship.core.curve import Objective
-from tightship.profiler import lengths, points
+from tightship.profiler import points
 from tightship.profiler.engine import EngineSettings
 from tightship.profiler.errors import LengthsError
 from tightship.profiler.gpu import GIB, Device
-from tightship.profiler.lengths import Lengths
+from tightship.profiler.lengths import Lengths, Tokenize
+from tightship.profiler.model import tokenizer
 
 START_SECONDS: Final = 3600.0
 SEED: Final = 20250311
@@ -46,8 +46,6 @@ class Job:
     objectives: tuple[Objective, ...]
     efficiency_floor: float
     rerun: str | None
-    basis: Literal["Means", "Lengths"] = "Means"
-    """Whether `lengths` are those of real requests."""
     seed: int = SEED
     max_replicas: int = 1
     """Most replicas on the device that packing trials may use; 1 for none."""
@@ -78,13 +76,12 @@ def make_job(profile: api.BatchProfile, model: str, device: Device, environ: Map
             kv_cache_bytes=explicit,
             environment=environment,
         ),
-        lengths=read_lengths(profile, environ, make_tokenize(model, key.model.revision)),
+        lengths=read_lengths(profile, environ, lambda: tokenizer(model, environ, key.model.revision)),
         budget=parse_duration(how.budget),
         objectives=tuple(points.objectives(how.objectives)),
         efficiency_floor=float(how.efficiency_floor),
         rerun=how.rerun,
-        basis="Lengths" if key.workload.lengths_digest else "Means",
-        seed=int(environ.get("TIGHTSHIP_SEED") or SEED),
+        seed=seed_of(environ),
         max_replicas=how.max_replicas_per_gpu,
         minimum_gain=float(how.minimum_gain),
         memory_reserve=how.memory_reserve,
@@ -94,10 +91,12 @@ def make_job(profile: api.BatchProfile, model: str, device: Device, environ: Map
     )
 
 
-def read_lengths(profile: api.BatchProfile, environ: Mapping[str, str], tokenize: Callable[[str], int]) -> Lengths:
+def read_lengths(
+    profile: api.BatchProfile, environ: Mapping[str, str], open_tokenizer: Callable[[], Tokenize]
+) -> Lengths:
     """The workload: the means in the profile's key, or the file that TIGHTSHIP_LENGTHS_FILE names, if it has the key's digest.
 
-    `tokenize` counts the tokens of a text, for conversations.
+    `open_tokenizer` is called for the first conversation: lengths given as numbers need no tokenizer.
 
     Raises:
         LengthsError: the file is not there, holds no lengths, or is not the one that the profile was made for.
@@ -121,29 +120,20 @@ def read_lengths(profile: api.BatchProfile, environ: Mapping[str, str], tokenize
             "changed after the profile was created; services that refer to it get a new profile, so delete this one, or "
             "put the old lengths back and set profiling.rerun"
         )
+    opened = functools.cache(open_tokenizer)
+
+    def count(talk: str) -> int:
+        return opened()(talk)
+
     try:
-        return Lengths(lengths.parse_lengths(text, tokenize))
+        return Lengths.parse(text, count, seed=seed_of(environ))
     except ValueError as error:
         raise LengthsError(f"the lengths in {name} can't be used: {error}") from error
 
 
-def make_tokenize(model: str, revision: str | None) -> Callable[[str], int]:
-    """Counts tokens as the model's own tokenizer does. It is loaded with the first text: lengths given as numbers need none.
-
-    What is returned raises ValueError where there is no tokenizer.
-    """
-
-    @functools.cache
-    def tokenizer() -> Any:
-        try:
-            transformers = importlib.import_module("transformers")
-            return transformers.AutoTokenizer.from_pretrained(model, revision=revision)
-        except (ImportError, OSError, ValueError) as error:
-            raise ValueError(
-                f"conversations need the tokenizer of {model}, or give lengths as numbers: {error}"
-            ) from error
-
-    return lambda text: len(tokenizer()(text, add_special_tokens=False).input_ids)
+def seed_of(environ: Mapping[str, str]) -> int:
+    """Seed of all that is drawn at random: TIGHTSHIP_SEED, else the usual one."""
+    return int(environ.get("TIGHTSHIP_SEED") or SEED)
 
 
 def largest_batch(device: Device, args: tuple[str, ...]) -> int:

@@ -15,17 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, TypeVar, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from tightship.profiler.clock import Clock
 from tightship.profiler.errors import EngineError, LoadError
 from tightship.profiler.histogram import Histogram
 from tightship.profiler.lengths import Length, Lengths, Prompts
 from tightship.profiler.wire import Channel, Completion, Ticket
-
-T = TypeVar("T")
 
 RETRY_SECONDS: Final = 0.2
 FAILURES_IN_A_ROW: Final = 20
@@ -45,16 +42,6 @@ class Metered(Protocol):
 
     def cpu(self) -> float:
         """CPU seconds that the calling thread took so far."""
-
-
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run` on uvloop, where the environment carries it (vLLM's does): somewhat less CPU time a token, same behaviour."""
-    try:
-        import uvloop  # noqa: PLC0415 (optional)
-    except ImportError:
-        return asyncio.run(main)
-    answer: T = uvloop.run(main)
-    return answer
 
 
 @dataclass

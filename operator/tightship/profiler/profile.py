@@ -21,7 +21,7 @@ from tightship.profiler.budget import Budget
 from tightship.profiler.clock import Clock
 from tightship.profiler.confirmation import ConfirmationRun
 from tightship.profiler.engine import Launcher
-from tightship.profiler.errors import EngineError, LoadError, OutOfMemory
+from tightship.profiler.errors import EngineError, LengthsError, LoadError, OutOfMemory
 from tightship.profiler.gpu import Device
 from tightship.profiler.job import Job, largest_batch, make_job
 from tightship.profiler.report import Report
@@ -87,7 +87,7 @@ class Profiler:
             return await self._conclude(ended, curve)
         except OutOfMemory as error:
             return self._outcome("Failed", "InsufficientMemory", self._with_notes(str(error)))
-        except (EngineError, LoadError) as error:
+        except (EngineError, LoadError, LengthsError) as error:
             return self._outcome("Failed", "EngineFailed", self._with_notes(str(error)))
 
     async def extend(self, earlier: api.Outcome) -> api.Outcome:
@@ -104,7 +104,7 @@ class Profiler:
         """All that comes after the sweep."""
         cut = await ConfirmationRun(self._session, curve).run()
         packed = await self._try_packings()
-        said = [ended.reason, *([cut] if cut else []), *packed, *self._unresolved(), *self._job.remarks]
+        said = [ended.reason, *([cut] if cut else []), *packed, *self._unresolved(), *self._session.lengths.notes]
         state: State = "BudgetExceeded" if ended.exceeded or cut else "Completed"
         return self._outcome(state, state, self._with_notes(*said))
 
@@ -115,20 +115,13 @@ class Profiler:
     # --- what is said ---
 
     def _describe(self) -> None:
-        """Say what is measured on, and with what load."""
-        identity, job = self._session.device.identity, self._job
+        """Say what is measured on."""
+        identity = self._session.device.identity
         self._report.gpu = api.ProfileGPU(
             product=identity.product,
             memory=format_quantity(identity.memory),
             uuid=identity.uuid,
             driver=identity.driver,
-        )
-        self._report.load = api.Load(
-            basis=job.basis,
-            requests=len(job.lengths.pairs),
-            input_tokens=points.decimal(job.lengths.mean_input),
-            output_tokens=points.decimal(job.lengths.mean_output),
-            seed=job.seed,
         )
 
     def _no_point(self, ended: Ended) -> api.Outcome:
@@ -153,7 +146,7 @@ class Profiler:
         return said
 
     def _with_notes(self, *said: str) -> str:
-        return "; ".join([*said, *self._session.notes])
+        return "; ".join([*said, *self._session.notes, *self._job.remarks])
 
     def _outcome(self, state: State, reason: str, message: str) -> api.Outcome:
         extension = self._job.extension

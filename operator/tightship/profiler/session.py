@@ -17,6 +17,7 @@ from tightship.profiler import points
 from tightship.profiler.budget import Budget, Cost
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine, EngineInfo, EngineSettings, Launcher
+from tightship.profiler.errors import LengthsError
 from tightship.profiler.gpu import Device
 from tightship.profiler.job import Job
 from tightship.profiler.lengths import Prompts
@@ -58,9 +59,14 @@ class Session:
         self.cost = Cost(report.cost, clock)
         self.info = _remembered(report)
         """What the sweep's engine said of itself, in this attempt or in an earlier one."""
+        self.lengths = job.lengths
+        """The workload, without what the engine can't take once that is known."""
+        self.load_context = Context(mean=1.0, std=0.0)
+        """The context in flight of what is really put on the engine."""
         self.notes: list[str] = []
         """What the outcome must say besides."""
         self._gpu_seconds = report.gpu_seconds
+        self._settle_lengths()
 
     async def launch(self, settings: EngineSettings) -> Engine:
         """Start an engine; the time is accounted as a start.
@@ -76,7 +82,7 @@ class Session:
 
     def load(self, engine: Engine, seed: int = 0) -> ClosedLoop:
         """A closed loop on an engine; `seed` tells apart the loads of one profile."""
-        return ClosedLoop(engine.channel(), self.job.lengths, self.prompts(seed), self.clock, self.job.seed + seed)
+        return ClosedLoop(engine.channel(), self.lengths, self.prompts(seed), self.clock, self.job.seed + seed)
 
     def prompts(self, seed: int = 0) -> Prompts:
         """Prompts of the model's vocabulary."""
@@ -84,7 +90,7 @@ class Session:
 
     def meter(self, engine: Engine, load: ClosedLoop) -> Meter:
         """What measures levels on an engine."""
-        lengths = self.job.lengths
+        lengths = self.lengths
         ratio = lengths.mean_input / lengths.mean_output
         return Meter(engine, load, self.device, self.clock, input_per_output=ratio, steps_needed=self.steps_needed)
 
@@ -96,11 +102,11 @@ class Session:
 
     @property
     def context(self) -> Context:
-        """The context of a request in flight: from the lengths where they are known, else from their means."""
-        lengths, block = self.job.lengths, self.info.block_size or DEFAULT_BLOCK
-        if self.job.basis == "Lengths":
-            return context_from_lengths([(one.input, one.output) for one in lengths.pairs], block)
-        return context_from_means(lengths.mean_input, lengths.mean_output, block)
+        """The context in flight that a replica is sized for: of the lengths where they are known, else assumed from their means."""
+        if self.lengths.basis == "Lengths":
+            return self.load_context
+        block = self.info.block_size or DEFAULT_BLOCK
+        return context_from_means(self.lengths.mean_input, self.lengths.mean_output, block)
 
     def vocabulary(self) -> int:
         """Token ids below this are valid."""
@@ -111,8 +117,13 @@ class Session:
         return points.curve(self.report.points.values())
 
     def describe(self, info: EngineInfo) -> None:
-        """Keep and report what the sweep's engine said of itself."""
+        """Keep and report what the sweep's engine said of itself, and what is put on it.
+
+        Raises:
+            LengthsError: the engine is too short for every request.
+        """
         self.info = info
+        self._settle_lengths()
         settings = self.job.settings
         self.report.engine = api.ProfileEngine(
             version=info.version,
@@ -123,6 +134,24 @@ class Session:
             max_model_len=info.max_model_len,
             max_num_batched_tokens=info.max_num_batched_tokens,
             capture_sizes=list(info.capture_sizes),
+        )
+
+    def _settle_lengths(self) -> None:
+        """Leave out what is longer than the engine takes, and report what remains."""
+        if self.info.max_model_len:
+            try:
+                self.lengths = self.job.lengths.fitting(self.info.max_model_len)
+            except ValueError as error:
+                raise LengthsError(str(error)) from error
+        lengths = self.lengths
+        pairs = [(one.input, one.output) for one in lengths.pairs]
+        self.load_context = context_from_lengths(pairs, self.info.block_size or DEFAULT_BLOCK)
+        self.report.load = api.Load(
+            basis=lengths.basis,
+            requests=len(lengths.pairs),
+            input_tokens=points.decimal(lengths.mean_input),
+            output_tokens=points.decimal(lengths.mean_output),
+            seed=self.job.seed,
         )
 
     def note(self, text: str) -> None:

@@ -91,7 +91,7 @@ class Sweep:
         goals = Goals(
             objectives=job.objectives,
             efficiency_floor=job.efficiency_floor,
-            full_batch=int(kv_tokens / session.context.mean) if kv_tokens else None,
+            full_batch=int(kv_tokens / session.load_context.mean) if kv_tokens else None,
         )
         widths = {batch: float(point.half_width or 0) for batch, point in report.points.items()}
         return next_batch(curve.points if curve else [], self._top, goals, Noise(widths, self._undriven))
@@ -116,7 +116,7 @@ class Sweep:
                 batch,
                 budget.for_level(self._levels_left(batch), most),
                 budget.for_sweep,
-                session.job.lengths.mean_output,
+                session.lengths.mean_output,
             )
             if reading is None:
                 return False
@@ -185,7 +185,7 @@ class Sweep:
         session.progress("Baseline", self._top, f"measuring batch {self._top}, the engine's own")
         for _ in range(CHANCES):
             reading = await meter.measure(
-                self._top, min(LEVEL_MOST, budget.for_baseline), budget.for_baseline, session.job.lengths.mean_output
+                self._top, min(LEVEL_MOST, budget.for_baseline), budget.for_baseline, session.lengths.mean_output
             )
             if reading is None:
                 return f"the budget ended it at batch {self._top}"

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, cast
 
 _BUFFER: Final = 1 << 16
+_NEWLINE: Final = 10
 _COUNT: Final = b'"completion_tokens":'
 _COUNT_LENGTH: Final = len(_COUNT)
 _USAGE: Final = re.compile(rb'"completion_tokens":\s*(\d+)')
@@ -242,8 +243,8 @@ class _Connection(asyncio.BufferedProtocol):
         """The running token count, if what was read is one chunk with one event that carries it; else -1."""
         data = self._buffer
         line = data.find(b"\r\n", 0, 10)
-        if line < 0 or data.find(b"\n\n", line, size) != size - 4:
-            return -1
+        if line < 0 or data.find(b"\n", line + 2, size) != size - 4 or data[size - 3] != _NEWLINE:
+            return -1  # more than one event, or none that ends here: its JSON is one line
         try:
             if int(data[:line], 16) != size - line - 4:
                 return -1

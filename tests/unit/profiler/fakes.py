@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,9 +41,17 @@ class FakeModel:
     kv_bytes_per_token: int = 100_000
     dies_after: float | None = None
     """Seconds after its start at which an engine dies."""
+    dies_above: int | None = None
+    """Requests running at once at which it dies."""
     hangs_after: float | None = None
+    slows_after: float | None = None
+    """Seconds after its start from which a step takes twice as long."""
     fails_to_start: str | None = None
     start_seconds: float = 30.0
+    refuses_after: float | None = None
+    """Seconds after its start from which an engine answers every request with a 500."""
+    client_seconds: float = 0.0
+    """What the client works for each token; nothing else runs meanwhile, as on a real event loop."""
     slower_as_replica: float = 1.0
     """How much longer a step takes in an engine with a fixed KV cache."""
 
@@ -115,7 +123,8 @@ class FakeEngine:
         loop = asyncio.get_running_loop()
         while True:
             age = loop.time() - self.born
-            if self.model.dies_after is not None and age > self.model.dies_after:
+            crowded = self.model.dies_above is not None and len(self.running) > self.model.dies_above
+            if crowded or (self.model.dies_after is not None and age > self.model.dies_after):
                 self.dead = "ValueError: the last words"
                 for one in self.running:
                     one.listener.failed("connection lost", final=False)
@@ -125,7 +134,8 @@ class FakeEngine:
             if not self.running or (self.model.hangs_after is not None and age > self.model.hangs_after):
                 await asyncio.sleep(0.001)
                 continue
-            await asyncio.sleep(self.cost * (self.model.host + self.model.per_request * len(self.running)))
+            slow = 2.0 if self.model.slows_after is not None and age > self.model.slows_after else 1.0
+            await asyncio.sleep(slow * self.cost * (self.model.host + self.model.per_request * len(self.running)))
             self._step()
 
     def _step(self) -> None:
@@ -144,6 +154,7 @@ class FakeEngine:
         self.running = [one for one in self.running if one.left]
         for one in stepped:
             one.listener.tokens(1)
+            work(self.model.client_seconds)
         for one in done:
             one.listener.finished()
 
@@ -171,8 +182,11 @@ class FakeChannel:
     def submit(self, request: Completion, listener: Listener) -> FakeTicket:
         tokens = request.prompt.count(b",") + 1
         running = Running(request, listener, tokens, request.output)
+        loop, model = asyncio.get_running_loop(), self.engine.model
         if self.engine.dead:
             listener.failed("no connection", final=False)
+        elif model.refuses_after is not None and loop.time() - self.engine.born > model.refuses_after:
+            loop.call_soon(lambda: listener.failed("the engine answered 500: oops", final=False))
         else:
             self.engine.prompt_tokens += tokens
             self.engine.waiting.append(running)
@@ -248,7 +262,13 @@ class MemorySink:
 
 
 def make_profile(
-    *, budget: str = "10m", itl: str | None = "30ms", status: Mapping[str, Any] | None = None, **measurement: Any
+    *,
+    budget: str = "10m",
+    itl: str | None = "30ms",
+    args: Sequence[str] = ("--dtype=float16",),
+    workload: Mapping[str, Any] | None = None,
+    status: Mapping[str, Any] | None = None,
+    **measurement: Any,
 ) -> api.BatchProfile:
     """A profile of a model on a GPU."""
     objectives = [{"metric": "InterTokenLatency", "statistic": "mean", "max": itl}] if itl else []
@@ -259,9 +279,9 @@ def make_profile(
                 "key": {
                     "hash": "0" * 64,
                     "model": {"source": "hf://facebook/opt-1.3b"},
-                    "engine": {"image": "vllm", "args": ["--dtype=float16"], "maxModelLen": 2048},
+                    "engine": {"image": "vllm", "args": list(args), "maxModelLen": 2048},
                     "accelerator": {"device": "cuda", "product": "NVIDIA-H100-80GB-HBM3"},
-                    "workload": {"inputTokens": 111, "outputTokens": 292},
+                    "workload": dict(workload or {"inputTokens": 111, "outputTokens": 292}),
                 },
                 "measurement": {"budget": budget, "objectives": objectives} | measurement,
             },

@@ -286,6 +286,31 @@ async def test_a_job_without_a_gpu_fails_with_the_cause(monkeypatch: pytest.Monk
     assert "no GPU in this container" in outcome["message"]
 
 
+async def test_lengths_that_changed_end_the_profile_before_an_engine_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", make_nvml())
+    (tmp_path / "lengths").write_text("1,2\n")
+    sink = MemorySink(make_profile(workload={"lengthsDigest": "0" * 64}))
+    environ = {"TIGHTSHIP_DEVICE": "cuda", "TIGHTSHIP_LENGTHS_FILE": str(tmp_path / "lengths")}
+    assert await profile(sink, environ, SystemClock()) == FINISHED
+    outcome = sink.written[-1]["outcome"]
+    assert outcome["state"] == "Failed"
+    assert "0" * 64 in outcome["message"]
+    assert "the ConfigMap was changed" in outcome["message"]
+
+
+async def test_an_extension_that_cannot_begin_leaves_the_outcome_standing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", make_nvml(count=0))
+    done = {"outcome": {"state": "Completed", "message": "all is well"}, "points": [{"batch": 1}]}
+    sink = MemorySink(make_profile(status=done, extend={"request": "more", "pairs": [{"batch": 1, "replicas": 2}]}))
+    assert await profile(sink, {"TIGHTSHIP_DEVICE": "cuda"}, SystemClock()) == FINISHED
+    outcome = sink.written[-1]["outcome"]
+    assert (outcome["state"], outcome["extend"]) == ("Completed", "more")
+    assert outcome["message"].startswith("all is well; the trials asked for failed: NVML reports no GPU")
+    assert [point["batch"] for point in sink.written[-1]["points"]] == [1]
+
+
 # --- engine processes ---
 
 HEALTHY = """

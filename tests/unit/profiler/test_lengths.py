@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, require
 
+from conftest import ROOT, require
 from tightship.core.memory import context_from_lengths
 from tightship.profiler import lengths as module
 from tightship.profiler.lengths import Length, Lengths, parse_lengths
@@ -112,7 +112,7 @@ def test_of_a_conversation_the_first_question_that_is_answered_counts() -> None:
     ],
 )
 def test_what_is_no_length_is_refused_with_its_place(text: str, words: str) -> None:
-    with pytest.raises(ValueError, match="expected|JSON|tokenizer") as refused:
+    with pytest.raises(ValueError, match=r"expected|JSON|tokenizer") as refused:
         parse_lengths(text)
     assert words in str(refused.value)
 

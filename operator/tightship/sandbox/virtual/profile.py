@@ -114,7 +114,7 @@ def profile(
         subject = make_profile(setting, objectives=objectives, budget=budget, **measurement)
         sink = MemorySink(subject)
         report = Report(sink, api.BatchProfileStatus())
-        job = replace(make_job(subject, setting.hub, device, {}), lengths=setting.lengths, basis="Lengths", seed=seed)
+        job = replace(make_job(subject, setting.hub, device, {}), lengths=setting.lengths, seed=seed)
         began = clock.now()
         try:
             await Profiler(job, launcher=launcher, device=device, report=report, clock=clock, environ={}).run()

@@ -14,9 +14,9 @@ from tightship.profiler.errors import EngineError
 from tightship.profiler.gpu import GIB, DeviceIdentity, Utilization
 from tightship.profiler.metrics import EngineSample
 from tightship.profiler.wire import Completion, Listener
-from tightship.sandbox.virtual.clock import VirtualClock, VirtualLoop, in_virtual_time
+from tightship.sandbox.virtual.clock import VirtualClock, VirtualLoop, in_virtual_time, work
 
-__all__ = ["VirtualClock", "VirtualLoop", "in_virtual_time"]
+__all__ = ["VirtualClock", "VirtualLoop", "in_virtual_time", "work"]
 
 
 @dataclass(eq=False)

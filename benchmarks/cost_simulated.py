@@ -12,8 +12,6 @@ efficiency above 0.1. Deviations of throughput are from the steady state (the sa
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from common import RESULTS, table, write_json
 from tightship.profiler.meter import PRECISION
 from tightship.sandbox.virtual import reference
 from tightship.sandbox.virtual.agreement import Agreement, Level, bound, compare
@@ -45,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.levels:
         for row in rows:
             print(f"\n{row['model']}, {row['objective']}: {1000 * row['slo']:.1f} ms\n{_levels(row['levels'])}")
-    if options.output:
-        options.output.write_text(json.dumps(_document(rows, options), indent=2) + "\n")
+    settings = {"seed": options.seed, "noise": options.noise, "quick": options.quick, "startSeconds": START_SECONDS}
+    write_json(options.output, "cost-simulated", list(map(_plain, rows)), settings=settings)
     missed = [said for row in rows for said in _missed(row)]
     print("\n".join(f"missed: {said}" for said in missed) or "all goals met", file=sys.stderr)
     return 1 if missed else 0
@@ -70,7 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="shorten the published runs below batch 32 and scale them")
     parser.add_argument("--levels", action="store_true", help="also print the sweeps level by level")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        default=RESULTS / "cost_simulated.json",
+        help="where everything goes as JSON (default: %(default)s)",
+    )
     return parser
 
 
@@ -168,26 +173,13 @@ def _levels(levels: Sequence[Level]) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    """A table whose first row is the headings, which may repeat."""
+    columns = {str(number): f"{heading}:" for number, heading in enumerate(rows[0])}
+    return table(columns, [{str(number): cell for number, cell in enumerate(row)} for row in rows[1:]])
 
 
-def _document(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    plain = [
-        row | {"levels": [asdict(level) | {"deviation": level.deviation} for level in row["levels"]]} for row in rows
-    ]
-    return {
-        "benchmark": "cost_simulated",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "command": " ".join(["cost_simulated.py", *sys.argv[1:]]),
-        "start_seconds": START_SECONDS,
-        "seed": options.seed,
-        "noise": options.noise,
-        "quick": options.quick,
-        "rows": plain,
-    }
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"levels": [asdict(level) | {"deviation": level.deviation} for level in row["levels"]]}
 
 
 def _say(text: str) -> None:

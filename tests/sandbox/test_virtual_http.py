@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from simulation_helpers import machine, wait_for
 
+from simulation_helpers import machine, wait_for
 from tightship.profiler.clock import Clock, SystemClock
 from tightship.profiler.engine import EngineSettings
 from tightship.profiler.lengths import Lengths, Prompts
@@ -31,7 +31,7 @@ async def rates(channel: Channel, clock: Clock, scale: float) -> dict[int, float
     try:
         for batch in BATCHES:
             load.resize(batch)
-            while not load.settled:  # noqa: ASYNC110 (the load has no event for it)
+            while not load.settled:
                 await clock.sleep(0.05)
             await clock.sleep(0.3 * scale)
             began = clock.now()

@@ -39,6 +39,8 @@ POLL_SECONDS: Final = 0.05
 SAMPLES_PER_WINDOW: Final = 4
 LIVES_LEAST: Final = 1.0
 """Mean lives of a request that a level is measured for: the requests it starts with weigh on all windows alike, unseen by their spread."""
+LIVES_WHOLE_UP_TO: Final = 256
+"""Batch up to which that takes whole lives. So many requests at once are a fair sample by themselves: beyond, 256 / B of a life will do."""
 TOP_UPS: Final = 2
 TOP_UP_FROM: Final = 16  # below, one request more would be another batch
 SILENCE_SECONDS: Final = 3.0
@@ -215,31 +217,38 @@ class Meter:
         sample = await self._engine.sample()
         tally = _Tally(sample, sample)
         while True:
-            await self._window(batch, tally)
+            whole = await self._window(batch, tally, began + limit)
             recording = self._load.recording
             self._itl = recording.itl.mean or self._itl
             count, now = len(tally.rates), self._clock.now()
-            if may_top_up and count == 2 and self._missing(batch, tally):
+            if whole and may_top_up and count == 2 and self._missing(batch, tally):
                 return tally
             alive = self._load.silent < max(SILENCE_SECONDS, STEPS_PER_WINDOW * self._itl)
             if count >= WINDOWS_LEAST and alive:
                 width = half_width(tally.rates)
-                if now - began >= min(seconds, limit) or (
-                    width is not None and width <= PRECISION and self._resolved(tally, mean_output)
+                if (
+                    not whole
+                    or now - began >= min(seconds, limit)
+                    or (width is not None and width <= PRECISION and self._resolved(batch, tally, mean_output))
                 ):
                     return tally
-            elif now - began >= limit:
+            elif not whole or now - began >= limit:
                 return None
 
-    def _resolved(self, tally: _Tally, mean_output: float) -> bool:
-        """Whether enough engine steps stand behind the objective's statistic, and a request's life behind all of them."""
-        return tally.seconds >= max(self._steps_needed, LIVES_LEAST * mean_output) * self._itl
+    def _resolved(self, batch: int, tally: _Tally, mean_output: float) -> bool:
+        """Whether enough engine steps stand behind the objective's statistic, and enough of a request's life behind all of them."""
+        lives = LIVES_LEAST * min(1.0, LIVES_WHOLE_UP_TO / batch)
+        return tally.seconds >= max(self._steps_needed, lives * mean_output) * self._itl
 
-    async def _window(self, batch: int, tally: _Tally) -> None:
+    async def _window(self, batch: int, tally: _Tally, deadline: float) -> bool:
+        """Add a window; False when the deadline came within it, and then it doesn't count."""
         length = window_seconds(batch, self._itl)
         start = tally.last
         for part in range(1, SAMPLES_PER_WINDOW + 1):
-            await self._pause(max(0.0, start.at + length * part / SAMPLES_PER_WINDOW - self._clock.now()))
+            due = start.at + length * part / SAMPLES_PER_WINDOW
+            await self._pause(max(0.0, min(due, deadline) - self._clock.now()))
+            if due > deadline:
+                return False
             sample = await self._engine.sample()
             tally.running.append(sample.running)
             tally.waiting.append(sample.waiting)
@@ -249,6 +258,7 @@ class Meter:
             tally.memory += [busy.memory] if busy.memory is not None else []
         tally.last = sample
         tally.rates.append((sample.generation_tokens - start.generation_tokens) / (sample.at - start.at))
+        return True
 
     async def _pause(self, seconds: float) -> None:
         await self._clock.sleep(seconds)

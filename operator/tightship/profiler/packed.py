@@ -172,26 +172,30 @@ class PackedMeter:
         samples = await self._samples()
         tally = _Tally(samples, samples)
         while True:
-            await self._window(batch, tally)
+            whole = await self._window(batch, tally, began + limit)
             self._itl = _pooled([load.recording for load in self._loads]).itl.mean or self._itl
             count, elapsed = len(tally.rates), self._clock.now() - began
-            if may_top_up and count == 2 and self._missing(batch, tally):
+            if whole and may_top_up and count == 2 and self._missing(batch, tally):
                 return tally
             silence = max(SILENCE_SECONDS, STEPS_PER_WINDOW * self._itl)
             if count >= WINDOWS_LEAST and all(load.silent < silence for load in self._loads):
                 resolved = tally.seconds >= self._steps_needed * self._itl
                 width = half_width(tally.rates)
                 precise = width is not None and width <= PRECISION
-                if elapsed >= limit or (resolved and (precise or elapsed >= seconds)):
+                if not whole or elapsed >= limit or (resolved and (precise or elapsed >= seconds)):
                     return tally
-            elif elapsed >= limit:
+            elif not whole or elapsed >= limit:
                 return None
 
-    async def _window(self, batch: int, tally: _Tally) -> None:
+    async def _window(self, batch: int, tally: _Tally, deadline: float) -> bool:
+        """Add a window; False when the deadline came within it, and then it doesn't count."""
         length = window_seconds(batch, self._itl)
         start = tally.last
         for part in range(1, SAMPLES_PER_WINDOW + 1):
-            await self._pause(max(0.0, start[0].at + length * part / SAMPLES_PER_WINDOW - self._clock.now()))
+            due = start[0].at + length * part / SAMPLES_PER_WINDOW
+            await self._pause(max(0.0, min(due, deadline) - self._clock.now()))
+            if due > deadline:
+                return False
             samples = await self._samples()
             tally.running.append(_mean([one.running for one in samples]))
             tally.waiting.append(_mean([one.waiting for one in samples]))
@@ -201,6 +205,7 @@ class PackedMeter:
             tally.memory += [busy.memory] if busy.memory is not None else []
         tally.last = samples
         tally.rates.append(sum(_rate(before, after) for before, after in zip(start, samples, strict=True)))
+        return True
 
     async def _samples(self) -> list[EngineSample]:
         return list(await asyncio.gather(*(engine.sample() for engine in self._engines)))

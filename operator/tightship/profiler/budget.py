@@ -127,7 +127,7 @@ class Cost:
     def __init__(self, earlier: api.Cost | None, clock: Clock) -> None:
         self._clock = clock
         earlier = earlier or api.Cost()
-        self._seconds: dict[Phase, float] = {phase: float(getattr(earlier, phase)) for phase in get_args(Phase)}
+        self._seconds: dict[Phase, float] = {phase: float(getattr(earlier, phase) or 0) for phase in get_args(Phase)}
         self._entered: list[Phase] = []
         self._mark = clock.now()
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tightship.api import crds
-from tightship.api.v1alpha1 import labels, validation
+from tightship.api.v1alpha1 import batchprofile, labels, validation
 from tightship.api.v1alpha1.llmservice import LLMService
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -266,3 +266,11 @@ def test_rules_keep_to_what_1_25_has() -> None:
                 without_literals = re.sub(r"'[^']*'", "''", rule["rule"])
                 called = set(re.findall(r"([a-zA-Z]+)\(", without_literals))
                 assert called <= known, f"{path}: {called - known}"
+
+
+def test_nobody_is_given_results_that_nobody_wrote() -> None:
+    """A default inside `spec.results` would make the API server fill it in, and an empty import is an import."""
+    spec = crds.definition(batchprofile)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    results = spec["properties"]["results"]
+    assert "default" not in results
+    assert not [name for name, field in results["properties"].items() if "default" in field and field["default"] != []]

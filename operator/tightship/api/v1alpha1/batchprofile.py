@@ -251,11 +251,11 @@ class Load(Model):
 class Cost(Model):
     """Device seconds by what they were spent on."""
 
-    starts: Annotated[Decimal, Field(description="Starting engines, the first one included.")] = "0"
-    sweep: Annotated[Decimal, Field(description="The sweep.")] = "0"
-    baseline: Annotated[Decimal, Field(description="The engine's default batch.")] = "0"
-    confirmation: Annotated[Decimal, Field(description="The confirmation run.")] = "0"
-    trials: Annotated[Decimal, Field(description="The packing trials.")] = "0"
+    starts: Annotated[Decimal | None, Field(description="Starting engines, the first one included.")] = None
+    sweep: Annotated[Decimal | None, Field(description="The sweep.")] = None
+    baseline: Annotated[Decimal | None, Field(description="The engine's default batch.")] = None
+    confirmation: Annotated[Decimal | None, Field(description="The confirmation run.")] = None
+    trials: Annotated[Decimal | None, Field(description="The packing trials.")] = None
 
 
 class ProfileGPU(Model):

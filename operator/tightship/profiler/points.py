@@ -53,7 +53,10 @@ def throughput(point: api.Point) -> float | None:
 
 
 def curve(points: Iterable[api.Point]) -> core.Curve | None:
-    """The curve of a profile; None without a single usable point. Unresolved statistics count as not measured."""
+    """The curve of a profile; None without a single usable point.
+
+    Unresolved statistics, of either latency, count as not measured. It is the curve that `decide.curve_from_profile` reads.
+    """
     usable = [point for point in points if throughput(point)]
     return core.Curve([_core_point(point) for point in usable]) if usable else None
 
@@ -71,7 +74,7 @@ def trial(given: api.Trial) -> core.Trial:
         replicas=given.replicas,
         throughput=float(total or 0),
         inter_token_latency=_core_latency(given.inter_token_latency, given.unresolved),
-        time_to_first_token=_core_latency(given.time_to_first_token, []),
+        time_to_first_token=_core_latency(given.time_to_first_token, given.unresolved),
         half_width=float(given.half_width) if given.half_width else None,
         preemptions=given.preemptions,
         requests=given.requests,
@@ -119,7 +122,7 @@ def _core_point(point: api.Point) -> core.Point:
         batch=point.batch,
         throughput=throughput(point) or 0.0,
         inter_token_latency=_core_latency(point.inter_token_latency, point.unresolved),
-        time_to_first_token=_core_latency(point.time_to_first_token, []),
+        time_to_first_token=_core_latency(point.time_to_first_token, point.unresolved),
         kv_tokens_peak=point.kv_cache_tokens_peak,
         requests=point.requests,
         preemptions=point.preemptions,
@@ -127,6 +130,7 @@ def _core_point(point: api.Point) -> core.Point:
         memory_utilization=_share(point.memory_utilization),
         requests_per_second=float(point.requests_per_second) if point.requests_per_second else None,
         running_mean=float(point.running_mean) if point.running_mean else None,
+        half_width=float(point.half_width) if point.half_width else None,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from tightship.api.units import format_duration
 from tightship.api.v1alpha1 import batchprofile as api
-from tightship.core.curve import Curve, Metric
+from tightship.core.curve import Curve
 from tightship.core.memory import Context, context_from_lengths, context_from_means
 from tightship.profiler import points
 from tightship.profiler.budget import Budget, Cost
@@ -96,8 +96,8 @@ class Session:
 
     @property
     def steps_needed(self) -> int:
-        """Engine steps that the objectives' statistics want; 0 for means."""
-        statistics = {one.statistic.value for one in self.job.objectives if one.metric is Metric.INTER_TOKEN_LATENCY}
+        """Engine steps that the objectives' statistics want, of either latency; 0 for means."""
+        statistics = {one.statistic.value for one in self.job.objectives}
         return max((needed for name, needed in points.STEPS_NEEDED.items() if name in statistics), default=0)
 
     @property

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tightship import decide
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.core.curve import Latency, Metric, Objective, Point, Statistic
 from tightship.profiler import points
@@ -471,6 +472,28 @@ def test_a_point_comes_back_as_it_was_measured_and_unresolved_statistics_are_not
     assert one.inter_token_latency.mean == pytest.approx(0.01389)
     assert (one.inter_token_latency.p95, one.inter_token_latency.p99) == (pytest.approx(0.016), None)
     assert points.curve([]) is None
+
+
+def test_the_profiler_reads_points_and_trials_as_the_operator_does() -> None:
+    measured = {
+        "batch": 96,
+        "totalTokensPerSecond": "9032.8",
+        "interTokenLatency": {"mean": "13.89ms", "p95": "16ms", "p99": "31ms"},
+        "timeToFirstToken": {"mean": "40ms", "p95": "80ms"},
+        "kvCacheTokensPeak": 40_000,
+        "requestsPerSecond": "20",
+        "runningMean": "95.8",
+        "requests": 200,
+        "preemptions": 1,
+        "gpuUtilization": "0.575",
+        "memoryUtilization": "0.3",
+        "halfWidth": "0.021",
+        "unresolved": ["p95", "p99"],
+    }
+    packed = {name: value for name, value in measured.items() if name != "kvCacheTokensPeak"} | {"replicas": 2}
+    profile = {"status": {"points": [measured], "trials": [packed]}}
+    assert points.curve([api.Point.model_validate(measured)]) == decide.curve_from_profile(profile)
+    assert (points.trial(api.Trial.model_validate(packed)),) == decide.trials_from_profile(profile)
 
 
 @pytest.mark.parametrize(

@@ -259,8 +259,9 @@ def test_a_replica_that_never_starts_fails_the_profile_and_says_that_the_sweep_i
     assert len(status.points) == 14
 
 
-def test_a_percentile_objective_gets_the_steps_it_needs() -> None:
-    objective = {"metric": "InterTokenLatency", "statistic": "p95", "max": "30ms"}
+@pytest.mark.parametrize("metric", ["InterTokenLatency", "TimeToFirstToken"])
+def test_a_percentile_objective_gets_the_steps_it_needs(metric: str) -> None:
+    objective = {"metric": metric, "statistic": "p95", "max": "30ms"}
     status = Run(objectives=[objective]).go()
     assert all("p95" not in one.unresolved for one in status.points if one.batch <= 256)
     assert "p95" in point(usual().status, 256).unresolved

@@ -53,6 +53,11 @@ class Budget:
             self._since = self._clock.now()
 
     @property
+    def counts(self) -> bool:
+        """Whether time counts: an engine of this attempt has been healthy."""
+        return self._since is not None
+
+    @property
     def spent(self) -> float:
         """Device seconds used, over all attempts."""
         return self._before + self.spent_now

@@ -83,7 +83,7 @@ def make_job(profile: api.BatchProfile, model: str, device: Device, environ: Map
         efficiency_floor=float(how.efficiency_floor),
         rerun=how.rerun,
         seed=seed_of(environ),
-        max_replicas=how.max_replicas_per_gpu,
+        max_replicas=_replicas_at_most(profile),
         minimum_gain=float(how.minimum_gain),
         memory_reserve=how.memory_reserve,
         extension=how.extend,
@@ -148,6 +148,14 @@ def largest_batch(device: Device, args: tuple[str, ...]) -> int:
         top = 256
     budget = _option(args, "--max-num-batched-tokens")
     return min(top, int(budget)) if budget and budget.isdigit() else top
+
+
+def _replicas_at_most(profile: api.BatchProfile) -> int:
+    """Most replicas that trials may use: on CPUs those that the pack has cores for, since no more are ever run (`decide`)."""
+    most, accelerator = profile.spec.measurement.max_replicas_per_gpu, profile.spec.key.accelerator
+    if accelerator.device != "cpu" or accelerator.cores is None:
+        return most
+    return min(most, max(1, accelerator.cores // (accelerator.cores_per_replica or 1)))
 
 
 def _cpu_settings(

@@ -40,7 +40,7 @@ def _prepare(session: Session, sharing: Sharing | None, asked_only: bool) -> tup
     job, report = session.job, session.report
     asked = tuple((pair.batch, pair.replicas) for pair in job.extension.pairs) if job.extension is not None else ()
     if job.max_replicas < 2 and not asked:
-        return f"maxReplicasPerGPU is {job.max_replicas}"
+        return f"at most {job.max_replicas} replica is allowed (maxReplicasPerGPU, or the cores of a pack)"
     if sharing is None:
         return "the device can't be shared here"
     curve = session.curve()

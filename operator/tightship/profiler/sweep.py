@@ -6,12 +6,14 @@ there is no point, only a word on what could not be driven; a finished point is 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from dataclasses import dataclass
 from typing import Final
 
 from tightship.profiler.budget import LEVEL_MOST
+from tightship.profiler.engine import Engine
 from tightship.profiler.errors import EngineError, LoadError
 from tightship.profiler.ladder import Goals, Noise, Step, next_batch, rungs
 from tightship.profiler.meter import Meter, Reading
@@ -59,6 +61,8 @@ class Sweep:
                 with session.cost.in_phase("sweep"):
                     return await self._on_an_engine()
             except EngineError as error:
+                if session.budget.left <= 0:
+                    return Ended(f"the budget of {session.budget.seconds:.0f} s was spent: {error}", exceeded=True)
                 if restart == RESTARTS:
                     raise
                 session.note(f"the engine was restarted once: {error}"[:500])
@@ -66,7 +70,7 @@ class Sweep:
 
     async def _on_an_engine(self) -> Ended:
         session = self._session
-        engine = await session.launch(session.job.settings)
+        engine = await self._launch()
         try:
             session.describe(engine.info)
             load = session.load(engine)
@@ -76,6 +80,17 @@ class Sweep:
                 await load.close()
         finally:
             await engine.stop()
+
+    async def _launch(self) -> Engine:
+        """The sweep's engine. Its first start is free and has the time it takes; one that is started again has what the budget left."""
+        session = self._session
+        starting = session.launch(session.job.settings)
+        if not session.budget.counts:
+            return await starting
+        try:
+            return await asyncio.wait_for(starting, max(0.0, session.budget.left))
+        except asyncio.TimeoutError:
+            raise EngineError("the engine, which had to be started again, was still starting") from None
 
     async def _loaded(self, meter: Meter) -> Ended:
         ended = await self._climb(meter)

@@ -17,11 +17,13 @@ from tightship.profiler import points
 from tightship.profiler.budget import Budget, Cost
 from tightship.profiler.engine import EngineSettings
 from tightship.profiler.histogram import Histogram
+from tightship.profiler.job import make_job
 from tightship.profiler.ladder import Goals, Noise, next_batch, rungs
 from tightship.profiler.lastwords import is_memory, last_words, plain
 from tightship.profiler.lengths import Length, Lengths, Prompts
 from tightship.profiler.meter import half_width
 from tightship.profiler.metrics import parse_cache_info, parse_sample
+from unit.profiler.fakes import FakeDevice, make_profile
 
 # --- histogram ---
 
@@ -502,6 +504,26 @@ def test_the_profiler_reads_points_and_trials_as_the_operator_does() -> None:
 )
 def test_half_width_is_students(values: list[float], width: float | None) -> None:
     assert half_width(values) == (None if width is None else pytest.approx(width))
+
+
+# --- the job ---
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "expected"),
+    [
+        ({"device": "cuda"}, 8),
+        ({"device": "cpu"}, 8),
+        ({"device": "cpu", "cores": 4, "coresPerReplica": 2}, 2),
+        ({"device": "cpu", "cores": 2, "coresPerReplica": 2}, 1),
+        ({"device": "cpu", "cores": 64, "coresPerReplica": 1}, 8),
+    ],
+)
+def test_no_more_replicas_are_tried_than_a_pack_has_cores_for(accelerator: dict[str, object], expected: int) -> None:
+    profile = make_profile()
+    key = profile.spec.key.to_dict() | {"accelerator": accelerator}
+    profile = api.BatchProfile.model_validate({"spec": {"key": key}})
+    assert make_job(profile, "/model", FakeDevice(kind="cpu"), {}).max_replicas == expected
 
 
 # --- the engine's command line ---

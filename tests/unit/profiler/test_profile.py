@@ -334,6 +334,17 @@ def test_an_engine_that_dies_while_requests_arrive_is_started_again_for_the_arri
     assert len({text for text in said if text.startswith("a replica of batch")}) == 1
 
 
+def test_an_engine_that_never_comes_up_again_ends_the_sweep_with_the_budget() -> None:
+    run = Run(FakeModel(dies_after=20), FakeModel(start_seconds=3600), budget="4m")
+    status = run.go()
+    assert status.outcome is not None
+    assert status.outcome.state == "BudgetExceeded"
+    assert status.points
+    assert "started again, was still starting" in (status.outcome.message or "")
+    assert "the engine died: ValueError: the last words" in (status.outcome.message or "")
+    assert float(status.gpu_seconds or 0) == pytest.approx(240, abs=1)
+
+
 @pytest.mark.parametrize(
     "models",
     [

@@ -557,7 +557,7 @@ def test_a_profile_ends_with_trials_each_saved_at_once_and_accounted() -> None:
 
 def test_a_single_replica_is_all_that_was_asked_for() -> None:
     assert single_replica().trials == []
-    assert "no packing was tried: maxReplicasPerGPU is 1" in message(single_replica())
+    assert "no packing was tried: at most 1 replica is allowed (maxReplicasPerGPU" in message(single_replica())
 
 
 def test_a_device_that_holds_one_replica_gets_no_trial_and_the_numbers() -> None:

@@ -88,6 +88,17 @@ def warmup_seconds(itl: float) -> float:
     return max(WARMUP_SECONDS, WARMUP_STEPS * itl)
 
 
+def lives_seconds(requests: int, mean_output: float, itl: float) -> float:
+    """How long a load is measured at the least, in seconds: the requests it starts with must have made room for others.
+
+    Args:
+        requests: those in flight at once, in all engines.
+        mean_output: mean output tokens of a request.
+        itl: mean time between its tokens, seconds.
+    """
+    return LIVES_LEAST * min(1.0, LIVES_WHOLE_UP_TO / requests) * mean_output * itl
+
+
 def missing(batch: int, running: float, waiting: float, *, preempted: bool) -> int:
     """Requests to put in flight besides, so that an engine runs `batch` of them; 0 when it does, queues or preempts.
 
@@ -237,8 +248,7 @@ class Meter:
 
     def _resolved(self, batch: int, tally: _Tally, mean_output: float) -> bool:
         """Whether enough engine steps stand behind the objective's statistic, and enough of a request's life behind all of them."""
-        lives = LIVES_LEAST * min(1.0, LIVES_WHOLE_UP_TO / batch)
-        return tally.seconds >= max(self._steps_needed, lives * mean_output) * self._itl
+        return tally.seconds >= max(self._steps_needed * self._itl, lives_seconds(batch, mean_output, self._itl))
 
     async def _window(self, batch: int, tally: _Tally, deadline: float) -> bool:
         """Add a window; False when the deadline came within it, and then it doesn't count."""

@@ -32,6 +32,7 @@ from tightship.profiler.meter import (
     TOP_UPS,
     WINDOWS_LEAST,
     half_width,
+    lives_seconds,
     missing,
     warmup_seconds,
     window_seconds,
@@ -181,7 +182,8 @@ class PackedMeter:
             if count >= WINDOWS_LEAST and all(load.silent < silence for load in self._loads):
                 resolved = tally.seconds >= self._steps_needed * self._itl
                 width = half_width(tally.rates)
-                precise = width is not None and width <= PRECISION
+                lived = tally.seconds >= lives_seconds(batch * len(self._engines), self._mean_output, self._itl)
+                precise = width is not None and width <= PRECISION and lived
                 if not whole or elapsed >= limit or (resolved and (precise or elapsed >= seconds)):
                     return tally
             elif not whole or elapsed >= limit:

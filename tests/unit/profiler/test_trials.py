@@ -18,8 +18,9 @@ from tightship.decide import decision_from_profile
 from tightship.profiler import points
 from tightship.profiler.engine import EngineInfo, EngineSettings
 from tightship.profiler.fleet import Pair, Sizes, packed_settings
-from tightship.profiler.lengths import Prompts
+from tightship.profiler.lengths import Lengths, Prompts
 from tightship.profiler.load import ClosedLoop
+from tightship.profiler.packed import PackedMeter
 from tightship.profiler.sharing import CoreSharing, NotAttachedError, SharingError, engine_cores
 from tightship.profiler.trials import Agenda, Bench, Given, Predicted, Trials, Verdict
 from tightship.sandbox.virtual.clock import VirtualClock, in_virtual_time
@@ -28,7 +29,7 @@ from tightship.sandbox.virtual.engine import VirtualEngine
 from tightship.sandbox.virtual.launcher import VirtualDevice, VirtualLauncher
 from tightship.sandbox.virtual.profile import Profiled, profile
 from tightship.sandbox.virtual.settings import NO_GAIN, OPT, PAYS, Packing, Setting
-from unit.profiler.fakes import FakeDevice
+from unit.profiler.fakes import FakeDevice, FakeEngine, FakeModel
 
 GIB = 1 << 30
 
@@ -368,6 +369,31 @@ def test_the_total_is_that_of_the_published_queue() -> None:
     assert 1.0 < mean_itl(trial) / (single.inter_token_latency.mean or 1) < 2.0
     stretch = mean_itl(trial) / (single.inter_token_latency.mean or 1)
     assert total(trial) == pytest.approx(2 * single.throughput / stretch, rel=0.05)
+
+
+def test_a_trial_lasts_a_life_of_a_request_as_a_level_does_so_that_first_tokens_are_seen() -> None:
+    async def story() -> api.Trial:
+        device, clock = FakeDevice(), VirtualClock()
+        engines = [
+            FakeEngine(FakeModel(host=0.05), EngineSettings(model="m", max_num_seqs=8), device) for _ in range(2)
+        ]
+        lengths = Lengths.constant(100, 300)
+        loads = [
+            ClosedLoop(one.channel(), lengths, Prompts(100, seed), clock, seed) for seed, one in enumerate(engines)
+        ]
+        meter = PackedMeter(engines, loads, device, clock, input_per_output=1 / 3, mean_output=300)
+        reading = await meter.measure(2, 30.0, 600.0)
+        for load in loads:
+            await load.close()
+        for one in engines:
+            await one.stop()
+        assert reading is not None
+        return reading.trial
+
+    trial = in_virtual_time(story)
+    assert 300 * 0.05 <= parse_duration(trial.window or "0") <= 30
+    assert (trial.requests or 0) >= 3
+    assert trial.time_to_first_token is not None
 
 
 def test_engines_are_started_one_by_one_as_many_as_needed_and_stopped() -> None:

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 import httpx
 
 from tightship.api.v1alpha1 import batchprofile as api
+from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.labels import API_VERSION
 from tightship.profiler import points
 from tightship.profiler.errors import ReportError
@@ -30,6 +31,8 @@ FIELD_MANAGER: Final = "tightship-profiler"
 TOKEN_FILE: Final = "/var/run/secrets/tightship/token"
 RETRY_LEAST: Final = 0.5
 RETRY_MOST: Final = 10.0
+TRIALS_MOST: Final = 256
+"""The API's most: a status with more would be refused whole."""
 
 
 class Sink(Protocol):
@@ -177,7 +180,7 @@ class Report:
         """By batch and replicas."""
         self.cost: api.Cost | None = status.cost
         self.progress: api.Progress | None = status.progress
-        self.outcome: api.Outcome | None = status.outcome
+        self.outcome: api.Outcome | None = _taken_back(status.outcome)
         """The earlier measurement's while it is being extended: what was found stays valid meanwhile."""
         self.gpu_seconds = float(status.gpu_seconds or 0.0)
         self._dirty = asyncio.Event()
@@ -231,9 +234,14 @@ class Report:
         status: dict[str, Any] = {name: part.to_dict() for name, part in parts.items() if part is not None}
         status["points"] = [self.points[batch].to_dict() for batch in sorted(self.points)]
         if self.trials:
-            status["trials"] = [self.trials[pair].to_dict() for pair in sorted(self.trials)]
+            status["trials"] = [self.trials[pair].to_dict() for pair in sorted(self._trials_kept())]
         status["gpuSeconds"] = points.decimal(round(self.gpu_seconds, 1), digits=1)
         return status
+
+    def _trials_kept(self) -> list[tuple[int, int]]:
+        """As many pairs as a status may hold; those that could not be tried give way, the largest first."""
+        ordered = sorted(self.trials, key=lambda pair: (not points.has_figures(self.trials[pair]), pair[1], pair[0]))
+        return ordered[:TRIALS_MOST]
 
     async def _write_for_ever(self) -> None:
         delay = RETRY_LEAST
@@ -255,3 +263,14 @@ class Report:
             delay = RETRY_LEAST
             if not self._dirty.is_set():
                 self._clean.set()
+
+
+def _taken_back(outcome: api.Outcome | None) -> api.Outcome | None:
+    """A finished measurement's outcome as the profiler reports it while it extends it.
+
+    JobFailed is the operator's word, for an extension whose Job broke; while it stands the operator writes the outcome, from what it has
+    seen last, and could undo the one that the next extension ends with.
+    """
+    if outcome is None or outcome.state == "Failed" or outcome.reason != Reason.JOB_FAILED:
+        return outcome
+    return outcome.model_copy(update={"reason": outcome.state})

@@ -395,3 +395,24 @@ def _gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
+
+
+def test_a_status_holds_no_more_trials_than_the_api_takes_and_those_with_figures_stay() -> None:
+    made = [{"batch": 512, "replicas": count, "totalTokensPerSecond": "9"} for count in range(30, 48)]
+    failed = [{"batch": batch, "replicas": count, "message": "no"} for batch in range(1, 11) for count in range(2, 48)]
+
+    async def story() -> dict[str, Any]:
+        subject = make_profile(status={})
+        report = Report(MemorySink(subject), subject.status)
+        for one in [*made, *failed]:
+            report.trials[one["batch"], one["replicas"]] = api.Trial.model_validate(one)
+        try:
+            return report.status()
+        finally:
+            await report.close()
+
+    status = asyncio.run(story())
+    api.BatchProfileStatus.model_validate(status)
+    assert len(status["trials"]) == 256
+    assert [one["replicas"] for one in status["trials"] if "totalTokensPerSecond" in one] == list(range(30, 48))
+    assert any((one["batch"], one["replicas"]) == (1, 2) for one in status["trials"])

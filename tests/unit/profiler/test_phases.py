@@ -401,6 +401,21 @@ def test_an_extension_keeps_all_and_its_outcome_answers_the_request() -> None:
     assert all(one["outcome"]["state"] == "Completed" for one in run.sink.written)
 
 
+def test_an_extension_takes_the_outcome_back_that_the_operator_wrote_for_a_broken_job() -> None:
+    done = usual().status.to_dict()
+    done["outcome"] = {"state": "BudgetExceeded", "reason": "JobFailed", "message": "no trials", "extend": "earlier"}
+    run = Run(status=done, extend=TRIALS)
+    status = run.go()
+    assert status.outcome is not None
+    assert (status.outcome.state, status.outcome.reason, status.outcome.extend) == (
+        "BudgetExceeded",
+        "BudgetExceeded",
+        "more",
+    )
+    # From its first report on: as long as the reason is JobFailed the operator writes an outcome of its own.
+    assert all(one["outcome"]["reason"] == "BudgetExceeded" for one in run.sink.written)
+
+
 def test_a_new_profile_with_an_extension_answers_it_at_once() -> None:
     status = Run(extend=TRIALS).go()
     assert status.outcome is not None

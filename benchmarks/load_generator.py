@@ -86,8 +86,8 @@ async def drive_ours(port: int, streams: int, seconds: float) -> dict[str, Any]:
         "p95": (recording.itl.quantile(0.95) or 0.0) * 1000,
         "late": (recording.lateness.quantile(0.95) or 0.0) * 1000,
         "failures": recording.failures,
-        "refused": recording.overloaded(itl, tail=False),
-        "blurred": recording.overloaded(itl),
+        "refused": recording.overloaded(itl),
+        "blurred": recording.blurred(itl),
     }
     await load.close()
     return answer

@@ -5,7 +5,7 @@ many aged requests in flight as the offered rate keeps busy by the curve, so the
 is left out.
 
 What must hold: arrivals don't wait for the client, each is due at a time drawn beforehand; the time to the first token counts from when a request
-was due; the load's own lateness is measured as the closed loop's is.
+was due; the load's own lateness and CPU share are measured as the closed loop's are.
 
 Whether the engine keeps up shows in its queue. At 80 % of the capacity of B servers the number waiting, while any wait, is geometric with mean
 1 / (1 - 0.8) = 5 (M/M/c), whatever B is: a queue longer by more than twice that at the end than at the beginning has grown.
@@ -27,7 +27,7 @@ from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
 from tightship.profiler.errors import EngineError, LoadError
 from tightship.profiler.lengths import Length, Lengths, Prompts
-from tightship.profiler.load import FAILURES_IN_A_ROW, STALL_SECONDS, Recording
+from tightship.profiler.load import FAILURES_IN_A_ROW, STALL_SECONDS, Metered, Recording
 from tightship.profiler.metrics import EngineSample
 from tightship.profiler.wire import Channel, Completion
 
@@ -74,6 +74,8 @@ class OpenLoop:
         self._broken: str | None = None
         self._progress = clock.now()
         self._rate = 0.0
+        self._cpu = clock.cpu if isinstance(clock, Metered) else None
+        self._cpu_since = 0.0
         self.in_flight = 0
         self.arrived = 0
         """Requests that arrived since `begin`."""
@@ -88,9 +90,12 @@ class OpenLoop:
         self._await_next(self._clock.now())
 
     def begin(self) -> Recording:
-        """Start a new recording, and return it."""
+        """Start a new recording, and return it; it fills until the next `begin`."""
+        self._meter()
         self.arrived = 0
         self.recording = Recording(since=self._clock.now())
+        if self._cpu is not None:
+            self._cpu_since = self._cpu()
         return self.recording
 
     def check(self) -> None:
@@ -113,6 +118,12 @@ class OpenLoop:
         if self._timer is not None:
             self._timer.cancel()
         await self._channel.close()
+
+    def _meter(self) -> None:
+        recording = self.recording
+        recording.seconds = self._clock.now() - recording.since
+        if self._cpu is not None and recording.seconds > 0:
+            recording.cpu = (self._cpu() - self._cpu_since) / recording.seconds
 
     def _await_next(self, before: float) -> None:
         due = before + self._rng.expovariate(self._rate)
@@ -222,7 +233,9 @@ async def offer(engine: Engine, load: OpenLoop, clock: Clock, plan: Plan) -> tup
     await _watch(engine, load, clock, plan.warmup)
     recording = load.begin()
     seen = await _watch(engine, load, clock, plan.seconds - plan.warmup)
-    return _result(plan, load, recording, seen), recording
+    found = _result(plan, load, recording, seen)
+    load.begin()
+    return found, recording
 
 
 async def _watch(engine: Engine, load: OpenLoop, clock: Clock, seconds: float) -> _Seen:

@@ -194,7 +194,7 @@ class ConfirmationRun:
             found, seen = await arrivals.offer(engine, load, session.clock, plan)
         finally:
             await load.close()
-        overloaded = seen.overloaded(seen.itl.mean or math.inf, tail=session.steps_needed > 0)
+        overloaded = seen.overloaded(seen.itl.mean or math.inf)
         if overloaded is not None:
             session.note(f"arrivals at random at batch {self._batch} could not be driven: {overloaded}")
             return

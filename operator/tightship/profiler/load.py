@@ -9,6 +9,12 @@ and notes how much later than due it ran: the time that anything due at that mom
 included, since one round of the loop handles all readable sockets before its timers. That shows rounds that are long beside the time between
 tokens, and cores that other processes took. It is blind below a timer's grain, and to a loop that is always busy in short rounds;
 so the share of its core that the loop's thread took is noted as well.
+
+The rule, here and nowhere else: what a load saw is refused when its mean lateness exceeds a fifth of the time between tokens, or its thread
+took more than 90 % of a core. Lateness puts off all arrivals of a step alike, so it hardly moves the mean of the gaps, but it blurs their
+tail by as much as its own: where its 95th percentile exceeds a tenth of the time between tokens, p95 and p99 count as unresolved. An
+engine sends all streams their tokens at once, and a client that is busy for a share u of each step then is u^2/2 of a step late on average
+and almost u at the 95th percentile: so it is refused from u = 0.63 on, and has blurred percentiles from u = 0.15 on.
 """
 
 from __future__ import annotations
@@ -27,8 +33,10 @@ from tightship.profiler.wire import Channel, Completion, Ticket
 RETRY_SECONDS: Final = 0.2
 FAILURES_IN_A_ROW: Final = 20
 STALL_SECONDS: Final = 90.0
-LATENESS_MOST: Final = 0.1
-"""How late the load may run at the 95th percentile, as a share of the time between tokens."""
+LATENESS_MOST: Final = 0.2
+"""How late the load may run on average, as a share of the time between tokens."""
+BLUR_MOST: Final = 0.1
+"""How late it may run at the 95th percentile for the latency's own high percentiles to count, as a share of the same."""
 CPU_MOST: Final = 0.9
 """Share of a core above which one thread has nothing left to react with."""
 _TICK: Final = 0.02
@@ -65,25 +73,26 @@ class Recording:
     cpu: float | None = None
     """Share of one core that the load's thread took, 0 to 1; None where the clock counts no CPU time."""
 
-    def overloaded(self, itl: float, *, tail: bool = True) -> str | None:
-        """Why the load could not drive what it should, with numbers; None when it could.
-
-        Lateness puts off all arrivals alike, so it blurs the tail of the gaps by as much as its own tail, but hardly moves their mean.
+    def overloaded(self, itl: float) -> str | None:
+        """Why the load could not drive what it should, so that nothing it saw counts, with numbers; None when it could.
 
         Args:
             itl: mean time between a request's tokens in seconds, what lateness is measured by.
-            tail: whether percentiles of the latency shall hold (the lateness's 95th percentile counts), or its mean only (its mean).
         """
-        late = (self.lateness.quantile(0.95) if tail else self.lateness.mean) or 0.0
+        late = self.lateness.mean or 0.0
         if late > LATENESS_MOST * itl:
             return (
-                f"its event loop ran {late * 1000:.1f} ms late {'at the 95th percentile' if tail else 'on average'}, more than "
-                f"{LATENESS_MOST:.0%} of the {itl * 1000:.2f} ms between tokens: give it a core of its own"
+                f"its event loop ran {late * 1000:.1f} ms late on average, more than {LATENESS_MOST:.0%} of the "
+                f"{itl * 1000:.2f} ms between tokens: give it a core of its own"
             )
         if self.cpu is not None and self.cpu > CPU_MOST:
             rate = self.tokens / self.seconds if self.seconds else 0.0
             return f"it took {self.cpu:.0%} of a core for {rate:.0f} tokens/s: one thread can't drive more"
         return None
+
+    def blurred(self, itl: float) -> bool:
+        """Whether lateness hides the high percentiles of the latency, though its mean may hold; `itl` as for `overloaded`."""
+        return (self.lateness.quantile(0.95) or 0.0) > BLUR_MOST * itl
 
 
 class ClosedLoop:

@@ -5,8 +5,8 @@ lumps. It is read over windows of at least 1 s (0.5 s up to B = 8) and 20 engine
 half-width. Latencies are the client's. A level counts only if the engine ran at least 0.98 B requests on average: where it did not, and
 did not queue either, a few more are put in flight to fill the gaps between requests.
 
-A level counts as not driven when the load says so of itself (`Recording.overloaded`): by its mean lateness, or by its tail where the objective
-is a percentile. Where only the mean holds, the percentiles that the lateness blurs count as unresolved.
+A level counts as not driven when the load says so of itself, and its high percentiles as unresolved where the load's lateness blurs them
+(`tightship.profiler.load` has the rule).
 """
 
 from __future__ import annotations
@@ -302,14 +302,14 @@ class Meter:
             memory_utilization=points.decimal(_mean(tally.memory)) if tally.memory else None,
             window=format_duration(seconds),
             half_width=points.decimal(width),
-            unresolved=points.unresolved(seconds / itl, blurred=recording.overloaded(itl) is not None),
+            unresolved=points.unresolved(seconds / itl, blurred=recording.blurred(itl)),
         )
         return Reading(
             point=point,
             throughput=rate * self._factor,
             half_width=width,
             itl=itl,
-            undriven=recording.overloaded(itl, tail=self._steps_needed > 0),
+            undriven=recording.overloaded(itl),
             notes=tuple(_notes(batch, tally, recording, itl)),
         )
 

@@ -230,7 +230,7 @@ class PackedMeter:
         width = 1.0 if width is None else width
         whole = _pooled(recordings)
         itl = whole.itl.mean or self._itl
-        undriven = whole.overloaded(itl, tail=self._steps_needed > 0)
+        undriven = whole.overloaded(itl)
         if undriven is not None:
             raise LateLoadError(f"the load could not keep up with {len(each)} engines: {undriven}")
         slowest = min(each) / _mean(each)
@@ -250,7 +250,7 @@ class PackedMeter:
             memory=format_quantity(max(0, tally.used - self._idle)),
             window=format_duration(tally.seconds),
             half_width=points.decimal(width),
-            unresolved=points.unresolved(tally.seconds / itl, blurred=whole.overloaded(itl) is not None),
+            unresolved=points.unresolved(tally.seconds / itl, blurred=whole.blurred(itl)),
             slowest=points.decimal(slowest),
             message="; ".join(self._doubts(batch, tally, whole.failures, slowest))[:1024] or None,
         )

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tightship.core.memory import context_from_lengths
+from tightship.profiler.arrivals import OpenLoop
 from tightship.profiler.clock import SystemClock
 from tightship.profiler.engine import EngineSettings
 from tightship.profiler.histogram import Histogram
@@ -194,25 +195,21 @@ def recorded(*lateness: float, cpu: float | None = None) -> Recording:
 
 
 @pytest.mark.parametrize(
-    ("recording", "itl", "tail", "words"),
+    ("recording", "itl", "blurred", "words"),
     [
-        (recorded(), 0.02, True, None),
-        (
-            recorded(*[0.0] * 94, *[0.004] * 6),
-            0.02,
-            True,
-            "ran 4.0 ms late at the 95th percentile, more than 10% of the 20.00 ms",
-        ),
-        (recorded(*[0.0] * 94, *[0.004] * 6), 0.02, False, None),
-        (recorded(*[0.0] * 94, *[0.004] * 6), 0.05, True, None),
-        (recorded(*[0.003] * 10), 0.02, False, "ran 3.0 ms late on average"),
-        (recorded(*[0.0] * 96, *[0.5] * 4), 0.02, True, None),
-        (recorded(0.0, cpu=0.89), 0.02, True, None),
-        (recorded(0.0, cpu=0.97), 0.02, True, "it took 97% of a core for 10000 tokens/s: one thread can't drive more"),
+        (recorded(), 0.02, False, None),
+        (recorded(*[0.0] * 94, *[0.004] * 6), 0.02, True, None),
+        (recorded(*[0.0] * 94, *[0.004] * 6), 0.05, False, None),
+        (recorded(*[0.003] * 10), 0.02, True, None),
+        (recorded(*[0.005] * 10), 0.02, True, "ran 5.0 ms late on average, more than 20% of the 20.00 ms"),
+        (recorded(*[0.0] * 96, *[0.05] * 4), 0.02, False, None),
+        (recorded(0.0, cpu=0.89), 0.02, False, None),
+        (recorded(0.0, cpu=0.97), 0.02, False, "it took 97% of a core for 10000 tokens/s: one thread can't drive more"),
     ],
 )
-def test_overload_is_said_with_numbers(recording: Recording, itl: float, tail: bool, words: str | None) -> None:
-    said = recording.overloaded(itl, tail=tail)
+def test_overload_is_said_with_numbers(recording: Recording, itl: float, blurred: bool, words: str | None) -> None:
+    said = recording.overloaded(itl)
+    assert recording.blurred(itl) == blurred
     assert (said is None) == (words is None)
     assert (words or "") in (said or "")
 
@@ -267,15 +264,18 @@ class CostlyChannel:
 
 
 @pytest.mark.parametrize(
-    ("streams", "step", "cost", "words"),
+    ("streams", "step", "cost", "blurred", "words"),
     [
-        (256, 0.025, 5e-6, None),  # 5 % of a core
-        (256, 0.025, 40e-6, "late at the 95th percentile"),  # 29 %, all in one burst
-        (1, 0.01, 0.0002, None),
-        (1, 0.00005, 0.0009, "of a core for"),  # too short to be late, but never idle
+        (256, 0.025, 5e-6, False, None),  # 5 % of a core
+        (512, 0.018, 15e-6, True, None),  # 20,000 tokens/s for 30 % of a core, all in one burst
+        (256, 0.025, 180e-6, True, "ms late on average"),  # 65 %
+        (1, 0.01, 0.0002, False, None),
+        (1, 0.00005, 0.0009, False, "of a core for"),  # too short to be late, but never idle
     ],
 )
-def test_a_client_that_is_too_slow_says_so(streams: int, step: float, cost: float, words: str | None) -> None:
+def test_a_client_that_is_too_slow_says_so(
+    streams: int, step: float, cost: float, blurred: bool, words: str | None
+) -> None:
     async def story() -> str | None:
         engine = make_engine(FakeModel(host=step, per_request=0.0, kv_tokens=1_000_000))
         clock = CostlyClock(cost)
@@ -287,11 +287,27 @@ def test_a_client_that_is_too_slow_says_so(streams: int, step: float, cost: floa
         load.begin()
         await load.close()
         assert recording.cpu == pytest.approx(streams * cost / (step + streams * cost), rel=0.05)
+        assert recording.blurred(recording.itl.mean or 0.0) == blurred
         return recording.overloaded(recording.itl.mean or 0.0)
 
     said = in_virtual_time(story)
     assert (said is None) == (words is None)
     assert (words or "") in (said or "")
+
+
+def test_random_arrivals_are_refused_as_the_closed_loop_is_when_the_client_is_never_idle() -> None:
+    async def story() -> str | None:
+        engine = make_engine(FakeModel(host=0.00005, per_request=0.0, kv_tokens=1_000_000))
+        clock = CostlyClock(0.0009)
+        load = OpenLoop(CostlyChannel(engine.channel(), clock), Lengths(SHAREGPT), Prompts(100, 1), clock, 1)
+        load.start(0.01, 4)
+        recording = load.begin()
+        await asyncio.sleep(0.05)
+        load.begin()
+        await load.close()
+        return recording.overloaded(1.0)
+
+    assert "of a core for" in (in_virtual_time(story) or "")
 
 
 def test_virtual_time_has_no_cpu_share() -> None:

@@ -138,8 +138,8 @@ def test_an_engine_that_dies_at_its_own_batch_costs_only_the_baseline() -> None:
 
 
 def test_a_level_that_the_load_cannot_drive_has_no_point_and_ends_the_ladder() -> None:
-    # A client that takes 0.3 ms a token is busy for half of a step from batch 64 on.
-    run = Run(FakeModel(client_seconds=0.0003), itl=None)
+    # A client that takes 0.6 ms a token is busy for 63 % of a step from batch 64 on.
+    run = Run(FakeModel(client_seconds=0.0006), itl=None)
     status = run.go()
     last = batches(status)[-1]
     assert last < 128
@@ -157,7 +157,7 @@ def test_a_level_that_the_load_cannot_drive_has_no_point_and_ends_the_ladder() -
 
 
 def test_a_baseline_that_the_load_cannot_drive_is_none() -> None:
-    status = Run(FakeModel(client_seconds=0.0003), args=["--max-num-batched-tokens=64"], itl=None).go()
+    status = Run(FakeModel(client_seconds=0.0006), args=["--max-num-batched-tokens=64"], itl=None).go()
     assert batches(status)[-1] == 32
     assert status.baseline is None
     assert "no baseline: the load could not drive batch 64" in message(status)

@@ -22,9 +22,10 @@ from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler import points
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
+from tightship.profiler.errors import EngineError
 from tightship.profiler.gpu import Device
 from tightship.profiler.load import ClosedLoop, Recording
-from tightship.profiler.metrics import EngineSample
+from tightship.profiler.metrics import GENERATION_TOKENS, EngineSample
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,15 @@ def lives_seconds(requests: int, mean_output: float, itl: float) -> float:
         itl: mean time between its tokens, seconds.
     """
     return LIVES_LEAST * min(1.0, LIVES_WHOLE_UP_TO / requests) * mean_output * itl
+
+
+def check_counter(rate: float) -> None:
+    """Raise EngineError where an engine's tokens per second are 0 by its own count, though tokens came."""
+    if rate <= 0:
+        raise EngineError(
+            f"tokens come, but the engine's counter {GENERATION_TOKENS} stands still, and throughput is read from it: use an engine "
+            "version that has it, without --disable-log-stats"
+        )
 
 
 def missing(batch: int, running: float, waiting: float, *, preempted: bool) -> int:
@@ -282,6 +292,7 @@ class Meter:
     def _reading(self, batch: int, tally: _Tally, recording: Recording, mean_output: float) -> Reading:
         seconds = tally.seconds
         rate = (tally.last.generation_tokens - tally.first.generation_tokens) / seconds
+        check_counter(rate)
         if batch == 1:  # the gaps between requests are the client's, not the engine's
             rate /= min(1.0, max(0.5, recording.busy / seconds))
         width = half_width(tally.rates)

@@ -31,6 +31,7 @@ from tightship.profiler.meter import (
     TOP_UP_FROM,
     TOP_UPS,
     WINDOWS_LEAST,
+    check_counter,
     half_width,
     lives_seconds,
     missing,
@@ -226,6 +227,7 @@ class PackedMeter:
     def _reading(self, batch: int, tally: _Tally, recordings: Sequence[Recording]) -> PackedReading:
         each = tally.each
         rate = sum(each)
+        check_counter(min(each))
         width = half_width(tally.rates)
         width = 1.0 if width is None else width
         whole = _pooled(recordings)

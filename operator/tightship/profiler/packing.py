@@ -26,7 +26,7 @@ async def try_packings(session: Session, sharing: Sharing | None, *, asked_only:
         sharing: how engines share the device; None where they can't.
         asked_only: whether to try nothing but the pairs that `measurement.extend` names.
     """
-    found = _prepare(session, sharing, asked_only)
+    found = prepare(session, sharing, asked_only)
     if isinstance(found, str):
         return [f"no packing was tried: {found}"]
     bench, agenda = found
@@ -35,7 +35,7 @@ async def try_packings(session: Session, sharing: Sharing | None, *, asked_only:
     return verdict.notes
 
 
-def _prepare(session: Session, sharing: Sharing | None, asked_only: bool) -> tuple[Bench, Agenda] | str:
+def prepare(session: Session, sharing: Sharing | None, asked_only: bool) -> tuple[Bench, Agenda] | str:
     """What trials are made with and which; or why there are none."""
     job, report = session.job, session.report
     asked = tuple((pair.batch, pair.replicas) for pair in job.extension.pairs) if job.extension is not None else ()
@@ -83,7 +83,7 @@ def _bench(session: Session, sharing: Sharing, sizes: Sizes) -> Bench:
         settings=session.job.settings,
         info=session.info,
         sizes=sizes,
-        lengths=session.job.lengths,
+        lengths=session.lengths,
         steps_needed=session.steps_needed,
         launch=session.launch,
         load=load,

@@ -52,6 +52,8 @@ class FakeModel:
     """Seconds after its start from which an engine answers every request with a 500."""
     client_seconds: float = 0.0
     """What the client works for each token; nothing else runs meanwhile, as on a real event loop."""
+    counts: bool = True
+    """Whether its counter of generated tokens moves."""
     slower_as_replica: float = 1.0
     """How much longer a step takes in an engine with a fixed KV cache."""
 
@@ -147,7 +149,7 @@ class FakeEngine:
         for one in self.running:
             one.context += 1
             one.left -= 1
-            self.tokens += 1
+            self.tokens += self.model.counts
             if not one.left:
                 done.append(one)
         stepped = list(self.running)

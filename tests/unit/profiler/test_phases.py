@@ -14,11 +14,25 @@ from tightship.api.v1alpha1 import batchprofile as api
 from tightship.core.curve import Curve, Point
 from tightship.profiler import arrivals
 from tightship.profiler.__main__ import kept
+from tightship.profiler.budget import Budget
 from tightship.profiler.engine import EngineSettings
 from tightship.profiler.errors import EngineError, LengthsError
-from tightship.profiler.job import read_lengths
-from tightship.profiler.lengths import Lengths, Prompts
-from unit.profiler.fakes import FakeDevice, FakeEngine, FakeModel, VirtualClock, in_virtual_time, make_profile
+from tightship.profiler.job import make_job, read_lengths
+from tightship.profiler.lengths import Length, Lengths, Prompts
+from tightship.profiler.packing import prepare
+from tightship.profiler.report import Report
+from tightship.profiler.session import Session
+from tightship.profiler.sharing import CoreSharing
+from unit.profiler.fakes import (
+    FakeDevice,
+    FakeEngine,
+    FakeLauncher,
+    FakeModel,
+    MemorySink,
+    VirtualClock,
+    in_virtual_time,
+    make_profile,
+)
 from unit.profiler.test_profile import Run, batches, point, usual
 
 QUICK = FakeModel(host=0.0052, per_request=0.00009, start_seconds=45)
@@ -335,6 +349,34 @@ def test_known_lengths_make_the_memory_ledger_measured_and_too_long_ones_are_lef
     assert (status.load.basis, status.load.requests, status.load.seed) == ("Lengths", 2, 7)
     assert (float(status.load.input_tokens or 0), float(status.load.output_tokens or 0)) == (100, 300)
     assert "1 of 3 requests are longer than max_model_len 2048" in message(status)
+
+
+def test_trials_are_told_of_the_lengths_that_are_put_on_their_engines() -> None:
+    status = usual().status.model_copy(update={"trials": []})
+
+    async def story() -> tuple[Lengths, Lengths]:
+        subject, device, clock = make_profile(), FakeDevice(), VirtualClock()
+        job = replace(
+            make_job(subject, "m", device, {}), lengths=Lengths([Length(100, 200), Length(2000, 2000)]), max_replicas=4
+        )
+        report = Report(MemorySink(subject), status)
+        session = Session(
+            job,
+            launcher=FakeLauncher(device),
+            device=device,
+            report=report,
+            clock=clock,
+            environ={},
+            budget=Budget(600.0, 0.0, clock),
+        )
+        prepared = prepare(session, CoreSharing({0, 1}, 1), asked_only=False)
+        await report.close()
+        assert not isinstance(prepared, str)
+        return prepared[0].lengths, session.lengths
+
+    told, loaded = in_virtual_time(story)
+    assert told is loaded
+    assert (told.mean_input, told.mean_output) == (100, 200)
 
 
 # --- what must be said ---

@@ -334,6 +334,16 @@ def test_an_engine_that_dies_while_requests_arrive_is_started_again_for_the_arri
     assert len({text for text in said if text.startswith("a replica of batch")}) == 1
 
 
+def test_an_engine_that_does_not_count_its_tokens_is_told_of_at_once() -> None:
+    run = Run(FakeModel(counts=False))
+    status = run.go()
+    assert status.outcome is not None
+    assert status.outcome.state == "Failed"
+    assert "counter vllm:generation_tokens_total stands still" in (status.outcome.message or "")
+    assert status.points == []
+    assert run.seconds < 120
+
+
 def test_an_engine_that_never_comes_up_again_ends_the_sweep_with_the_budget() -> None:
     run = Run(FakeModel(dies_after=20), FakeModel(start_seconds=3600), budget="4m")
     status = run.go()

@@ -229,11 +229,12 @@ class Trials:
         if self._fleet is not None and not bench.sizes.serves(self._fleet.group, pair):
             fleet, self._fleet = self._fleet, None
             await fleet.stop()
-            await confirm.released(bench.device, bench.clock)
         if not self._open:
             self._open = True
             await bench.sharing.open()
         if self._fleet is None:
+            # What ran before, the confirmation run's engine at first, may have ended a moment before its memory is free.
+            await confirm.released(bench.device, bench.clock)
             group = bench.sizes.group(pair, self._agenda.wanted(self._measured, self._failed))
             settings = packed_settings(bench.settings, bench.info, group, bench.device)
             self._fleet = Fleet(group, settings, launch=self._launch, device=bench.device, sharing=bench.sharing)
@@ -339,7 +340,6 @@ class Trials:
         if self._recoveries == RECOVERIES:
             return "engines died under load again"
         self._recoveries += 1
-        await confirm.released(self._bench.device, self._bench.clock)
         return None
 
     async def _stop(self) -> None:

@@ -186,6 +186,17 @@ class Late(ClosedLoop):
         return recording
 
 
+class Lingering(VirtualDevice):
+    """A device on which an engine that has just ended holds its memory for a moment more."""
+
+    until: float | None = None
+
+    def used(self) -> int:
+        now = asyncio.get_running_loop().time()
+        self.until = now + 0.4 if self.until is None else self.until
+        return super().used() + (60 * GIB if now < self.until else 0)
+
+
 @dataclass
 class Story:
     """Trials of a setting, and what can be seen of them afterwards."""
@@ -198,6 +209,7 @@ class Story:
     """Given ones; else the predicted order."""
     known: dict[Pair, api.Trial] = field(default_factory=dict)
     late: bool = False
+    lingers: bool = False
     max_replicas: int = 4
     cancel_after: float | None = None
     start_seconds: float = 45.0
@@ -241,8 +253,8 @@ class Story:
     async def _run(self) -> Verdict:
         setting, clock = self.packing.setting, VirtualClock()
         gpu = setting.gpu()
-        self.device = VirtualDevice(gpu)
-        self.idle = self.device.used()
+        self.device = (Lingering if self.lingers else VirtualDevice)(gpu)
+        self.idle = VirtualDevice(gpu).used()
         self.launcher = VirtualLauncher(gpu, start_seconds=self.start_seconds, faults=self.faults)
         began = clock.now()
         engine = self.status.engine
@@ -394,6 +406,15 @@ def test_a_trial_lasts_a_life_of_a_request_as_a_level_does_so_that_first_tokens_
     assert 300 * 0.05 <= parse_duration(trial.window or "0") <= 30
     assert (trial.requests or 0) >= 3
     assert trial.time_to_first_token is not None
+
+
+def test_memory_that_the_engine_before_still_holds_is_waited_for() -> None:
+    story = Story(PAYS, pairs=((64, 2),), lingers=True)
+    story.run()
+    assert story.kept == [(64, 2)]
+    alone = Story(PAYS, pairs=((64, 2),))
+    alone.run()
+    assert parse_quantity(story.trials[64, 2].memory or "0") == parse_quantity(alone.trials[64, 2].memory or "0")
 
 
 def test_engines_are_started_one_by_one_as_many_as_needed_and_stopped() -> None:

@@ -170,6 +170,8 @@ def test_an_unfinished_one_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
         (("opt", "--kubeconfig", "DOWN"), "no answer from http://127.0.0.1:9"),
         (("-f", "UNMEASURED"), "the profile holds no points"),
         (("-f", "KEYLESS"), "has no spec.key: not a BatchProfile as a cluster returns it"),
+        (("-f", "NAMELESS"), "not a BatchProfile that a cluster would take: metadata: "),
+        (("-f", "TRIALS"), "not a BatchProfile that a cluster would take: status.trials.0: "),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_words(
@@ -183,6 +185,8 @@ def test_what_is_wrong_is_said_in_words(
         ("DOWN", down),
         ("UNMEASURED", in_cluster(points=[])),
         ("KEYLESS", {"kind": "BatchProfile", "spec": {}}),
+        ("NAMELESS", in_cluster() | {"metadata": "opt"}),
+        ("TRIALS", in_cluster(trials=["8 x 4"])),
     ):
         files[name] = str(tmp_path / name)
         Path(files[name]).write_text(yaml.safe_dump(content))

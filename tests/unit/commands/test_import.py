@@ -172,6 +172,11 @@ def test_the_key_of_a_manifest(results: Path) -> None:
         ({"a.json": result(8, spec_decode_acceptance_rate=0.7)}, KEY, "a.json: ran with speculative decoding"),
         ({"a.json": result(8, completed=0)}, KEY, "a.json: no request was completed"),
         ({"a.json": result(8, duration=None)}, KEY, "a.json: duration is None, not a number"),
+        ({"a.json": result(8, duration=10**400)}, KEY, "a.json: duration is 1000"),
+        ({"a.json": result(8, duration=float("nan"))}, KEY, "a.json: duration is nan, not a number from 0 to 1e+12"),
+        ({"a.json": result(8, mean_itl_ms=1e300)}, KEY, "a.json: mean_itl_ms is 1e+300, not a number"),
+        ({"a.json": result(8, num_prompts="many")}, KEY, "a.json: num_prompts is 'many', not a number"),
+        ({"a.json": result(8, max_concurrency=2_000_000)}, KEY, "a.json: max_concurrency is 2000000, not a whole number"),
         ({"a.json": result(8, max_concurrency=1.5)}, KEY, "a.json: max_concurrency is 1.5, not a whole number"),
         ({"a.json": {"something": "else"}, "b.json": [1, 2]}, KEY, "none of 2 JSON files is a result of"),
         ({}, KEY, "none of 0 JSON files"),
@@ -192,7 +197,10 @@ def test_wrong_input_is_refused_in_words(
     assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("text", "said"), [('{"a": ', "a.json: not JSON (cut short?)"), ("\xff", "a.json: not JSON")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"a": ', "a.json: not JSON (cut short?)"), ("[" * 100_000, "a.json: not JSON"), ("\xff", "a.json: not JSON")],
+)
 def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:
     (tmp_path / "a.json").write_text(text)
     assert vllm_bench.main([str(tmp_path), *KEY]) == vllm_bench.EXIT_USAGE

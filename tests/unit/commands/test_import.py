@@ -237,3 +237,25 @@ def test_the_papers_runs_give_the_papers_batch(tmp_path: Path, paper_data: Path)
     strict = 2 * parse_duration(points[32]["interTokenLatency"]["mean"])
     answer = decision_from_profile(document, [Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, strict)])
     assert (answer.batch, answer.floor_evaluated) == (96, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--name", "My Profile"), "'My Profile' is no name that Kubernetes takes"),
+        (("--name", "a..b"), "'a..b' is no name that Kubernetes takes"),
+        (("--namespace", "team.models"), "'team.models' is no namespace"),
+    ],
+)
+def test_a_name_that_no_cluster_takes_is_refused_at_once(
+    results: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        vllm_bench.main([str(results), *KEY, *words])
+    assert exit_status.value.code == vllm_bench.EXIT_USAGE
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_too_long_for_a_path_is_refused_in_words(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert vllm_bench.main([str(results), *KEY, "--model", f"a/{'x' * 5000}"]) == vllm_bench.EXIT_USAGE
+    assert "--model: String should have at most 512 characters" in capsys.readouterr().err

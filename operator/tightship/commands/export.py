@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import yaml
+from pydantic import ValidationError
 
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1 import labels
@@ -72,15 +73,20 @@ def to_text(obj: Mapping[str, Any], origin: str) -> str:
     """The manifest with the measurement of `obj` (its status, or the results it was itself given).
 
     Raises:
-        InputError: it isn't a BatchProfile with a key.
+        InputError: it isn't a BatchProfile with a key, or not one that a cluster would take.
         ProfileError: nothing was measured yet, or it can't be read.
     """
     spec = obj.get("spec")
     if not isinstance(spec, Mapping) or not isinstance(spec.get("key"), Mapping) or not spec["key"].get("hash"):
         raise InputError("has no spec.key: not a BatchProfile as a cluster returns it")
     curve_from_profile(obj)  # refuses what can't be decided from, in words
+    try:
+        given = api.BatchProfile.model_validate(obj)
+    except ValidationError as error:
+        raise InputError(f"not a BatchProfile that a cluster would take: {manifest.first_error(error)}") from error
     status = obj.get("status") or {}
-    measured = status if status.get("points") else spec["results"]
+    # As the API writes it: a number that a person put in quotes is one again.
+    measured = (given.status if status.get("points") else given.spec.results or given.status).to_dict()
     outcome = status.get("outcome") or {}
     unfinished = "" if outcome or spec.get("results") else "; not finished when it was exported: only these points"
     ended = f"; {outcome['state']}: {outcome.get('message', '')}".rstrip(": ") if outcome else ""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1 import labels
@@ -91,6 +92,14 @@ _Dumper.add_representer(
 _Dumper.add_representer(
     list, lambda dumper, value: _collection(dumper, dumper.represent_sequence("tag:yaml.org,2002:seq", value))
 )
+
+
+def first_error(error: Exception) -> str:
+    """An error in one line; of an object that isn't what the API says, the first field that is wrong."""
+    if isinstance(error, ValidationError):
+        item = error.errors()[0]
+        return f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+    return str(error)
 
 
 def to_yaml(obj: Mapping[str, Any], comment: str = "") -> str:

@@ -285,17 +285,26 @@ def _applied(answer: Recommendation, curve: Curve, panels: Sequence[Panel]) -> M
 
 
 def _model(profile: Mapping[str, Any]) -> str:
-    key = (profile.get("spec") or {}).get("key") or {}
-    source = str((key.get("model") or {}).get("source") or (profile.get("metadata") or {}).get("name") or "a model")
+    source = str(
+        _part(profile, "spec", "key", "model").get("source") or _part(profile, "metadata").get("name") or "a model"
+    )
     return source.removeprefix("hf://") if source.startswith("hf://") else source.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _device(profile: Mapping[str, Any]) -> str:
-    accelerator = ((profile.get("spec") or {}).get("key") or {}).get("accelerator") or {}
+    accelerator = _part(profile, "spec", "key", "accelerator")
     measured, _ = measurement(profile)
     if accelerator.get("device") == "cpu":
         return f"{accelerator.get('coresPerReplica') or 1} of {accelerator.get('cores') or '?'} CPU cores"
-    return str(accelerator.get("product") or (measured.get("gpu") or {}).get("product") or "a GPU")
+    return str(accelerator.get("product") or _part(measured, "gpu").get("product") or "a GPU")
+
+
+def _part(obj: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
+    """The mapping at a path, for a heading: empty where there is none, since no heading is worth refusing a profile."""
+    for name in path:
+        below = obj.get(name)
+        obj = below if isinstance(below, Mapping) else {}
+    return obj
 
 
 def _subtitle(answer: Recommendation) -> str:
@@ -336,7 +345,9 @@ def draw(shown: Picture) -> Any:
     _draw_batches(curves, shown)
     if shown.memory is not None:
         _draw_memory(axes[-1], shown.memory)
-    figure.suptitle(shown.title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
+    # A dollar sign would begin a formula.
+    title = shown.title.replace("$", r"\$")
+    figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
     curves[0].set_title(shown.subtitle, loc="left", fontsize=10, color=INK, pad=10)
     handles, names = curves[0].get_legend_handles_labels()
     figure.legend(

@@ -41,6 +41,23 @@ EXIT_INSUFFICIENT_MEMORY = 3
 # What a correction by trials is asked for; its bound plays no part.
 _MEAN_ITL = Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, 1.0)
 
+EPILOG = """\
+-o json is one object; what isn't known is null:
+  interTokenLatency         mean with all replicas loaded, as the API writes durations: "32.138ms"
+  interTokenLatencySeconds  the same as a number: 0.032138
+  totalTokensPerSecond      of all replicas together, a number; prompt and generated tokens, as in the profile's points
+  slowdown                  how many times as long a step takes as alone
+  gpuUtilization            the share of time, 0 to 1, that one replica alone keeps the GPU busy
+  interpolated              whether batch or utilization lies between measured points
+  batchEffective            requests that really run in each replica: below batch where its KV cache is too small
+  alone, corrected, trial   the same three figures of one replica alone, with what trials show, and as measured
+  memory                    fits, perReplica, available, kvCacheTokens
+  notes                     what must be known of it, in words
+
+example:
+  tightship predict -f profile.yaml --batch 96 --replicas 4 -o json
+"""
+
 
 @dataclass(frozen=True)
 class Room:
@@ -72,7 +89,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "predict",
         help="predict how replicas that share a GPU slow each other down, without a cluster",
         description=__doc__,
-        epilog="example:\n  tightship predict -f profile.yaml --batch 96 --replicas 4 -o json",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
@@ -275,7 +292,10 @@ def _reserve(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """`python -m tightship.commands.predict`; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="tightship predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tightship predict",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
     return run(parser.parse_args(argv))

@@ -258,14 +258,9 @@ def read_kept(filename: str) -> api.BatchProfile:
     except InputError as error:
         raise InputError(f"--resume: {filename}: {error}") from error
     except (ValidationError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"--resume: {filename} is not a profile that can be gone on with: {_first(error)}") from error
-
-
-def _first(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        item = error.errors()[0]
-        return f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
-    return str(error)
+        raise InputError(
+            f"--resume: {filename} is not a profile that can be gone on with: {manifest.first_error(error)}"
+        ) from error
 
 
 def _with_options(kept: api.BatchProfile, args: argparse.Namespace) -> api.BatchProfile:

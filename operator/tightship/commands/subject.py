@@ -164,8 +164,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lengths of real requests, instead of their means: lines of input,output, JSON "
         "pairs, or ShareGPT-like conversations; with -f, what its ConfigMap holds",
     )
-    what.add_argument("--name", help="name of the profile (default: from the model and the key)")
-    what.add_argument("-n", "--namespace", help="its namespace (default: the manifest's, else none, so kubectl's)")
+    what.add_argument("--name", type=_dns_name, help="name of the profile (default: from the model and the key)")
+    what.add_argument(
+        "-n", "--namespace", type=_dns_label, help="its namespace (default: the manifest's, else none, so kubectl's)"
+    )
     decision = parser.add_argument_group("what it is measured for (changed later, nothing is measured again)")
     _optional(advise.add_decision_arguments, decision)
 
@@ -275,7 +277,7 @@ def _manifest(args: argparse.Namespace, defaults: Mapping[str, Any], lengths: st
 def _source(model: str, source: str | None) -> str:
     if source is not None:
         return source
-    if Path(model).is_dir():
+    if _is_directory(model):
         return f"{FILE}{Path(model).resolve()}"
     if HF_SOURCE.match(model):
         return model
@@ -372,11 +374,33 @@ def _set(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _is_directory(model: str) -> bool:
+    try:
+        return Path(model).is_dir()
+    except OSError:  # longer than a path can be
+        return False
+
+
 def _variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return name, value
+
+
+def _dns_name(text: str) -> str:
+    """A name that an API server takes (RFC 1123)."""
+    if len(text) > 253 or not all(re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", part) for part in text.split(".")):
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is no name that Kubernetes takes: lower-case letters, digits, - and . are, as in opt-1.3b"
+        )
+    return text
+
+
+def _dns_label(text: str) -> str:
+    if "." in text or len(text) > 63:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no namespace: those have at most 63 characters and no dots")
+    return _dns_name(text)
 
 
 def _count(text: str) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +35,8 @@ STATISTICS: Final = {"mean": "mean", "p50": "median", "p90": "p90", "p95": "p95"
 """The API's statistics, and what vLLM calls them."""
 DRAINED: Final = 30
 """A run of fewer than so many requests per request in flight spends a good part of its time draining."""
+LARGEST: Final = 1e12
+"""Above what any count of tokens, duration or latency in such a file can be."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -150,7 +151,7 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
             continue
         try:
             value, position = decoder.raw_decode(text, position)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON (cut short?): {error}") from error
         yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, dict))
 
@@ -176,7 +177,7 @@ def _run(path: Path, record: Mapping[str, Any]) -> Run | None:
         waiting=rows is not None and (concurrency is None or concurrency > rows),
         model=str(record.get("model_id") or ""),
         requests=int(completed),
-        prompts=int(record.get("num_prompts") or completed),
+        prompts=int(completed if record.get("num_prompts") is None else _number(path, record, "num_prompts")),
         duration=duration,
         input_tokens=int(_number(path, record, "total_input_tokens")),
         output_tokens=int(_number(path, record, "total_output_tokens")),
@@ -211,15 +212,16 @@ def _batch(path: Path, record: Mapping[str, Any], name: str) -> int | None:
     if value is None:
         return None
     text = str(value)
-    if isinstance(value, bool) or not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{path}: {name} is {value!r}, not a whole number from 1")
+    if isinstance(value, bool) or not text.isdecimal() or len(text) > 7 or not 1 <= int(text) <= 1_000_000:
+        raise InputError(f"{path}: {name} is {f'{value!r}'[:40]}, not a whole number from 1 to 1000000")
     return int(text)
 
 
 def _number(path: Path, record: Mapping[str, Any], name: str) -> float:
     value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise InputError(f"{path}: {name} is {value!r}, not a number")
+    # NaN compares false with everything.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LARGEST:
+        raise InputError(f"{path}: {name} is {f'{value!r}'[:40]}, not a number from 0 to {LARGEST:.0e}")
     return float(value)
 
 

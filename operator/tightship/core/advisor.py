@@ -62,10 +62,14 @@ class Failure(str, Enum):
 
 @dataclass(frozen=True)
 class Rejection:
-    """One reason why a candidate fell; `limit` is `None` where packing merely doesn't pay."""
+    """One reason why a candidate fell; `limit` is `None` where packing merely doesn't pay.
+
+    `text` says what the pair has (`efficiency 0.09 <= floor 0.1`), or where `clause` is set it is a sentence of its own.
+    """
 
     limit: Limit | None
     text: str
+    clause: bool = False
 
 
 @dataclass(frozen=True)
@@ -413,7 +417,7 @@ def _memory_failed(rejections: Iterable[Rejection]) -> bool:
 def _check_latencies(question: Question, latencies: Sequence[float | None], *, margin: float) -> Iterator[Rejection]:
     for objective, latency in zip(question.objectives, latencies, strict=True):
         if latency is None:
-            yield Rejection(Limit.SLO, f"{objective} was not measured")
+            yield Rejection(Limit.SLO, f"{objective} was not measured", clause=True)
         elif latency > margin * objective.maximum:
             spare = "" if margin == 1 else f" x {margin:g} (predicted)"
             yield Rejection(Limit.SLO, f"{objective} {_ms(latency)} > {_ms(objective.maximum)}{spare}")
@@ -464,7 +468,7 @@ def missed_by_milder_trial(question: Question, batch: int, replicas: int) -> str
 def _check_milder_trials(question: Question, batch: int, replicas: int) -> Iterator[Rejection]:
     missed = missed_by_milder_trial(question, batch, replicas)
     if missed is not None:
-        yield Rejection(Limit.SLO, missed)
+        yield Rejection(Limit.SLO, missed, clause=True)
 
 
 def _check_gain(question: Question, total: float, singles: Sequence[Candidate]) -> Iterator[Rejection]:
@@ -568,8 +572,9 @@ def _binding(chosen: Candidate, candidates: Sequence[Candidate]) -> tuple[Limit,
     if not nearest.limits:
         return Limit.EFFICIENCY, f"batch {nearest.batch} brings no more: {nearest.throughput:.0f} tokens/s"
     limit = nearest.limits[0]
-    text = next(rejection.text for rejection in nearest.rejections if rejection.limit is limit)
-    return limit, f"{_pair_name(nearest)} has {text}" if limit is not Limit.MEMORY else f"{_pair_name(nearest)}: {text}"
+    reason = next(rejection for rejection in nearest.rejections if rejection.limit is limit)
+    joint = ":" if reason.clause or limit is Limit.MEMORY else " has"
+    return limit, f"{_pair_name(nearest)}{joint} {reason.text}"
 
 
 def _sentence(question: Question, chosen: Candidate, singles: Sequence[Candidate], limit: Limit, cause: str) -> str:

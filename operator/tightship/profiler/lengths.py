@@ -212,7 +212,8 @@ def _heading(fields: list[str]) -> tuple[int, int] | None:
 
 def _number(field: str) -> Any:
     """A whole number if it is one, else the text, for the error to show."""
-    return int(field) if field.isdecimal() and len(field) < 10 else field
+    bare = field.strip("\"'")
+    return int(bare) if bare.isdecimal() and len(bare) < 10 else field
 
 
 def _json_entries(text: str) -> Iterator[Length | _Talk | None]:
@@ -222,6 +223,8 @@ def _json_entries(text: str) -> Iterator[Length | _Talk | None]:
     except json.JSONDecodeError as error:
         yield from _json_lines(text, error)
         return
+    except RecursionError as error:
+        raise ValueError(f"JSON nested too deeply to be lengths: expected are {_FORMS}") from error
     if isinstance(document, dict) or _is_pair(document):
         document = [document]
     for number, value in enumerate(document, 1):

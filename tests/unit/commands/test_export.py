@@ -150,6 +150,16 @@ def test_an_imported_profile_is_exported_as_it_is(tmp_path: Path) -> None:
     assert yaml.safe_load(first.read_text()) == yaml.safe_load(second.read_text())
 
 
+def test_numbers_in_quotes_come_out_as_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "1.yaml"
+    points = [{"batch": "8", "totalTokensPerSecond": "800"}, {"batch": 1, "totalTokensPerSecond": "100"}]
+    file.write_text(yaml.safe_dump(in_cluster(points=points)))
+    assert profile.main(["export", "-f", str(file)]) == 0
+    document = yaml.safe_load(capsys.readouterr().out)
+    jsonschema.validate(document, SCHEMA)
+    assert [point["batch"] for point in document["spec"]["results"]["points"]] == [1, 8]
+
+
 def test_an_unfinished_one_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "1.yaml"
     file.write_text(yaml.safe_dump(in_cluster(outcome=None)))
@@ -170,6 +180,9 @@ def test_an_unfinished_one_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
         (("opt", "--kubeconfig", "DOWN"), "no answer from http://127.0.0.1:9"),
         (("-f", "UNMEASURED"), "the profile holds no points"),
         (("-f", "KEYLESS"), "has no spec.key: not a BatchProfile as a cluster returns it"),
+        (("-f", "NAMELESS"), "not a BatchProfile that a cluster would take: metadata: "),
+        (("-f", "BARE"), "not a BatchProfile that a cluster would take: status.points.0.totalTokensPerSecond: "),
+        (("-f", "TRIALS"), "not a BatchProfile that a cluster would take: status.trials.0: "),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_words(
@@ -183,6 +196,9 @@ def test_what_is_wrong_is_said_in_words(
         ("DOWN", down),
         ("UNMEASURED", in_cluster(points=[])),
         ("KEYLESS", {"kind": "BatchProfile", "spec": {}}),
+        ("NAMELESS", in_cluster() | {"metadata": "opt"}),
+        ("BARE", in_cluster(points=[{"batch": 8, "totalTokensPerSecond": 800}])),
+        ("TRIALS", in_cluster(trials=["8 x 4"])),
     ):
         files[name] = str(tmp_path / name)
         Path(files[name]).write_text(yaml.safe_dump(content))

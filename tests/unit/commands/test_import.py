@@ -172,6 +172,11 @@ def test_the_key_of_a_manifest(results: Path) -> None:
         ({"a.json": result(8, spec_decode_acceptance_rate=0.7)}, KEY, "a.json: ran with speculative decoding"),
         ({"a.json": result(8, completed=0)}, KEY, "a.json: no request was completed"),
         ({"a.json": result(8, duration=None)}, KEY, "a.json: duration is None, not a number"),
+        ({"a.json": result(8, duration=10**400)}, KEY, "a.json: duration is 1000"),
+        ({"a.json": result(8, duration=float("nan"))}, KEY, "a.json: duration is nan, not a number from 0 to 1e+12"),
+        ({"a.json": result(8, mean_itl_ms=1e300)}, KEY, "a.json: mean_itl_ms is 1e+300, not a number"),
+        ({"a.json": result(8, num_prompts="many")}, KEY, "a.json: num_prompts is 'many', not a number"),
+        ({"a.json": result(8, max_concurrency=2_000_000)}, KEY, "a.json: max_concurrency is 2000000, not a whole number"),
         ({"a.json": result(8, max_concurrency=1.5)}, KEY, "a.json: max_concurrency is 1.5, not a whole number"),
         ({"a.json": {"something": "else"}, "b.json": [1, 2]}, KEY, "none of 2 JSON files is a result of"),
         ({}, KEY, "none of 0 JSON files"),
@@ -192,7 +197,10 @@ def test_wrong_input_is_refused_in_words(
     assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("text", "said"), [('{"a": ', "a.json: not JSON (cut short?)"), ("\xff", "a.json: not JSON")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"a": ', "a.json: not JSON (cut short?)"), ("[" * 100_000, "a.json: not JSON"), ("\xff", "a.json: not JSON")],
+)
 def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:
     (tmp_path / "a.json").write_text(text)
     assert vllm_bench.main([str(tmp_path), *KEY]) == vllm_bench.EXIT_USAGE
@@ -229,3 +237,25 @@ def test_the_papers_runs_give_the_papers_batch(tmp_path: Path, paper_data: Path)
     strict = 2 * parse_duration(points[32]["interTokenLatency"]["mean"])
     answer = decision_from_profile(document, [Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, strict)])
     assert (answer.batch, answer.floor_evaluated) == (96, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--name", "My Profile"), "'My Profile' is no name that Kubernetes takes"),
+        (("--name", "a..b"), "'a..b' is no name that Kubernetes takes"),
+        (("--namespace", "team.models"), "'team.models' is no namespace"),
+    ],
+)
+def test_a_name_that_no_cluster_takes_is_refused_at_once(
+    results: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        vllm_bench.main([str(results), *KEY, *words])
+    assert exit_status.value.code == vllm_bench.EXIT_USAGE
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_too_long_for_a_path_is_refused_in_words(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert vllm_bench.main([str(results), *KEY, "--model", f"a/{'x' * 5000}"]) == vllm_bench.EXIT_USAGE
+    assert "--model: String should have at most 512 characters" in capsys.readouterr().err

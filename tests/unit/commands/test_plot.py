@@ -181,3 +181,22 @@ def test_without_matplotlib_it_says_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert plot.main(["-f", MEASURED, "-o", "a.png"]) == plot.EXIT_USAGE
     assert "pip install 'tightship[plot]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spec", "metadata", "title"),
+    [
+        ({"key": {"model": {"source": "hf://a/$\\bad{$"}}}, {}, "a/$\\bad{$ on a GPU"),
+        ({"key": {"model": {"source": "hf://<b>/x"}}}, {}, "&lt;b&gt;/x on a GPU"),
+        ({"key": {"model": "opt"}}, ["opt"], "a model on a GPU"),
+    ],
+)
+def test_a_strange_name_is_a_heading_like_any_other(spec: Any, metadata: Any, title: str, tmp_path: Path) -> None:
+    points = [{"batch": 1, "totalTokensPerSecond": 300}, {"batch": 8, "totalTokensPerSecond": 2000}]
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(
+        yaml.safe_dump({"kind": "BatchProfile", "metadata": metadata, "spec": spec, "status": {"points": points}})
+    )
+    output = tmp_path / "a.svg"
+    assert plot.main(["-f", str(profile), "-o", str(output)]) == 0
+    assert title in output.read_text()

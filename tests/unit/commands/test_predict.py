@@ -80,6 +80,17 @@ def test_it_is_a_command_and_reads_imported_results(tmp_path: Path, capsys: pyte
     assert "whether the replicas fit is not known" in out
 
 
+def test_the_help_tells_every_key_of_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, answer = ask(capsys, write(tmp_path, make_profile()), 96, 4)
+    with pytest.raises(SystemExit):
+        predict.main(["--help"])
+    explained = capsys.readouterr().out.partition("-o json is")[2]
+    told = {
+        word for line in explained.splitlines() if line.startswith("  ") for word in line[:27].replace(",", " ").split()
+    }
+    assert set(answer) - told == {"batch", "replicas"}, "only the question itself needs no explanation"
+
+
 def test_one_replica_is_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, answer = ask(capsys, write(tmp_path, make_profile()), 96, 1)
     assert (answer["totalTokensPerSecond"], answer["interTokenLatency"], answer["slowdown"]) == (9032.8, "13.89ms", 1)

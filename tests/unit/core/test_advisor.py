@@ -375,6 +375,12 @@ def test_what_a_milder_trial_missed_is_not_predicted_to_hold() -> None:
     )
 
 
+def test_a_limit_that_is_a_sentence_of_its_own_is_not_said_to_be_had() -> None:
+    unknown = Trial(256, 2, 10_900, Latency(p95=0.037))
+    answer = advise(without_utilization(), make_slo(40), ledger=make_ledger(), trials=[unknown])
+    assert answer.message.endswith("; SLO binds: batch 256 with 2 replicas: mean InterTokenLatency was not measured")
+
+
 def test_a_trial_of_a_batch_that_the_sweep_has_not_is_a_candidate_too() -> None:
     answer = advise(without_utilization(), make_slo(40), ledger=make_ledger(), trials=[make_trial(200, 2, 14_900, 33)])
     assert (answer.batch, answer.replicas) == (200, 2)

@@ -45,6 +45,7 @@ def talk(*turns: tuple[str, str], key: str = "conversations") -> dict[str, objec
         "5; 10\n7; 3\n100; 2",
         "# made by hand\ninput,output\n5,10  # short\n7,3\n100,2\n",
         "Eingabe,Ausgabe\n5,10\n7,3\n100,2",
+        '"input","output"\n"5","10"\n"7","3"\n"100","2"\n',
         "completion_tokens,prompt_tokens\n10,5\n3,7\n2,100",
         "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,5,10\n2023-11-16 18:17:04,7,3\n2023,100,2",
         "\ufeff5,10\r\n7,3\r\n100,2\r\n",
@@ -92,6 +93,7 @@ def test_of_a_conversation_the_first_question_that_is_answered_counts() -> None:
     [
         ("", "there is no request in it: expected are lines of `input,output`"),
         ("# nothing\n\n", "there is no request in it"),
+        ("[" * 100_000, "JSON nested too deeply to be lengths"),
         ("5,10\n7", "line 2, 7, has 1 fields and not 2"),
         ("5,10\n7,3,9", "line 2, 7,3,9, has 3 fields and not 2"),
         ("5,10\n7,three", "line 2: output 'three' is no number of tokens: expected is a whole number from 0"),

@@ -29,7 +29,7 @@ from tightship.profiler.gpu import Device
 from tightship.profiler.lengths import Lengths
 from tightship.profiler.load import ClosedLoop
 from tightship.profiler.meter import WINDOWS_LEAST, warmup_seconds, window_seconds
-from tightship.profiler.packed import PackedMeter
+from tightship.profiler.packed import LateLoadError, PackedMeter
 from tightship.profiler.sharing import Sharing, SharingError
 
 log = logging.getLogger(__name__)
@@ -169,6 +169,7 @@ class Trials:
         self._agenda = agenda
         self._trials = trials
         self._failed: set[Pair] = {pair for pair, trial in trials.items() if not points.has_figures(trial)}
+        self._late: set[Pair] = set()
         self._fleet: Fleet | None = None
         self._open = False
         self._recoveries = 0
@@ -216,6 +217,10 @@ class Trials:
             return str(error)
         except DoesNotFitError as error:
             self._give_up(pair, error)
+        except LateLoadError as error:
+            if pair in self._late:
+                self._fail(pair, str(error))
+            self._late.add(pair)  # once may be the machine's hiccup, as with a level of the sweep
         except LoadError as error:
             self._fail(pair, str(error))
         except EngineError as error:

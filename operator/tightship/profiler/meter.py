@@ -36,6 +36,9 @@ RUNNING_LEAST: Final = 0.98
 WARMUP_SECONDS: Final = 0.5
 WARMUP_STEPS: Final = 10
 SETTLE_LEAST: Final = 5.0
+SETTLE_MOST: Final = 60.0
+FULL: Final = 0.95
+"""Share of the KV cache from which on requests that wait may wait for it."""
 POLL_SECONDS: Final = 0.05
 SAMPLES_PER_WINDOW: Final = 4
 LIVES_LEAST: Final = 1.0
@@ -220,12 +223,18 @@ class Meter:
     async def _settle(self, seconds: float, deadline: float) -> bool:
         """Wait until each request in flight has had a token, and then the warm-up; False at the deadline.
 
-        An engine whose KV cache is full lets requests wait for long: after half the level's time it is measured as it is.
+        A slow engine may compute on the first prompts for long. But one whose KV cache is full lets requests wait for ever: after half the
+        level's time it is measured as it is.
         """
-        patience = self._clock.now() + max(SETTLE_LEAST, seconds / 2)
-        while not self._load.settled and self._clock.now() < patience:
+        since = self._clock.now()
+        while not self._load.settled:
+            waited = self._clock.now() - since
             if self._clock.now() >= deadline:
                 return False
+            if waited >= max(SETTLE_LEAST, seconds / 2) and (
+                waited >= SETTLE_MOST or full(await self._engine.sample())
+            ):
+                break
             await self._pause(POLL_SECONDS)
         await self._pause(warmup_seconds(self._itl))
         return self._clock.now() < deadline
@@ -323,6 +332,11 @@ class Meter:
             undriven=recording.overloaded(itl),
             notes=tuple(_notes(batch, tally, recording, itl)),
         )
+
+
+def full(sample: EngineSample) -> bool:
+    """Whether requests wait for KV cache."""
+    return sample.waiting > 0 and sample.kv_usage >= FULL
 
 
 def _notes(batch: int, tally: _Tally, recording: Recording, itl: float) -> list[str]:

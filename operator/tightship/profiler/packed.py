@@ -26,12 +26,14 @@ from tightship.profiler.meter import (
     RUNNING_LEAST,
     SAMPLES_PER_WINDOW,
     SETTLE_LEAST,
+    SETTLE_MOST,
     SILENCE_SECONDS,
     STEPS_PER_WINDOW,
     TOP_UP_FROM,
     TOP_UPS,
     WINDOWS_LEAST,
     check_counter,
+    full,
     half_width,
     lives_seconds,
     missing,
@@ -40,6 +42,10 @@ from tightship.profiler.meter import (
 )
 from tightship.profiler.metrics import EngineSample
 
+ROUGH: Final = 0.1
+"""Half-width above which a trial's time isn't enough."""
+ROUGH_FACTOR: Final = 3
+"""What it gets then, times its time."""
 UNFAIR: Final = 0.9
 """A slowest replica below this share of the mean is worth a word."""
 
@@ -146,7 +152,8 @@ class PackedMeter:
             if not await self._settle(seconds, began + limit):
                 return None
             recordings = [load.begin() for load in self._loads]
-            tally = await self._windows(batch, began, seconds, limit, may_top_up=top_up < TOP_UPS)
+            now = self._clock.now()  # what the first prompts took is not the trial's time
+            tally = await self._windows(batch, now, seconds, began + limit - now, may_top_up=top_up < TOP_UPS)
             for load in self._loads:
                 load.begin()
             if tally is None:
@@ -159,11 +166,20 @@ class PackedMeter:
         raise AssertionError("the last round always ends the trial")
 
     async def _settle(self, seconds: float, deadline: float) -> bool:
-        """Wait until each request in flight anywhere has had a token, and then the warm-up; False at the deadline."""
-        patience = self._clock.now() + max(SETTLE_LEAST, seconds / 2)
-        while not all(load.settled for load in self._loads) and self._clock.now() < patience:
+        """Wait until each request in flight anywhere has had a token, and then the warm-up; False at the deadline.
+
+        As with one engine: the first prompts may take long, longer still where several engines compute on them at once, and only requests that
+        wait for a full KV cache are not waited for.
+        """
+        since = self._clock.now()
+        while not all(load.settled for load in self._loads):
+            waited = self._clock.now() - since
             if self._clock.now() >= deadline:
                 return False
+            if waited >= max(SETTLE_LEAST, seconds / 2) and (
+                waited >= SETTLE_MOST or any(full(sample) for sample in await self._samples())
+            ):
+                break
             await self._pause(POLL_SECONDS)
         await self._pause(warmup_seconds(self._itl))
         return self._clock.now() < deadline
@@ -185,7 +201,9 @@ class PackedMeter:
                 width = half_width(tally.rates)
                 lived = tally.seconds >= lives_seconds(batch * len(self._engines), self._mean_output, self._itl)
                 precise = width is not None and width <= PRECISION and lived
-                if not whole or elapsed >= limit or (resolved and (precise or elapsed >= seconds)):
+                rough = width is None or width > ROUGH
+                enough = elapsed >= (ROUGH_FACTOR if rough else 1) * seconds
+                if not whole or elapsed >= limit or (resolved and (precise or enough)):
                     return tally
             elif not whole or elapsed >= limit:
                 return None

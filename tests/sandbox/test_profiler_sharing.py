@@ -106,5 +106,5 @@ def test_the_way_to_share_fits_the_device() -> None:
     assert isinstance(open_sharing(gpu, None, {}, SystemClock()), MpsSharing)
     cores = len(os.sched_getaffinity(0))
     cpu = open_sharing(DeviceIdentity("cpu", "cpu", 1), None, {}, SystemClock())
-    assert cpu.doubt(1) is None
-    assert f"the {cores} cores this Job may use" in (cpu.doubt(2) or "")
+    assert cpu.doubt(cores) is None, "one core each, unless the manifest says otherwise"
+    assert f"the {cores} cores this Job may use" in (cpu.doubt(cores + 1) or "")

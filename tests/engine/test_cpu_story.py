@@ -78,19 +78,20 @@ def check_packing(sandbox: Sandbox, ready: dict[str, Any], profile: dict[str, An
     total, single = float(trial["totalTokensPerSecond"]), float(alone["totalTokensPerSecond"])
     assert total < 1.25 * single, "no gain"
     packed, apart = (parse_duration(each["interTokenLatency"]["mean"]) for each in (trial, alone))
-    assert 1.5 < packed / apart < 2.7, "the time between tokens about doubles"
+    assert 1.4 < packed / apart < 3.0, "the time between tokens about doubles"
 
     found = by_a_client(sandbox, ready, 2 * batch)
     print(f"alone {single:.0f} tokens/s, trial {total:.0f} at {packed:.3f} s, client {found}")
-    assert found["totalTokensPerSecond"] == pytest.approx(total, rel=0.20)
-    assert found["interTokenLatency"] == pytest.approx(packed, rel=0.20)
+    within = 0.20 + float(trial["halfWidth"])
+    assert found["totalTokensPerSecond"] == pytest.approx(total, rel=within)
+    assert found["interTokenLatency"] == pytest.approx(packed, rel=within)
 
 
 def test_from_apply_to_answers(sandbox: Sandbox) -> None:
     service = yaml.safe_load(SAMPLE.read_text())
     name, model = service["metadata"]["name"], service["spec"]["model"]["servedName"]
     sandbox.kubectl("apply", "--validate=false", "-f", str(SAMPLE))
-    sandbox.kubectl("wait", f"llm/{name}", "--for=condition=Profiled", "--timeout=720s")
+    sandbox.kubectl("wait", f"llm/{name}", "--for=condition=Profiled", "--timeout=1200s", timeout=1300)
     for gate in ("Recommended", "Packed"):
         sandbox.kubectl("wait", f"llm/{name}", f"--for=condition={gate}", "--timeout=60s")
     sandbox.kubectl("wait", f"llm/{name}", "--for=condition=Ready", "--timeout=300s")

@@ -74,7 +74,11 @@ def check_packing(sandbox: Sandbox, ready: dict[str, Any], profile: dict[str, An
     alone = next(point for point in status["points"] if point["batch"] == batch)
     trials = [trial for trial in status["trials"] if trial.get("totalTokensPerSecond")]
     trial = next((each for each in trials if (each["batch"], each["replicas"]) == (batch, 2)), None)
-    assert trial is not None, f"batch {batch} was not tried: {trials}"
+    if (
+        trial is None
+    ):  # two busy cores may be too few for engines, API servers and load: then it is refused, never made up
+        assert "could not keep up" in status["outcome"]["message"], status["outcome"]
+        return
     total, single = float(trial["totalTokensPerSecond"]), float(alone["totalTokensPerSecond"])
     assert total < 1.25 * single, "no gain"
     packed, apart = (parse_duration(each["interTokenLatency"]["mean"]) for each in (trial, alone))

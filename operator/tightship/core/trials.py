@@ -20,12 +20,10 @@ objectives, because that asks for more (0.9 x the SLO, a total above the best) o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tightship.core.advisor import Basis, Candidate, Limit, Question, best_single, evaluate, missed_by_milder_trial
-from tightship.core.curve import Curve, Objective, Trial
-from tightship.core.memory import Ledger, Reserve
 
 SLO_SLACK = 1.1
 """A predicted latency may be this many times the SLO for the pair to be worth a trial."""
@@ -58,75 +56,18 @@ class TrialStep:
     predicted: PredictedPair | None = None
 
 
-def trial_order(
-    curve: Curve,
-    objectives: Sequence[Objective] = (),
-    *,
-    ledger: Ledger | None,
-    reserve: Reserve | None = None,
-    max_replicas: int = 8,
-    minimum_gain: float = 1.05,
-    efficiency_floor: float = 0.1,
-    dedicated: bool = False,
-    trials: Sequence[Trial] = (),
-    failed: Collection[tuple[int, int]] = (),
-) -> tuple[PredictedPair, ...]:
+def trial_order(question: Question) -> tuple[PredictedPair, ...]:
     """All pairs still worth a trial now, best predicted first; ties go to the smaller batch, then to fewer replicas.
 
-    Before the first trial this may be empty although `next_trial` names a pair.
-
-    Args:
-        trials: what has been measured so far.
-        failed: pairs whose trial could not be made, because an engine did not start, say; they are never named again.
-        ledger: `None` where memory is unknown: then nothing can be tried.
-
-    The other arguments are those of `advisor.advise`.
-
-    Raises:
-        ValueError: as `advisor.advise` does.
+    Before the first trial this may be empty although `next_trial` names a pair. Where memory is unknown nothing can be tried; pairs whose
+    trial could not be made (`failed`) are never named again.
     """
-    question = Question(
-        curve,
-        tuple(objectives),
-        efficiency_floor,
-        ledger,
-        reserve or Reserve(),
-        max_replicas,
-        minimum_gain,
-        dedicated,
-        tuple(trials),
-        frozenset(failed),
-    )
     return tuple(_predicted(candidate) for candidate in _survey(question).worthwhile)
 
 
-def next_trial(
-    curve: Curve,
-    objectives: Sequence[Objective] = (),
-    *,
-    ledger: Ledger | None,
-    reserve: Reserve | None = None,
-    max_replicas: int = 8,
-    minimum_gain: float = 1.05,
-    efficiency_floor: float = 0.1,
-    dedicated: bool = False,
-    trials: Sequence[Trial] = (),
-    failed: Collection[tuple[int, int]] = (),
-) -> TrialStep:
-    """The pair to try next, or why there is none; arguments and errors are those of `trial_order`."""
-    question = Question(
-        curve,
-        tuple(objectives),
-        efficiency_floor,
-        ledger,
-        reserve or Reserve(),
-        max_replicas,
-        minimum_gain,
-        dedicated,
-        tuple(trials),
-        frozenset(failed),
-    )
-    if ledger is None:
+def next_trial(question: Question) -> TrialStep:
+    """The pair to try next, or why there is none."""
+    if question.ledger is None:
         return TrialStep(None, "memory per replica is unknown, so no packing can be tried")
     survey = _survey(question)
     if survey.worthwhile:

@@ -14,10 +14,11 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from tightship.api.units import format_quantity
 from tightship.api.v1alpha1 import batchprofile as api
+from tightship.core.advisor import Question
 from tightship.core.curve import Curve, Objective
 from tightship.core.trials import next_trial, trial_order
 from tightship.profiler import confirm, points
@@ -81,24 +82,26 @@ class Predicted:
 
     def next(self, trials: Mapping[Pair, api.Trial], failed: Collection[Pair]) -> Choice:
         """The pair that promises most."""
-        step = next_trial(self.curve, self.objectives, **self._question(trials, failed))
+        step = next_trial(self._question(trials, failed))
         return Choice(step.pair, step.reason)
 
     def wanted(self, trials: Mapping[Pair, api.Trial], failed: Collection[Pair]) -> Sequence[Pair]:
         """Those still worth a trial."""
-        return [one.pair for one in trial_order(self.curve, self.objectives, **self._question(trials, failed))]
+        return [one.pair for one in trial_order(self._question(trials, failed))]
 
-    def _question(self, trials: Mapping[Pair, api.Trial], failed: Collection[Pair]) -> dict[str, Any]:
-        return {
-            "ledger": self.sizes.ledger,
-            "reserve": self.sizes.reserve,
-            "max_replicas": self.max_replicas,
-            "minimum_gain": self.minimum_gain,
-            "efficiency_floor": self.efficiency_floor,
-            "dedicated": self.dedicated,
-            "trials": [points.trial(trial) for trial in trials.values()],
-            "failed": frozenset(failed),
-        }
+    def _question(self, trials: Mapping[Pair, api.Trial], failed: Collection[Pair]) -> Question:
+        return Question(
+            self.curve,
+            self.objectives,
+            efficiency_floor=self.efficiency_floor,
+            ledger=self.sizes.ledger,
+            reserve=self.sizes.reserve,
+            max_replicas=self.max_replicas,
+            minimum_gain=self.minimum_gain,
+            dedicated=self.dedicated,
+            trials=tuple(points.trial(trial) for trial in trials.values()),
+            failed=frozenset(failed),
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fractions import Fraction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tightship.core.advisor import ESTIMATE_MARGIN, Basis, Failure, Limit, Recommendation, advise
+from tightship.core.advisor import ESTIMATE_MARGIN, Basis, Failure, Limit, Question, Recommendation, advise
 from tightship.core.colocation import predict
 from tightship.core.curve import Curve, Latency, Metric, Objective, Point, Statistic, Trial
 from tightship.core.memory import Context, Ledger, Reserve
@@ -211,8 +211,8 @@ def test_scaling_all_latencies_and_the_slo_changes_nothing(
     assert (here.batch, here.replicas, here.binding_limit) == (there.batch, there.replicas, there.binding_limit)
     assert (here.applied_batch, here.applied_replicas) == (there.applied_batch, there.applied_replicas)
     steps = (
-        next_trial(curve, objective(slo), ledger=make_ledger(memory), trials=trials),
-        next_trial(slower, objective(slo * factor), ledger=make_ledger(memory), trials=others),
+        next_trial(Question(curve, objective(slo), ledger=make_ledger(memory), trials=trials)),
+        next_trial(Question(slower, objective(slo * factor), ledger=make_ledger(memory), trials=others)),
     )
     assert steps[0].pair == steps[1].pair
 
@@ -318,14 +318,16 @@ def test_trying_ends_and_then_no_untried_pair_wins(  # noqa: PLR0917
     failed: list[tuple[int, int]] = []
     for _ in range((most - 1) * len(curve.points) + 1):
         step = next_trial(
-            curve,
-            objectives,
-            ledger=ledger,
-            max_replicas=most,
-            minimum_gain=gain,
-            dedicated=dedicated,
-            trials=trials,
-            failed=failed,
+            Question(
+                curve,
+                objectives,
+                ledger=ledger,
+                max_replicas=most,
+                minimum_gain=gain,
+                dedicated=dedicated,
+                trials=trials,
+                failed=failed,
+            )
         )
         if step.pair is None:
             break
@@ -360,7 +362,7 @@ def test_trying_ends_and_then_no_untried_pair_wins(  # noqa: PLR0917
 def test_the_first_trial_is_never_forbidden(curve: Curve, slo: float, memory: float) -> None:
     """Where some batch may run alone, and memory holds two of it, something is tried."""
     ledger = make_ledger(2 * memory)
-    step = next_trial(curve, objective(slo), ledger=ledger)
+    step = next_trial(Question(curve, objective(slo), ledger=ledger))
     assert (step.pair is not None) is advise(curve, objective(slo), ledger=ledger).feasible
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tightship.core.advisor import Question
 from tightship.core.curve import Curve, Latency, Metric, Objective, Point, Statistic, Trial
 from tightship.core.memory import Context, Ledger
 from tightship.core.trials import next_trial, trial_order
@@ -56,13 +57,13 @@ def published(*pairs: tuple[int, int]) -> list[Trial]:
 
 
 def test_the_published_best_packing_is_among_the_first_tried() -> None:
-    order = [pair.pair for pair in trial_order(make_curve(), make_slo(40), ledger=make_ledger())]
+    order = [pair.pair for pair in trial_order(Question(make_curve(), make_slo(40), ledger=make_ledger()))]
     assert (256, 2) in order[:2]
 
 
 def test_pairs_predicted_far_beyond_the_slo_are_left_out() -> None:
     maximum = 0.015
-    for pair in trial_order(make_curve(), make_slo(15), ledger=make_ledger()):
+    for pair in trial_order(Question(make_curve(), make_slo(15), ledger=make_ledger())):
         assert pair.latencies[0] is not None
         assert pair.latencies[0] <= 1.1 * maximum
 
@@ -70,20 +71,20 @@ def test_pairs_predicted_far_beyond_the_slo_are_left_out() -> None:
 def test_a_busy_gpu_promises_nothing_and_is_tried_once_all_the_same() -> None:
     busy, slo, ledger = make_curve(gpu_utilization=1.0), make_slo(15.02), make_ledger()
 
-    first = next_trial(busy, slo, ledger=ledger)
+    first = next_trial(Question(busy, slo, ledger=ledger))
     assert first.pair is not None
     assert first.predicted is not None
 
     batch, replicas = first.pair
     trial = make_trial(batch, replicas, first.predicted.throughput, 15)
-    assert next_trial(busy, slo, ledger=ledger, trials=[trial]).pair is None
+    assert next_trial(Question(busy, slo, ledger=ledger, trials=[trial])).pair is None
 
 
 def test_an_objective_missed_packed_leads_to_fewer_replicas_or_a_smaller_batch() -> None:
     slo, ledger = make_slo(30), make_ledger()
     missed = make_trial(96, 4, 13172.4, 31.52)
 
-    step = next_trial(make_curve(), slo, ledger=ledger, trials=[missed])
+    step = next_trial(Question(make_curve(), slo, ledger=ledger, trials=[missed]))
 
     assert step.pair is not None
     assert step.pair[0] < 96 or step.pair[1] < 4
@@ -92,43 +93,45 @@ def test_an_objective_missed_packed_leads_to_fewer_replicas_or_a_smaller_batch()
 def test_trying_ends_where_nothing_left_can_beat_the_best() -> None:
     slo, ledger, trials = make_slo(40), make_ledger(), published((256, 2))
     for measured in ((128, 3, 12_100.0, 33.0), (128, 2, 12_600.0, 23.5)):
-        assert next_trial(make_curve(), slo, ledger=ledger, trials=trials).pair == measured[:2]
+        assert next_trial(Question(make_curve(), slo, ledger=ledger, trials=trials)).pair == measured[:2]
         trials.append(make_trial(*measured))
 
-    step = next_trial(make_curve(), slo, ledger=ledger, trials=trials)
+    step = next_trial(Question(make_curve(), slo, ledger=ledger, trials=trials))
 
     assert step.pair is None
     assert "even 1.15 x that can't beat batch 256 with 2 replicas with 14670 tokens/s" in step.reason
 
 
 def test_a_pair_that_could_not_be_tried_is_not_named_again() -> None:
-    first = next_trial(make_curve(), make_slo(40), ledger=make_ledger()).pair
+    first = next_trial(Question(make_curve(), make_slo(40), ledger=make_ledger())).pair
     assert first is not None
-    second = next_trial(make_curve(), make_slo(40), ledger=make_ledger(), failed=[first]).pair
+    second = next_trial(Question(make_curve(), make_slo(40), ledger=make_ledger(), failed=[first])).pair
     assert second not in (None, first)
 
 
 @pytest.mark.parametrize(("total", "words"), [(5, "no pair is left"), (None, "memory per replica is unknown")])
 def test_without_room_for_two_nothing_is_tried(total: float | None, words: str) -> None:
-    step = next_trial(make_curve(), make_slo(40), ledger=None if total is None else make_ledger(total))
+    step = next_trial(Question(make_curve(), make_slo(40), ledger=None if total is None else make_ledger(total)))
     assert step.pair is None
     assert words in step.reason
 
 
 def test_an_unknown_utilization_still_gives_an_order() -> None:
-    assert trial_order(make_curve(gpu_utilization=None), make_slo(40), ledger=make_ledger())
+    assert trial_order(Question(make_curve(gpu_utilization=None), make_slo(40), ledger=make_ledger()))
 
 
 def test_dedicated_cores_are_taken_to_scale() -> None:
     best = trial_order(
-        make_curve(gpu_utilization=None), make_slo(15), ledger=make_ledger(), max_replicas=3, dedicated=True
+        Question(make_curve(gpu_utilization=None), make_slo(15), ledger=make_ledger(), max_replicas=3, dedicated=True)
     )[0]
     assert (best.pair, best.throughput) == ((96, 3), pytest.approx(3 * 9032.8))
 
 
 def test_a_trial_corrects_the_predictions_of_the_others() -> None:
-    plain = {pair.pair: pair for pair in trial_order(make_curve(), (), ledger=make_ledger())}
+    plain = {pair.pair: pair for pair in trial_order(Question(make_curve(), (), ledger=make_ledger()))}
     trial = make_trial(256, 2, plain[256, 2].throughput * 0.9, 40)
-    corrected = {pair.pair: pair for pair in trial_order(make_curve(), (), ledger=make_ledger(), trials=[trial])}
+    corrected = {
+        pair.pair: pair for pair in trial_order(Question(make_curve(), (), ledger=make_ledger(), trials=[trial]))
+    }
     assert (256, 2) not in corrected
     assert corrected[128, 3].throughput == pytest.approx(0.9 * plain[128, 3].throughput)

@@ -27,7 +27,7 @@ from tightship.sandbox.cluster import Sandbox
 TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json"
 GROUP_PATH = f"/apis/{API_VERSION}"
 SAMPLES = {"simulated": "llmservice-opt.yaml", "vllm": "llmservice-cpu.yaml"}
-BUDGETS = {"simulated": "120s", "vllm": "6m"}
+BUDGETS = {"simulated": "90s", "vllm": "6m"}
 TIMEOUT = 600.0
 """Seconds after which the demo gives up and shows what it sees."""
 TERMINAL_REASONS = (
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--engine", choices=sorted(SAMPLES), default="simulated", help="simulated GPUs, or real vLLM on the CPU"
     )
-    parser.add_argument("--budget", help="profiling budget (default: 120s simulated, 6m real)")
+    parser.add_argument("--budget", help="profiling budget (default: 90s simulated, 6m real)")
     parser.add_argument(
         "--samples", type=Path, default=root / "docs" / "samples", help="folder of the sample manifests"
     )

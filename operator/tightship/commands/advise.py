@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tightship.api.units import format_duration, format_quantity, parse_duration
+from tightship.api.units import format_duration, format_quantity
+from tightship.commands import options
 from tightship.commands.manifest import InputError, read_profile
 from tightship.commands.output import columns, show
 from tightship.core.advisor import Basis, Candidate, Recommendation
@@ -24,7 +25,6 @@ from tightship.decide import (
     DEFAULT_MINIMUM_GAIN,
     ProfileError,
     decision_from_profile,
-    parse_reserve,
 )
 
 EXIT_USAGE = 2
@@ -39,23 +39,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_arguments(parser)
-    return parser
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `advise` to a parser."""
     parser.set_defaults(run=run)
     parser.add_argument("-f", "--filename", required=True, metavar="FILE", help="BatchProfile manifest; - reads stdin")
     add_decision_arguments(parser)
     parser.add_argument("--explain", action="store_true", help="show every pair looked at, and why it won or fell")
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table", help="default: %(default)s")
+    return parser
 
 
 def add_decision_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that a decision depends on, for every command that decides."""
-    parser.add_argument("--itl", type=_latency, metavar="DURATION", help="bound on the inter-token latency, e.g. 15ms")
-    parser.add_argument("--ttft", type=_latency, metavar="DURATION", help="bound on the time to first token, unqueued")
+    parser.add_argument(
+        "--itl", type=options.latency, metavar="DURATION", help="bound on the inter-token latency, e.g. 15ms"
+    )
+    parser.add_argument(
+        "--ttft", type=options.latency, metavar="DURATION", help="bound on the time to first token, unqueued"
+    )
     parser.add_argument(
         "--statistic",
         choices=[statistic.value for statistic in Statistic],
@@ -64,28 +63,28 @@ def add_decision_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--efficiency-floor",
-        type=_floor,
+        type=options.floor,
         default=DEFAULT_EFFICIENCY_FLOOR,
         metavar="SHARE",
         help="least T(B) / (B T(1)); 0 turns it off (default: %(default)s)",
     )
     parser.add_argument(
         "--memory-reserve",
-        type=_reserve,
+        type=options.reserve,
         default=DEFAULT_MEMORY_RESERVE,
         metavar="RESERVE",
         help="device memory left free, a percentage or a quantity (default: 5%%)",
     )
     parser.add_argument(
         "--minimum-gain",
-        type=_gain,
+        type=options.gain,
         default=DEFAULT_MINIMUM_GAIN,
         metavar="RATIO",
         help="least throughput of a packed GPU over one replica's best (default: %(default)s)",
     )
     parser.add_argument(
         "--max-replicas-per-gpu",
-        type=_replicas,
+        type=options.replicas,
         default=DEFAULT_MAX_REPLICAS,
         metavar="N",
         help="most replicas on one GPU (default: %(default)s)",
@@ -285,58 +284,3 @@ def _short(latency: float | None) -> str:
 
 def _size(amount: int | None) -> str | None:
     return None if amount is None else format_quantity(amount)
-
-
-def _latency(text: str) -> float:
-    try:
-        seconds = parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if seconds <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} can't be met by anything: give a latency above 0, e.g. 15ms")
-    return seconds
-
-
-def _reserve(text: str) -> str:
-    try:
-        parse_reserve(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
-
-
-def _floor(text: str) -> float:
-    return _ranged(text, 0, 1, "an efficiency floor is a number from 0 to below 1, e.g. 0.1")
-
-
-def _gain(text: str) -> float:
-    return _ranged(text, 1, float("inf"), "a minimum gain is a number from 1, e.g. 1.05")
-
-
-def _ranged(text: str, lowest: float, below: float, words: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not lowest <= number < below:
-        raise argparse.ArgumentTypeError(f"{text!r}: {words}")
-    return number
-
-
-def _replicas(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: replicas per GPU are a whole number from 1")
-    return int(text)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m tightship.commands.advise`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="tightship advise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

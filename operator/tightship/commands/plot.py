@@ -71,18 +71,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_arguments(parser)
-    return parser
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `plot`."""
     parser.set_defaults(run=run)
     parser.add_argument("-f", "--filename", required=True, metavar="FILE", help="BatchProfile manifest; - reads stdin")
     parser.add_argument(
         "-o", "--output", default="profile.png", metavar="FILE", help=".png, .svg or .html (default: %(default)s)"
     )
     advise.add_decision_arguments(parser)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -630,16 +625,3 @@ def _write(path: Path, content: bytes) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise InputError(f"{path} can't be written: {error.strerror or error}") from error
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m tightship.commands.plot`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="tightship plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

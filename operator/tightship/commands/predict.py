@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightship.api.units import format_duration, format_quantity
+from tightship.commands import options
 from tightship.commands.manifest import read_profile
 from tightship.commands.output import columns, show
 from tightship.core.calibration import calibrate
@@ -92,12 +93,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_arguments(parser)
-    return parser
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `predict` to a parser."""
     parser.set_defaults(run=run)
     parser.add_argument("-f", "--filename", required=True, metavar="FILE", help="BatchProfile manifest; - reads stdin")
     parser.add_argument(
@@ -106,12 +101,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replicas", required=True, type=_whole, metavar="R", help="replicas on the GPU")
     parser.add_argument(
         "--memory-reserve",
-        type=_reserve,
+        type=options.reserve,
         default=DEFAULT_MEMORY_RESERVE,
         metavar="RESERVE",
         help="device memory left free, a percentage or a quantity (default: 5%%)",
     )
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table", help="default: %(default)s")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -279,27 +275,3 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
-
-
-def _reserve(text: str) -> str:
-    try:
-        parse_reserve(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m tightship.commands.predict`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="tightship predict",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

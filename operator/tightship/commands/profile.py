@@ -70,12 +70,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_arguments(parser)
-    return parser
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `profile`, and its subcommand `export`."""
     parser.set_defaults(run=run)
     subject.add_arguments(parser)
     how = parser.add_argument_group("how it is measured")
@@ -104,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--force", action="store_true", help="overwrite -o")
     commands = parser.add_subparsers(dest="subcommand", metavar="export", title="subcommand")
     export.add_parser(commands)
+    return parser
 
 
 @dataclass
@@ -637,19 +632,3 @@ def _conclude(plan: Plan, profile: api.BatchProfile) -> int:
             file=sys.stderr,
         )
     return MEASURED
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m tightship.commands.profile`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="tightship profile",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

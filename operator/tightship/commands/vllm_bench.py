@@ -49,12 +49,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_arguments(parser)
-    return parser
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `import vllm-bench`."""
     parser.set_defaults(run=run)
     parser.add_argument(
         "directory", type=Path, metavar="DIR", help="directory of the results, looked through to the bottom"
@@ -64,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", default="-", metavar="FILE", help="the profile's file (default: standard output)"
     )
     parser.add_argument("--force", action="store_true", help="overwrite -o")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -315,16 +310,3 @@ def _defaults(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, Any]:
         "output_tokens": max(2, round(sum(one.output_tokens for one in runs) / requests)),
     }
     return found | ({"model": runs[0].model} if runs[0].model else {})
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m tightship.commands.vllm_bench`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="tightship import vllm-bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

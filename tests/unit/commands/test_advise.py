@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tightship import decide
+from tightship.__main__ import main as tightship
 from tightship.api.v1alpha1.spec import Objective as ApiObjective
 from tightship.commands import advise
 
@@ -71,7 +72,7 @@ def write(folder: Path, *documents: Any) -> str:
 
 
 def ask(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, dict[str, Any]]:
-    status = advise.main([*args, "-o", "json"])
+    status = tightship(["advise", *args, "-o", "json"])
     answer: dict[str, Any] = json.loads(capsys.readouterr().out)
     return status, answer
 
@@ -149,7 +150,7 @@ def test_explain_gives_every_pair_its_reason(tmp_path: Path, capsys: pytest.Capt
     assert outcomes.count("chosen") == 1
     assert all(c["reasons"] for c in answer["candidates"] if c["outcome"] == "rejected")
 
-    assert advise.main(["-f", file, "--itl", "15ms", "--explain"]) == 0
+    assert tightship(["advise", "-f", file, "--itl", "15ms", "--explain"]) == 0
     table = capsys.readouterr().out
     assert table.splitlines()[1].split()[:2] == ["96", "SLO"]
     assert "mean InterTokenLatency 29.27ms > 15ms" in table
@@ -234,7 +235,7 @@ def test_explain_shows_the_basis_of_each_pair_and_the_default_engine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path, make_profile(make_memory(), trials=make_trials(), baseline=make_baseline()))
-    assert advise.main(["-f", file, "--itl", "40ms", "--explain"]) == 0
+    assert tightship(["advise", "-f", file, "--itl", "40ms", "--explain"]) == 0
     lines = capsys.readouterr().out.splitlines()
 
     head = next(line.split() for line in lines if line.startswith("BATCH   REPLICAS"))
@@ -307,7 +308,7 @@ def test_malformed_files_end_with_2_and_say_what_is_wrong(
 ) -> None:
     path = tmp_path / "profile.yaml"
     path.write_text(text)
-    assert advise.main(["-f", str(path), "--itl", "15ms"]) == advise.EXIT_USAGE
+    assert tightship(["advise", "-f", str(path), "--itl", "15ms"]) == advise.EXIT_USAGE
     error = capsys.readouterr().err
     assert words in error
     assert str(path) in error
@@ -328,20 +329,20 @@ def test_malformed_files_end_with_2_and_say_what_is_wrong(
 )
 def test_wrong_options_end_with_2_in_words(args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        advise.main(["-f", "-", *args])
+        tightship(["advise", "-f", "-", *args])
     assert ended.value.code == advise.EXIT_USAGE
     assert words in capsys.readouterr().err
 
 
 def test_a_missing_or_binary_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert advise.main(["-f", str(tmp_path / "none.yaml")]) == advise.EXIT_USAGE
+    assert tightship(["advise", "-f", str(tmp_path / "none.yaml")]) == advise.EXIT_USAGE
     assert "No such file" in capsys.readouterr().err
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    assert advise.main(["-f", str(tmp_path / "binary")]) == advise.EXIT_USAGE
+    assert tightship(["advise", "-f", str(tmp_path / "binary")]) == advise.EXIT_USAGE
 
 
 def test_it_runs_as_a_module(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tightship.commands.advise", "-f", write(tmp_path, make_profile()), "--itl", "2ms"]
+    command = [sys.executable, "-m", "tightship", "advise", "-f", write(tmp_path, make_profile()), "--itl", "2ms"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == advise.EXIT_INFEASIBLE
     assert "no batch meets the SLO" in done.stdout
@@ -353,7 +354,8 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "tightship.commands.advise",
+        "tightship",
+        "advise",
         "-f",
         write(tmp_path, make_profile()),
         "--itl",

@@ -14,9 +14,9 @@ import jsonschema
 import pytest
 import yaml
 
+from tightship.__main__ import main as tightship
 from tightship.api import crds
 from tightship.api.v1alpha1 import labels
-from tightship.commands import profile
 
 SCHEMA = crds.definitions()["batchprofiles"]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 HASH = "2614008e2427e4d2200c1b58d01ddaa1a24b5832d81936b563fa64df727430a0"
@@ -128,7 +128,7 @@ def test_from_a_cluster(
     cluster: tuple[str, list[str]], capsys: pytest.CaptureFixture[str], words: tuple[str, ...], namespace: str
 ) -> None:
     kubeconfig, asked = cluster
-    assert profile.main(["export", "opt", "--kubeconfig", kubeconfig, *words]) == 0
+    assert tightship(["profile", "export", "opt", "--kubeconfig", kubeconfig, *words]) == 0
     text = capsys.readouterr().out
     check(yaml.safe_load(text))
     assert text.splitlines()[0] == "# Exported from BatchProfile models/opt: 2 points; Completed: best at 8"
@@ -138,15 +138,15 @@ def test_from_a_cluster(
 def test_from_kubectls_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(yaml.safe_dump(in_cluster())))
     output = tmp_path / "opt.yaml"
-    assert profile.main(["export", "-f", "-", "-o", str(output)]) == 0
+    assert tightship(["profile", "export", "-f", "-", "-o", str(output)]) == 0
     check(yaml.safe_load(output.read_text()))
 
 
 def test_an_imported_profile_is_exported_as_it_is(tmp_path: Path) -> None:
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
     first.write_text(yaml.safe_dump(in_cluster()))
-    assert profile.main(["export", "-f", str(first), "-o", str(second)]) == 0
-    assert profile.main(["export", "-f", str(second), "-o", str(first)]) == 0
+    assert tightship(["profile", "export", "-f", str(first), "-o", str(second)]) == 0
+    assert tightship(["profile", "export", "-f", str(second), "-o", str(first)]) == 0
     assert yaml.safe_load(first.read_text()) == yaml.safe_load(second.read_text())
 
 
@@ -154,7 +154,7 @@ def test_numbers_in_quotes_come_out_as_numbers(tmp_path: Path, capsys: pytest.Ca
     file = tmp_path / "1.yaml"
     points = [{"batch": "8", "totalTokensPerSecond": "800"}, {"batch": 1, "totalTokensPerSecond": "100"}]
     file.write_text(yaml.safe_dump(in_cluster(points=points)))
-    assert profile.main(["export", "-f", str(file)]) == 0
+    assert tightship(["profile", "export", "-f", str(file)]) == 0
     document = yaml.safe_load(capsys.readouterr().out)
     jsonschema.validate(document, SCHEMA)
     assert [point["batch"] for point in document["spec"]["results"]["points"]] == [1, 8]
@@ -163,7 +163,7 @@ def test_numbers_in_quotes_come_out_as_numbers(tmp_path: Path, capsys: pytest.Ca
 def test_an_unfinished_one_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "1.yaml"
     file.write_text(yaml.safe_dump(in_cluster(outcome=None)))
-    assert profile.main(["export", "-f", str(file)]) == 0
+    assert tightship(["profile", "export", "-f", str(file)]) == 0
     assert "not finished when it was exported: only these points" in capsys.readouterr().out
 
 
@@ -202,7 +202,7 @@ def test_what_is_wrong_is_said_in_words(
     ):
         files[name] = str(tmp_path / name)
         Path(files[name]).write_text(yaml.safe_dump(content))
-    assert profile.main(["export", *(files.get(word, word) for word in words)]) == 2
+    assert tightship(["profile", "export", *(files.get(word, word) for word in words)]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1

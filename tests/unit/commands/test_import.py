@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
+from tightship.__main__ import main as tightship
 from tightship.api import crds
 from tightship.api.units import parse_duration
 from tightship.api.v1alpha1 import labels
@@ -50,7 +51,7 @@ def write(path: Path, *records: Any) -> Path:
 def imported(folder: Path, *words: str) -> dict[str, Any]:
     """The manifest that comes of it, checked against the CRD."""
     output = folder.parent / "profile.yaml"
-    assert vllm_bench.main([str(folder), "-o", str(output), "--force", *words]) == 0
+    assert tightship(["import", "vllm-bench", str(folder), "-o", str(output), "--force", *words]) == 0
     document: dict[str, Any] = yaml.safe_load(output.read_text())
     jsonschema.validate(document, SCHEMA)
     return document
@@ -191,7 +192,7 @@ def test_wrong_input_is_refused_in_words(
     folder.mkdir()
     for name, record in records.items():
         write(folder / name, record)
-    assert vllm_bench.main([str(folder), *words]) == vllm_bench.EXIT_USAGE
+    assert tightship(["import", "vllm-bench", str(folder), *words]) == vllm_bench.EXIT_USAGE
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1
@@ -203,19 +204,19 @@ def test_wrong_input_is_refused_in_words(
 )
 def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:
     (tmp_path / "a.json").write_text(text)
-    assert vllm_bench.main([str(tmp_path), *KEY]) == vllm_bench.EXIT_USAGE
+    assert tightship(["import", "vllm-bench", str(tmp_path), *KEY]) == vllm_bench.EXIT_USAGE
     assert said in capsys.readouterr().err
 
 
 def test_a_directory_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert vllm_bench.main(["/nowhere/results", *KEY]) == vllm_bench.EXIT_USAGE
+    assert tightship(["import", "vllm-bench", "/nowhere/results", *KEY]) == vllm_bench.EXIT_USAGE
     assert "/nowhere/results: no such directory" in capsys.readouterr().err
 
 
 def test_an_existing_profile_is_not_overwritten_unasked(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = results.parent / "profile.yaml"
     output.write_text("precious")
-    assert vllm_bench.main([str(results), *KEY, "-o", str(output)]) == vllm_bench.EXIT_USAGE
+    assert tightship(["import", "vllm-bench", str(results), *KEY, "-o", str(output)]) == vllm_bench.EXIT_USAGE
     assert "profile.yaml exists: overwrite it with --force" in capsys.readouterr().err
     assert output.read_text() == "precious"
 
@@ -251,11 +252,13 @@ def test_a_name_that_no_cluster_takes_is_refused_at_once(
     results: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_status:
-        vllm_bench.main([str(results), *KEY, *words])
+        tightship(["import", "vllm-bench", str(results), *KEY, *words])
     assert exit_status.value.code == vllm_bench.EXIT_USAGE
     assert said in capsys.readouterr().err
 
 
 def test_a_model_too_long_for_a_path_is_refused_in_words(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert vllm_bench.main([str(results), *KEY, "--model", f"a/{'x' * 5000}"]) == vllm_bench.EXIT_USAGE
+    assert (
+        tightship(["import", "vllm-bench", str(results), *KEY, "--model", f"a/{'x' * 5000}"]) == vllm_bench.EXIT_USAGE
+    )
     assert "--model: String should have at most 512 characters" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tightship import decide
+from tightship.__main__ import main as tightship
 from tightship.commands import plot
 from tightship.commands.manifest import read_profile
 from tightship.core.curve import Metric, Objective, Statistic
@@ -83,7 +84,7 @@ def test_an_objective_that_nothing_meets_is_drawn_without_a_choice(tmp_path: Pat
     shown = picture(MEASURED, Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, 0.001))
     assert (shown.chosen, shown.memory) == (None, None)
     assert shown.subtitle == "no choice: SLOInfeasible"
-    assert plot.main(["-f", MEASURED, "--itl", "1ms", "-o", str(tmp_path / "a.png")]) == 0
+    assert tightship(["plot", "-f", MEASURED, "--itl", "1ms", "-o", str(tmp_path / "a.png")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_an_objective_that_nothing_meets_is_drawn_without_a_choice(tmp_path: Pat
 @pytest.mark.parametrize("file", [MEASURED, IMPORTED])
 def test_svg_says_in_text_what_it_shows(tmp_path: Path, file: str, words: tuple[str, ...]) -> None:
     output = tmp_path / "a.svg"
-    assert plot.main(["-f", file, "-o", str(output), *words]) == 0
+    assert tightship(["plot", "-f", file, "-o", str(output), *words]) == 0
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", output.read_text())
     assert "facebook/opt-1.3b on NVIDIA-H100-64GB" in texts
     assert "1 replica, measured" in texts
@@ -115,13 +116,13 @@ def test_svg_says_in_text_what_it_shows(tmp_path: Path, file: str, words: tuple[
 
 def test_the_same_profile_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
-        assert plot.main(["-f", MEASURED, "-o", str(tmp_path / name)]) == 0
+        assert tightship(["plot", "-f", MEASURED, "-o", str(tmp_path / name)]) == 0
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_png(tmp_path: Path) -> None:
     output = tmp_path / "a.PNG"
-    assert plot.main(["-f", MEASURED, "--itl", "40ms", "-o", str(output)]) == 0
+    assert tightship(["plot", "-f", MEASURED, "--itl", "40ms", "-o", str(output)]) == 0
     assert output.read_bytes().startswith(b"\x89PNG")
     assert len(output.read_bytes()) > 20_000
 
@@ -149,7 +150,7 @@ def test_html_is_one_page_with_every_candidate(tmp_path: Path) -> None:
     }
     file, output = tmp_path / "p.yaml", tmp_path / "a.html"
     file.write_text(yaml.safe_dump(hostile))
-    assert plot.main(["-f", str(file), "--itl", "40ms", "-o", str(output)]) == 0
+    assert tightship(["plot", "-f", str(file), "--itl", "40ms", "-o", str(output)]) == 0
     text = output.read_text()
     tags = Tags()
     tags.feed(text)
@@ -171,7 +172,7 @@ def test_html_is_one_page_with_every_candidate(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_said_in_words(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str) -> None:
-    assert plot.main([*words]) == plot.EXIT_USAGE
+    assert tightship(["plot", *words]) == plot.EXIT_USAGE
     assert said in capsys.readouterr().err
 
 
@@ -179,7 +180,7 @@ def test_without_matplotlib_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert plot.main(["-f", MEASURED, "-o", "a.png"]) == plot.EXIT_USAGE
+    assert tightship(["plot", "-f", MEASURED, "-o", "a.png"]) == plot.EXIT_USAGE
     assert "pip install 'tightship[plot]'" in capsys.readouterr().err
 
 
@@ -198,5 +199,5 @@ def test_a_strange_name_is_a_heading_like_any_other(spec: Any, metadata: Any, ti
         yaml.safe_dump({"kind": "BatchProfile", "metadata": metadata, "spec": spec, "status": {"points": points}})
     )
     output = tmp_path / "a.svg"
-    assert plot.main(["-f", str(profile), "-o", str(output)]) == 0
+    assert tightship(["plot", "-f", str(profile), "-o", str(output)]) == 0
     assert title in output.read_text()

@@ -48,7 +48,7 @@ def write(folder: Path, profile: dict[str, Any]) -> str:
 
 
 def ask(capsys: pytest.CaptureFixture[str], file: str, batch: int, replicas: int, *args: str) -> tuple[int, Any]:
-    status = predict.main(["-f", file, "--batch", str(batch), "--replicas", str(replicas), "-o", "json", *args])
+    status = tightship(["predict", "-f", file, "--batch", str(batch), "--replicas", str(replicas), "-o", "json", *args])
     return status, json.loads(capsys.readouterr().out)
 
 
@@ -83,7 +83,7 @@ def test_it_is_a_command_and_reads_imported_results(tmp_path: Path, capsys: pyte
 def test_the_help_tells_every_key_of_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, answer = ask(capsys, write(tmp_path, make_profile()), 96, 4)
     with pytest.raises(SystemExit):
-        predict.main(["--help"])
+        tightship(["predict", "--help"])
     explained = capsys.readouterr().out.partition("-o json is")[2]
     told = {
         word for line in explained.splitlines() if line.startswith("  ") for word in line[:27].replace(",", " ").split()
@@ -120,7 +120,7 @@ def test_a_trial_of_the_pair_stands_beside_its_prediction(tmp_path: Path, capsys
     ratio = 12313.9 / tried["totalTokensPerSecond"]
     assert other["corrected"]["totalTokensPerSecond"] == pytest.approx(ratio * other["totalTokensPerSecond"])
 
-    predict.main(["-f", file, "--batch", "96", "--replicas", "2"])
+    tightship(["predict", "-f", file, "--batch", "96", "--replicas", "2"])
     out = capsys.readouterr().out
     assert [line.split()[4:] for line in out.splitlines()[1:5]] == [
         ["alone"], ["predicted"], ["corrected", "by", "trials"], ["measured"],
@@ -187,7 +187,8 @@ def test_wrong_files_end_with_2_in_words(
     profile: dict[str, Any], args: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        predict.main(["-f", write(tmp_path, profile), "--batch", "96", "--replicas", "2", *args]) == predict.EXIT_USAGE
+        tightship(["predict", "-f", write(tmp_path, profile), "--batch", "96", "--replicas", "2", *args])
+        == predict.EXIT_USAGE
     )
     assert words in capsys.readouterr().err
 
@@ -197,6 +198,6 @@ def test_wrong_files_end_with_2_in_words(
 )
 def test_wrong_options_end_with_2_in_words(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        predict.main(["-f", "-", "--batch", "96", "--replicas", "2", *args])
+        tightship(["predict", "-f", "-", "--batch", "96", "--replicas", "2", *args])
     assert ended.value.code == predict.EXIT_USAGE
     assert args[1] in capsys.readouterr().err

@@ -17,6 +17,8 @@ import jsonschema
 import pytest
 import yaml
 
+from tightship.__main__ import main as tightship
+from tightship.__main__ import parser
 from tightship.api import crds
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1 import labels
@@ -97,9 +99,7 @@ def interpreter(folder: Path, script: str) -> str:
 
 
 def options(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tightship profile")
-    profile.add_arguments(parser)
-    return parser.parse_args(list(words))
+    return parser("profile").parse_args(["profile", *words])
 
 
 def plan(*words: str) -> profile.Plan:
@@ -235,7 +235,7 @@ OPT = str(SAMPLES / "llmservice-opt.yaml")
 def test_what_is_wrong_is_said_before_anything_starts(
     python: str, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
 ) -> None:
-    assert profile.main([*words, "--python", python]) == profile.USAGE
+    assert tightship(["profile", *words, "--python", python]) == profile.USAGE
     error = capsys.readouterr().err
     assert error.startswith("tightship profile: ")
     assert len(error.strip().splitlines()) == 1
@@ -405,7 +405,7 @@ def test_what_ended_goes_on_where_there_is_something_to_do(python: str, ended: s
 
 def test_a_finished_profile_is_advised_from_again(python: str, capsys: pytest.CaptureFixture[str]) -> None:
     write(python, outcome=outcome("Completed"))
-    assert profile.main(["--resume", "--python", python]) == profile.MEASURED
+    assert tightship(["profile", "--resume", "--python", python]) == profile.MEASURED
     said = capsys.readouterr()
     assert "finished already: Completed: so it went" in said.err
     assert "batch 4: 303 tokens/s, mean InterTokenLatency 14ms (SLO 100ms)" in said.out

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, table, write_json
-from tightship.profiler.meter import PRECISION
+from tightship.profiler.windows import PRECISION
 from tightship.sandbox.virtual import reference
 from tightship.sandbox.virtual.agreement import Agreement, Level, bound, compare
 from tightship.sandbox.virtual.disturbance import Noise

@@ -9,7 +9,7 @@ import pytest
 
 from tightship.profiler import points
 from tightship.profiler.ladder import rungs
-from tightship.profiler.meter import PRECISION
+from tightship.profiler.windows import PRECISION
 from tightship.sandbox.virtual import reference
 from tightship.sandbox.virtual.agreement import Agreement, bound, choose, compare
 from tightship.sandbox.virtual.disturbance import Noise

@@ -29,9 +29,9 @@ from tightship.profiler.fleet import DoesNotFitError, Fleet, Pair, Sizes, packed
 from tightship.profiler.gpu import Device
 from tightship.profiler.lengths import Lengths
 from tightship.profiler.load import ClosedLoop
-from tightship.profiler.meter import WINDOWS_LEAST, warmup_seconds, window_seconds
 from tightship.profiler.packed import LateLoadError, PackedMeter
 from tightship.profiler.sharing import Sharing, SharingError
+from tightship.profiler.windows import WINDOWS_LEAST, warmup_seconds, window_seconds
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from tightship.profiler.job import make_job
 from tightship.profiler.ladder import Goals, Noise, next_batch, rungs
 from tightship.profiler.lastwords import is_memory, last_words, plain
 from tightship.profiler.lengths import Length, Lengths, Prompts
-from tightship.profiler.meter import half_width
 from tightship.profiler.metrics import parse_cache_info, parse_sample
+from tightship.profiler.windows import half_width
 from unit.profiler.fakes import FakeDevice, make_profile
 
 # --- histogram ---

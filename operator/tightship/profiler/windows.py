@@ -1,0 +1,283 @@
+"""One or several engines under load, read in windows that they share: what a level of the sweep and a packing trial have in common.
+
+The rate of a window is that of the engines' own generation-token counters, summed over the engines. Windows are at least 1 s long (0.5 s up
+to B = 8) and 20 engine steps. Before the first one each request in flight has had a token. When enough of them have been read is for
+those to say who measure: the level (`tightship.profiler.meter`) and the trial (`tightship.profiler.packed`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from tightship.profiler.clock import Clock
+from tightship.profiler.engine import Engine
+from tightship.profiler.errors import EngineError
+from tightship.profiler.gpu import Device
+from tightship.profiler.load import ClosedLoop, Recording
+from tightship.profiler.metrics import GENERATION_TOKENS, EngineSample
+
+WINDOWS_LEAST: Final = 5
+STEPS_PER_WINDOW: Final = 20
+PRECISION: Final = 0.03
+RUNNING_LEAST: Final = 0.98
+WARMUP_SECONDS: Final = 0.5
+WARMUP_STEPS: Final = 10
+SETTLE_LEAST: Final = 5.0
+SETTLE_MOST: Final = 60.0
+FULL: Final = 0.95
+"""Share of the KV cache from which on requests that wait may wait for it."""
+POLL_SECONDS: Final = 0.05
+SAMPLES_PER_WINDOW: Final = 4
+LIVES_LEAST: Final = 1.0
+"""Mean lives of a request that a level is measured for: the requests it starts with weigh on all windows alike, unseen by their spread."""
+LIVES_WHOLE_UP_TO: Final = 256
+"""Batch up to which that takes whole lives. So many requests at once are a fair sample by themselves: beyond, 256 / B of a life will do."""
+TOP_UPS: Final = 2
+TOP_UP_FROM: Final = 16  # below, one request more would be another batch
+SILENCE_SECONDS: Final = 3.0
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+_STUDENT: Final = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half-width of the 95 % interval of the values' mean, relative to the mean; None for fewer than two values."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean = sum(values) / count
+    if mean <= 0:
+        return None
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    quantile = _STUDENT[count - 2] if count - 2 < len(_STUDENT) else 1.96 + 2.4 / (count - 1)
+    return quantile * deviation / math.sqrt(count) / mean
+
+
+def window_seconds(batch: int, itl: float) -> float:
+    """Length of one window in seconds; `itl`: seconds of an engine step."""
+    return max(0.5 if batch <= 8 else 1.0, STEPS_PER_WINDOW * itl)
+
+
+def warmup_seconds(itl: float) -> float:
+    """How long a load runs before it is measured; `itl`: seconds of an engine step."""
+    return max(WARMUP_SECONDS, WARMUP_STEPS * itl)
+
+
+def lives_seconds(requests: int, mean_output: float, itl: float) -> float:
+    """How long a load is measured at the least, in seconds: the requests it starts with must have made room for others.
+
+    Args:
+        requests: those in flight at once, in all engines.
+        mean_output: mean output tokens of a request.
+        itl: mean time between its tokens, seconds.
+    """
+    return LIVES_LEAST * min(1.0, LIVES_WHOLE_UP_TO / requests) * mean_output * itl
+
+
+def check_counter(rate: float) -> None:
+    """Raise EngineError where an engine's tokens per second are 0 by its own count, though tokens came."""
+    if rate <= 0:
+        raise EngineError(
+            f"tokens come, but the engine's counter {GENERATION_TOKENS} stands still, and throughput is read from it: use an engine "
+            "version that has it, without --disable-log-stats"
+        )
+
+
+def missing(batch: int, running: float, waiting: float, *, preempted: bool) -> int:
+    """Requests to put in flight besides, so that an engine runs `batch` of them; 0 when it does, queues or preempts.
+
+    Args:
+        batch: what it shall run.
+        running: what it ran on average.
+        waiting: what it let wait on average.
+        preempted: whether it preempted requests.
+    """
+    full = preempted or waiting > 0.02 * batch
+    if batch < TOP_UP_FROM or full or running >= RUNNING_LEAST * batch or running <= 0:
+        return 0
+    return max(1, min(math.ceil(batch - running), batch // 4))
+
+
+@dataclass
+class Tally:
+    """Samples of one measurement; lists of samples hold one for each engine, in their order."""
+
+    first: list[EngineSample]
+    last: list[EngineSample]
+    rates: list[float] = field(default_factory=list)
+    """Generated tokens per second of all engines, of each window."""
+    running: list[float] = field(default_factory=list)
+    waiting: list[float] = field(default_factory=list)
+    kv_peak: float = 0.0
+    compute: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+    used: int = 0
+    """Most bytes of the device in use, where that was watched."""
+
+    @property
+    def seconds(self) -> float:
+        """From the first sample to the last."""
+        return mean([last.at - first.at for first, last in zip(self.first, self.last, strict=True)])
+
+    @property
+    def each(self) -> list[float]:
+        """Generated tokens per second of each engine, over all windows."""
+        return [_rate(first, last) for first, last in zip(self.first, self.last, strict=True)]
+
+    @property
+    def preemptions(self) -> float:
+        """Requests preempted, in all engines."""
+        return sum(last.preemptions - first.preemptions for first, last in zip(self.first, self.last, strict=True))
+
+    def missing(self, batch: int) -> int:
+        """Requests to put in flight besides in each engine (see `missing`)."""
+        return missing(batch, mean(self.running), mean(self.waiting), preempted=self.preemptions > 0)
+
+
+class Windows:
+    """Reads engines that share a device, each under a load of its own."""
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        loads: Sequence[ClosedLoop],
+        device: Device,
+        clock: Clock,
+        *,
+        itl: float,
+        watch_memory: bool = False,
+    ) -> None:
+        """`itl`: the time between tokens that is expected, seconds, to size the first windows; `watch_memory`: keep the device's used memory."""
+        self._engines = tuple(engines)
+        self._loads = tuple(loads)
+        self._device = device
+        self._clock = clock
+        self._watch_memory = watch_memory
+        self.itl = itl
+        """Mean time between tokens, seconds: the last that was seen."""
+
+    async def settle(self, seconds: float, deadline: float) -> bool:
+        """Wait until each request in flight anywhere has had a token, and then the warm-up; False at the deadline.
+
+        A slow engine may compute on the first prompts for long, longer still beside others that do the same. But one whose KV cache is full lets
+        requests wait for ever: after half of `seconds`, the time of the measurement, it is measured as it is.
+        """
+        since = self._clock.now()
+        while not all(load.settled for load in self._loads):
+            waited = self._clock.now() - since
+            if self._clock.now() >= deadline:
+                return False
+            if waited >= max(SETTLE_LEAST, seconds / 2) and (
+                waited >= SETTLE_MOST or any(full(sample) for sample in await self._samples())
+            ):
+                break
+            await self._pause(POLL_SECONDS)
+        await self._pause(warmup_seconds(self.itl))
+        return self._clock.now() < deadline
+
+    async def begin(self) -> Tally:
+        """The tally of a measurement that begins now."""
+        self._device.utilization()
+        samples = await self._samples()
+        return Tally(samples, samples)
+
+    async def add(self, batch: int, tally: Tally, deadline: float) -> bool:
+        """Add a window; False when the deadline came within it, and then it doesn't count."""
+        length = window_seconds(batch, self.itl)
+        start = tally.last
+        whole = await self._window(length, tally, deadline)
+        if whole:
+            tally.rates.append(sum(_rate(before, after) for before, after in zip(start, tally.last, strict=True)))
+        self.itl = self.recording.itl.mean or self.itl
+        return whole
+
+    @property
+    def recording(self) -> Recording:
+        """What all loads have seen together since they began to record."""
+        return pooled([load.recording for load in self._loads])
+
+    @property
+    def alive(self) -> bool:
+        """Whether tokens still come from every engine."""
+        silence = max(SILENCE_SECONDS, STEPS_PER_WINDOW * self.itl)
+        return all(load.silent < silence for load in self._loads)
+
+    async def _window(self, length: float, tally: Tally, deadline: float) -> bool:
+        start = tally.last[0].at
+        for part in range(1, SAMPLES_PER_WINDOW + 1):
+            due = start + length * part / SAMPLES_PER_WINDOW
+            await self._pause(max(0.0, min(due, deadline) - self._clock.now()))
+            if due > deadline:
+                return False
+            samples = await self._samples()
+            tally.running.append(mean([one.running for one in samples]))
+            tally.waiting.append(mean([one.waiting for one in samples]))
+            tally.kv_peak = max(tally.kv_peak, *(one.kv_usage for one in samples))
+            if self._watch_memory:
+                tally.used = max(tally.used, self._device.used())
+            busy = self._device.utilization()
+            tally.compute += [busy.compute] if busy.compute is not None else []
+            tally.memory += [busy.memory] if busy.memory is not None else []
+        tally.last = samples
+        return True
+
+    async def _samples(self) -> list[EngineSample]:
+        return list(await asyncio.gather(*(engine.sample() for engine in self._engines)))
+
+    async def _pause(self, seconds: float) -> None:
+        await self._clock.sleep(seconds)
+        for engine in self._engines:
+            engine.check()
+        for load in self._loads:
+            load.check()
+
+
+def full(sample: EngineSample) -> bool:
+    """Whether requests wait for KV cache."""
+    return sample.waiting > 0 and sample.kv_usage >= FULL
+
+
+def _rate(first: EngineSample, last: EngineSample) -> float:
+    return (last.generation_tokens - first.generation_tokens) / (last.at - first.at)
+
+
+def pooled(recordings: Sequence[Recording]) -> Recording:
+    """What all loads saw together. They run on one thread, so the share of its core that each noted is that of all."""
+    if len(recordings) == 1:
+        return recordings[0]
+    whole = Recording(since=recordings[0].since)
+    for one in recordings:
+        whole.tokens += one.tokens
+        whole.requests += one.requests
+        whole.failures += one.failures
+        whole.itl.merge(one.itl)
+        whole.ttft.merge(one.ttft)
+        whole.lateness.merge(one.lateness)
+    whole.seconds = max(one.seconds for one in recordings)
+    whole.cpu = max((one.cpu for one in recordings if one.cpu is not None), default=None)
+    return whole
+
+
+def mean(values: Sequence[float]) -> float:
+    """Their mean; 0 of none."""
+    return sum(values) / len(values) if values else 0.0

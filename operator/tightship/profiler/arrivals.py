@@ -14,7 +14,6 @@ Whether the engine keeps up shows in its queue. At 80 % of the capacity of B ser
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -25,9 +24,8 @@ from tightship.core.curve import Curve
 from tightship.profiler import points
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
-from tightship.profiler.errors import EngineError, LoadError
 from tightship.profiler.lengths import Length, Lengths, Prompts
-from tightship.profiler.load import FAILURES_IN_A_ROW, STALL_SECONDS, Metered, Recording
+from tightship.profiler.load import Loop, Recording
 from tightship.profiler.metrics import EngineSample
 from tightship.profiler.wire import Channel, Completion
 
@@ -36,8 +34,6 @@ UTILIZATION: Final = 0.8
 WARMUP_SHARE: Final = 0.15
 WARMUP_MOST: Final = 5.0
 SAMPLE_SECONDS: Final = 0.25
-TIMER_GRAIN: Final = 0.001
-"""Timers of the event loop are rounded up to a millisecond (epoll's unit): that much late is not late. Seconds."""
 GROWTH: Final = 2 / (1 - UTILIZATION)
 """Requests by which a longer queue has grown."""
 
@@ -59,59 +55,28 @@ class Plan:
         return min(WARMUP_MOST, WARMUP_SHARE * self.seconds)
 
 
-class OpenLoop:
+class OpenLoop(Loop):
     """Sends requests at random times."""
 
     def __init__(self, channel: Channel, lengths: Lengths, prompts: Prompts, clock: Clock, seed: int) -> None:
-        self._channel = channel
-        self._lengths = lengths
-        self._prompts = prompts
-        self._clock = clock
-        self._rng = random.Random(seed)
+        super().__init__(channel, lengths, prompts, clock, seed)
         self._timer: asyncio.TimerHandle | None = None
-        self._row = 0
-        self._last_failure = ""
-        self._broken: str | None = None
-        self._progress = clock.now()
         self._rate = 0.0
-        self._cpu = clock.cpu if isinstance(clock, Metered) else None
-        self._cpu_since = 0.0
-        self.in_flight = 0
         self.arrived = 0
         """Requests that arrived since `begin`."""
-        self.recording = Recording(since=clock.now())
 
     def start(self, rate: float, in_flight: int) -> None:
         """Send `in_flight` aged requests now, and from now on `rate` fresh ones a second on average."""
         self._rate = rate
-        self._progress = self._clock.now()
+        self._progress = self._now()
         for _ in range(in_flight):
             self._submit(self._lengths.aged(self._rng), due=None)
-        self._await_next(self._clock.now())
+        self._await_next(self._now())
 
     def begin(self) -> Recording:
         """Start a new recording, and return it; it fills until the next `begin`."""
-        self._meter()
         self.arrived = 0
-        self.recording = Recording(since=self._clock.now())
-        if self._cpu is not None:
-            self._cpu_since = self._cpu()
-        return self.recording
-
-    def check(self) -> None:
-        """Raise when the load can't go on.
-
-        Raises:
-            LoadError: the engine refuses the requests as such.
-            EngineError: requests fail one after the other, or no token has come for 90 s while requests were in flight.
-        """
-        if self._broken is not None:
-            raise LoadError(self._broken)
-        if self._row >= FAILURES_IN_A_ROW:
-            raise EngineError(f"{self._row} requests failed in a row, the last because {self._last_failure}")
-        silent = self._clock.now() - self._progress
-        if self.in_flight and silent > STALL_SECONDS:
-            raise EngineError(f"no token has come for {silent:.0f} s with {self.in_flight} requests in flight")
+        return super().begin()
 
     async def close(self) -> None:
         """Stop sending, and drop everything in flight."""
@@ -119,32 +84,26 @@ class OpenLoop:
             self._timer.cancel()
         await self._channel.close()
 
-    def _meter(self) -> None:
-        recording = self.recording
-        recording.seconds = self._clock.now() - recording.since
-        if self._cpu is not None and recording.seconds > 0:
-            recording.cpu = (self._cpu() - self._cpu_since) / recording.seconds
-
     def _await_next(self, before: float) -> None:
         due = before + self._rng.expovariate(self._rate)
-        delay = max(0.0, due - self._clock.now())
+        delay = max(0.0, due - self._now())
         self._timer = asyncio.get_running_loop().call_later(delay, self._arrive, due)
 
     def _arrive(self, due: float) -> None:
-        self.recording.lateness.add(max(0.0, self._clock.now() - due - TIMER_GRAIN))
+        self._late(due)
         self.arrived += 1
         self._submit(self._lengths.fresh(self._rng), due)
         self._await_next(due)
 
     def _submit(self, length: Length, due: float | None) -> None:
         if not self.in_flight:
-            self._progress = self._clock.now()  # an idle engine is no silent one
+            self._progress = self._now()  # an idle engine is no silent one
         self.in_flight += 1
         request = Completion(self._prompts.draw(length.input), length.output)
         self._channel.submit(request, _Arrival(self, due))
 
     def _tokens(self, arrival: _Arrival, count: int) -> None:
-        now, recording = self._clock.now(), self.recording
+        now, recording = self._now(), self.recording
         self._progress, self._row = now, 0
         recording.tokens += count
         if arrival.last is not None:
@@ -159,11 +118,7 @@ class OpenLoop:
 
     def _failed(self, reason: str, final: bool) -> None:
         self.in_flight -= 1
-        self.recording.failures += 1
-        self._row += 1
-        self._last_failure = reason
-        if final:
-            self._broken = reason
+        self._count_failure(reason, final=final)
 
 
 class _Arrival:

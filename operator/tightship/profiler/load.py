@@ -95,8 +95,8 @@ class Recording:
         return (self.lateness.quantile(0.95) or 0.0) > BLUR_MOST * itl
 
 
-class ClosedLoop:
-    """Keeps a number of requests in flight on a channel."""
+class Loop:
+    """What every load does: it counts what it sees in a recording, notes its own use of the processor, and knows when it can't go on."""
 
     def __init__(self, channel: Channel, lengths: Lengths, prompts: Prompts, clock: Clock, seed: int) -> None:
         self._channel = channel
@@ -104,21 +104,78 @@ class ClosedLoop:
         self._prompts = prompts
         self._clock = clock
         self._now = clock.now
-        self._cpu = clock.cpu if isinstance(clock, Metered) else None
         self._rng = random.Random(seed)
-        self._moments = random.Random(seed + 1)
-        self._slots: dict[_Slot, None] = {}  # in the order they were added: a set's would differ from run to run
-        self._size = 0
-        self._waiting = 0  # slots without their first token since they started or failed
-        self._in_flight = 0
-        self._changed = clock.now()
         self._row = 0
         self._last_failure = ""
         self._broken: str | None = None
         self._progress = clock.now()
-        self._ticker: asyncio.TimerHandle | None = None
+        self._cpu = clock.cpu if isinstance(clock, Metered) else None
         self._cpu_since = 0.0
+        self.in_flight = 0
+        """Requests on their way now."""
         self.recording = Recording(since=clock.now())
+
+    @property
+    def silent(self) -> float:
+        """Seconds since the last token came."""
+        return self._now() - self._progress
+
+    def begin(self) -> Recording:
+        """Start a new recording, and return it; it fills until the next `begin`."""
+        self._meter()
+        self.recording = Recording(since=self._now())
+        if self._cpu is not None:
+            self._cpu_since = self._cpu()
+        return self.recording
+
+    def check(self) -> None:
+        """Raise when the load can't go on.
+
+        Raises:
+            LoadError: the engine refuses the requests as such.
+            EngineError: requests fail one after the other, or no token has come for 90 s though some were due.
+        """
+        if self._broken is not None:
+            raise LoadError(self._broken)
+        if self._row >= FAILURES_IN_A_ROW:
+            raise EngineError(f"{self._row} requests failed in a row, the last because {self._last_failure}")
+        if self._awaits_tokens and self.silent > STALL_SECONDS:
+            raise EngineError(f"no token has come for {self.silent:.0f} s with {self.in_flight} requests in flight")
+
+    @property
+    def _awaits_tokens(self) -> bool:
+        """Whether an engine that is well would send tokens now."""
+        return self.in_flight > 0
+
+    def _meter(self) -> None:
+        recording = self.recording
+        recording.seconds = self._now() - recording.since
+        if self._cpu is not None and recording.seconds > 0:
+            recording.cpu = (self._cpu() - self._cpu_since) / recording.seconds
+
+    def _late(self, due: float) -> None:
+        """Record how late something that was due then is done."""
+        self.recording.lateness.add(max(0.0, self._now() - due - _TIMER_GRAIN))
+
+    def _count_failure(self, reason: str, *, final: bool) -> None:
+        self.recording.failures += 1
+        self._row += 1
+        self._last_failure = reason
+        if final:
+            self._broken = reason
+
+
+class ClosedLoop(Loop):
+    """Keeps a number of requests in flight on a channel."""
+
+    def __init__(self, channel: Channel, lengths: Lengths, prompts: Prompts, clock: Clock, seed: int) -> None:
+        super().__init__(channel, lengths, prompts, clock, seed)
+        self._moments = random.Random(seed + 1)
+        self._slots: dict[_Slot, None] = {}  # in the order they were added: a set's would differ from run to run
+        self._size = 0
+        self._waiting = 0  # slots without their first token since they started or failed
+        self._changed = clock.now()
+        self._ticker: asyncio.TimerHandle | None = None
 
     @property
     def size(self) -> int:
@@ -130,11 +187,6 @@ class ClosedLoop:
         """Whether exactly `size` requests are in flight and each has had a token since it was added."""
         return not self._waiting and len(self._slots) == self._size
 
-    @property
-    def silent(self) -> float:
-        """Seconds since the last token came."""
-        return self._clock.now() - self._progress
-
     def resize(self, size: int) -> None:
         """Keep `size` requests in flight: what runs goes on, new ones start in the steady state.
 
@@ -142,8 +194,8 @@ class ClosedLoop:
         """
         self._size = size
         if self._ticker is None:
-            self._tick(self._clock.now())
-        self._progress = self._clock.now()
+            self._tick(self._now())
+        self._progress = self._now()
         while len(self._slots) < size:
             slot = _Slot(self)
             self._slots[slot] = None
@@ -168,25 +220,11 @@ class ClosedLoop:
     def begin(self) -> Recording:
         """Start a new recording, and return it; it fills until the next `begin`."""
         self._account()
-        self._meter()
-        self.recording = Recording(since=self._clock.now())
-        if self._cpu is not None:
-            self._cpu_since = self._cpu()
-        return self.recording
+        return super().begin()
 
-    def check(self) -> None:
-        """Raise when the load can't go on.
-
-        Raises:
-            LoadError: the engine refuses the requests as such.
-            EngineError: requests fail one after the other, or no token has come for 90 s.
-        """
-        if self._broken is not None:
-            raise LoadError(self._broken)
-        if self._row >= FAILURES_IN_A_ROW:
-            raise EngineError(f"{self._row} requests failed in a row, the last because {self._last_failure}")
-        if self._size and self.silent > STALL_SECONDS:
-            raise EngineError(f"no token has come for {self.silent:.0f} s with {self._in_flight} requests in flight")
+    @property
+    def _awaits_tokens(self) -> bool:
+        return self._size > 0
 
     async def close(self) -> None:
         """Drop everything in flight."""
@@ -197,26 +235,19 @@ class ClosedLoop:
         await self._channel.close()
 
     def _account(self) -> None:
-        now = self._clock.now()
-        self.recording.busy += self._in_flight * (now - self._changed)
+        now = self._now()
+        self.recording.busy += self.in_flight * (now - self._changed)
         self._changed = now
 
     def _tick(self, due: float) -> None:
-        late = self._clock.now() - due - _TIMER_GRAIN
-        self.recording.lateness.add(max(0.0, late))
+        self._late(due)
         self._meter()
         wait = _TICK * self._moments.uniform(0.5, 1.5)  # at random moments, or it could fall in step with the engine
-        self._ticker = asyncio.get_running_loop().call_later(wait, self._tick, self._clock.now() + wait)
-
-    def _meter(self) -> None:
-        recording = self.recording
-        recording.seconds = self._clock.now() - recording.since
-        if self._cpu is not None and recording.seconds > 0:
-            recording.cpu = (self._cpu() - self._cpu_since) / recording.seconds
+        self._ticker = asyncio.get_running_loop().call_later(wait, self._tick, self._now() + wait)
 
     def _submit(self, slot: _Slot, length: Length) -> None:
         self._account()
-        self._in_flight += 1
+        self.in_flight += 1
         slot.ended = False
         ticket = self._channel.submit(Completion(self._prompts.draw(length.input), length.output), slot)
         slot.ticket = None if slot.ended else ticket  # a channel may fail a request before it returns
@@ -227,7 +258,7 @@ class ClosedLoop:
 
     def _left(self) -> None:
         self._account()
-        self._in_flight -= 1
+        self.in_flight -= 1
 
     def _finished(self, slot: _Slot) -> None:
         self._left()
@@ -239,12 +270,10 @@ class ClosedLoop:
 
     def _failed(self, slot: _Slot, reason: str, final: bool) -> None:
         self._left()
-        self.recording.failures += 1
-        self._row += 1
-        self._last_failure = reason
+        self._count_failure(reason, final=final)
         if final:
-            self._broken = reason
-        elif len(self._slots) > self._size and slot in self._slots:
+            return
+        if len(self._slots) > self._size and slot in self._slots:
             self._remove(slot)
         elif slot in self._slots:
             asyncio.get_running_loop().call_later(RETRY_SECONDS, self._again, slot)

@@ -160,8 +160,8 @@ class Latency(Model):
     p99: Annotated[Duration | None, Field(description="99th percentile.")] = None
 
 
-class Point(Model):
-    """What was measured at one batch."""
+class Figures(Model):
+    """What any load of engines shows, one engine or several."""
 
     batch: Annotated[int, Field(ge=1, le=1_000_000, description="Requests in flight.")]
     running_mean: Annotated[Decimal | None, Field(description="Mean number of requests the engine ran at once.")] = None
@@ -174,7 +174,6 @@ class Point(Model):
     time_to_first_token: Annotated[Latency | None, Field(description="Time to the first token, without queueing.")] = (
         None
     )
-    kv_cache_tokens_peak: Annotated[int | None, Field(ge=0, description="Most tokens held in the KV cache.")] = None
     requests: Annotated[int | None, Field(ge=0, description="Requests finished while measuring.")] = None
     preemptions: Annotated[int | None, Field(ge=0, description="Requests preempted for want of KV cache.")] = None
     gpu_utilization: Annotated[Decimal | None, Field(description="NVML utilization.gpu, 0 to 1.")] = None
@@ -191,7 +190,13 @@ class Point(Model):
     ] = Field(default_factory=list)
 
 
-class Trial(Model):
+class Point(Figures):
+    """What was measured at one batch."""
+
+    kv_cache_tokens_peak: Annotated[int | None, Field(ge=0, description="Most tokens held in the KV cache.")] = None
+
+
+class Trial(Figures):
     """What was measured with several replicas on one GPU, all loaded at once. Rates are of all of them together."""
 
     batch: Annotated[int, Field(ge=1, le=1_000_000, description="Requests in flight in each replica.")]
@@ -199,31 +204,12 @@ class Trial(Model):
     running_mean: Annotated[
         Decimal | None, Field(description="Mean number of requests that one replica ran at once.")
     ] = None
-    requests_per_second: Annotated[Decimal | None, Field(description="Requests finished per second.")] = None
-    output_tokens_per_second: Annotated[Decimal | None, Field(description="Tokens generated per second.")] = None
     total_tokens_per_second: Annotated[
         Decimal | None, Field(description="Prompt and generated tokens per second: R T_R(B).")
     ] = None
-    inter_token_latency: Annotated[Latency | None, Field(description="Time between tokens, weighed by tokens.")] = None
-    time_to_first_token: Annotated[Latency | None, Field(description="Time to the first token, without queueing.")] = (
-        None
-    )
-    requests: Annotated[int | None, Field(ge=0, description="Requests finished while measuring.")] = None
-    preemptions: Annotated[int | None, Field(ge=0, description="Requests preempted for want of KV cache.")] = None
-    gpu_utilization: Annotated[Decimal | None, Field(description="NVML utilization.gpu, 0 to 1.")] = None
-    memory_utilization: Annotated[Decimal | None, Field(description="NVML utilization.memory, 0 to 1.")] = None
+    half_width: Annotated[Decimal | None, Field(description="Half-width of the rate's 95 % interval, relative.")] = None
     memory: Annotated[Quantity | None, Field(description="Device memory that all engines took at the most.")] = None
     kv_cache: Annotated[Quantity | None, Field(description="KV cache of each engine.")] = None
-    window: Annotated[Duration | None, Field(description="Length of the measured window.")] = None
-    half_width: Annotated[Decimal | None, Field(description="Half-width of the rate's 95 % interval, relative.")] = None
-    unresolved: Annotated[
-        list[Statistic],
-        Field(
-            max_length=5,
-            description="Statistics with too few engine steps behind them.",
-            json_schema_extra={"x-kubernetes-list-type": "set"},
-        ),
-    ] = Field(default_factory=list)
     slowest: Annotated[
         Decimal | None, Field(description="The slowest replica's rate over the mean of all: 1 where they share fairly.")
     ] = None

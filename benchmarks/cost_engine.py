@@ -38,6 +38,7 @@ from typing import Any
 
 import yaml
 
+from common import RESULTS, table, write_json
 from tightship.api.units import parse_duration
 from tightship.api.v1alpha1.spec import Objective
 from tightship.decide import decision_from_profile, objectives_from_api
@@ -47,6 +48,16 @@ from tightship.profiler.model import read_model
 from tightship.profiler.wire import Completion, HttpChannel
 
 VLLM_BENCH = Path(__file__).with_name("vllm_bench.py")
+COLUMNS = {
+    "batch": "batch:",
+    "raw": "T raw:",
+    "saturated": "T saturated:",
+    "ours": "T ours:",
+    "deviation": "deviation:",
+    "itl": "ITL ms:",
+    "ourItl": "ITL ours:",
+    "seconds": "seconds:",
+}
 SATURATED = 0.98
 SAMPLE_SECONDS = 0.25
 READY_SECONDS = 300.0
@@ -61,7 +72,7 @@ class Level:
     duration: float
     raw: float
     saturated: float | None
-    itl: float | None
+    itl: float
 
 
 @dataclass
@@ -303,7 +314,7 @@ def as_profile(levels: Sequence[Level]) -> dict[str, Any]:
         {
             "batch": level.batch,
             "totalTokensPerSecond": f"{level.saturated or level.raw:.3f}",
-            "interTokenLatency": {"mean": f"{(level.itl or 0) * 1000:.4f}ms"},
+            "interTokenLatency": {"mean": f"{level.itl * 1000:.4f}ms"},
         }
         for level in levels
     ]
@@ -322,19 +333,18 @@ def report(options: argparse.Namespace, levels: list[Level], profile: dict[str, 
         deviation = own / base - 1 if own else None
         deviations += [] if deviation is None or level.saturated is None else [abs(deviation)]
         rows.append(
-            [
-                str(level.batch),
-                f"{level.raw:.0f}",
-                f"{level.saturated:.0f}" if level.saturated else "-",
-                f"{own:.0f}" if own else "-",
-                f"{deviation:+.1%}" if deviation is not None else "-",
-                f"{1000 * level.itl:.1f}" if level.itl else "-",
-                f"{1000 * parse_duration(point['interTokenLatency']['mean']):.1f}" if point else "-",
-                f"{level.duration:.0f}",
-            ]
+            {
+                "batch": level.batch,
+                "raw": level.raw,
+                "saturated": level.saturated,
+                "ours": own,
+                "deviation": None if deviation is None else f"{deviation:+.1%}",
+                "itl": 1000 * level.itl,
+                "ourItl": 1000 * parse_duration(point["interTokenLatency"]["mean"]) if point else None,
+                "seconds": level.duration,
+            }
         )
-    heads = ["batch", "T raw", "T saturated", "T ours", "deviation", "ITL ms", "ITL ours", "seconds"]
-    table(heads, rows)
+    print(table(COLUMNS, rows), end="\n\n")
     cost = results.get("cost") or {}
     sweep = float(cost.get("sweep", results["gpuSeconds"]))
     reference = sum(level.duration for level in levels)
@@ -354,20 +364,10 @@ def report(options: argparse.Namespace, levels: list[Level], profile: dict[str, 
         "objective": f"mean ITL {options.itl}",
         "batches we measured": sorted(points),
     }
-    table(["", ""], [[name, str(value)] for name, value in summary.items()])
+    print(
+        table({"name": "whole", "value": ""}, [{"name": name, "value": str(value)} for name, value in summary.items()])
+    )
     return {"summary": summary, "levels": [vars(level) for level in levels], "results": results}
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns."""
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-    for row in [heads, *rows] if any(heads) else rows:
-        print(
-            "  ".join(
-                cell.rjust(width) if any(heads) else cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            ).rstrip()
-        )
-    print(flush=True)
 
 
 def tell(text: str) -> None:
@@ -397,8 +397,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--itl", default="60ms", help="the objective that batches are advised for (default: %(default)s)"
     )
-    parser.add_argument("-o", "--output", type=Path, help="JSON file")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file (default: under build/benchmarks)")
     options = parser.parse_args(argv)
+    options.output = options.output or RESULTS / f"cost-engine-{options.reference}.json"
     options.batches = [int(batch) for batch in options.batches.split(",")]
     return options
 
@@ -413,8 +414,7 @@ def main() -> int:
         tell(f"reference: {options.reference}, {len(options.batches)} batches of {options.prompts} prompts")
         levels = {"paper": paper, "vllm-sweep": vllm_sweep}[options.reference](options)
         found = report(options, levels, profile, whole)
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=2) + "\n")
+    tell(f"written to {write_json(options.output, 'cost_engine', found)}")
     return 0
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from tightship.core.calibration import Calibration, calibrate
@@ -225,9 +225,12 @@ class Question:
         for batch, replicas in pairs:
             if pairs.count((batch, replicas)) > 1:
                 raise ValueError(f"the trial of batch {batch} with {replicas} replicas occurs more than once")
+        if self.ledger is not None:
+            seen = tuple((trial.batch, taken) for trial in self.trials if (taken := trial.non_kv) is not None)
+            object.__setattr__(self, "ledger", replace(self.ledger, seen=(*self.ledger.seen, *seen)))
 
     def memory(self, batch: int) -> int | None:
-        """M(B) in bytes, from the ledger and the peak seen at that batch."""
+        """M(B) in bytes, from the ledger, the peak seen at that batch, and what the trials' replicas took."""
         return None if self.ledger is None else self.ledger.replica_bytes(batch, self.peak(batch))
 
     def peak(self, batch: int) -> int | None:
@@ -622,6 +625,7 @@ def _notes(
     if ledger is not None and not question.dedicated:
         yield from _blind_notes(curve)
     if chosen is not None:
+        yield from _extrapolated_notes(ledger, chosen)
         yield from _forgone(curve, chosen, singles)
         if chosen.replicas == 1:
             yield from _tried_notes(candidates)
@@ -643,6 +647,15 @@ def _baseline_note(question: Question, baseline: Baseline, chosen: Candidate | N
     if chosen is None:
         return text
     return f"{text}; {_pair_name(chosen)} has {chosen.throughput / baseline.point.throughput:.2f} x its throughput"
+
+
+def _extrapolated_notes(ledger: Ledger | None, chosen: Candidate) -> Iterator[str]:
+    """That memory was read at a smaller batch than the one chosen."""
+    if ledger is not None and ledger.confirmed_batch is not None and chosen.batch > ledger.confirmed_batch:
+        yield (
+            f"memory beside the KV cache was read at batch {ledger.confirmed_batch} and is taken to be the same at batch {chosen.batch} "
+            "where no trial took more; activations grow with the batch, and profiling.rerun with this objective reads them there"
+        )
 
 
 def _blind_notes(curve: Curve) -> Iterator[str]:

@@ -413,3 +413,46 @@ def test_the_default_engine_stands_beside_the_choice(slo: list[Objective], meets
     assert answer.baseline is not None
     assert (answer.baseline.point, answer.baseline.meets_objectives) == (baseline, meets)
     assert any("the engine's default, batch 512" in note and words in note for note in answer.notes)
+
+
+def test_a_choice_above_the_confirmed_batch_says_where_its_memory_is_from() -> None:
+    notes = {
+        confirmed: advise(
+            make_curve(OPT), make_slo(30), ledger=make_ledger(confirmed_batch=confirmed), max_replicas=1
+        ).notes
+        for confirmed in (64, 256)
+    }
+    words = "memory beside the KV cache was read at batch 64 and is taken to be the same at batch 256 where no trial took more"
+    assert any(note.startswith(words) for note in notes[64])
+    assert not any("memory beside the KV cache" in note for note in notes[256])
+
+
+@pytest.mark.parametrize(
+    ("each", "fits", "memory"),
+    [
+        (None, True, 10.64),
+        # What was seen in the trial is below the ledger's figure: that stays.
+        (9, True, 10.64),
+        # Two replicas with 6 GiB of KV cache took 20 GiB each: 14 beside it instead of 4, and so they don't fit any more.
+        (20, False, 20.64),
+    ],
+)
+def test_what_a_trials_replicas_took_counts_against_their_pair(each: float | None, fits: bool, memory: float) -> None:
+    curve = make_curve(OPT)
+    single = curve.at(64)
+    assert single is not None
+    trial = Trial(
+        64,
+        2,
+        1.5 * max(point.throughput for point in curve.points),
+        Latency(mean=0.010),
+        requests=100,
+        memory=None if each is None else int(2 * each * GIB),
+        kv_cache=6 * GIB,
+    )
+    answer = advise(curve, make_slo(11), ledger=make_ledger(total=30), trials=[trial])
+    tried = next(one for one in answer.candidates if (one.batch, one.replicas) == (64, 2))
+    assert tried.memory is not None
+    assert tried.memory / GIB == pytest.approx(memory, abs=0.01)
+    assert ((answer.batch, answer.replicas) == (64, 2)) is fits
+    assert tried.limits == (() if fits else (Limit.MEMORY,))

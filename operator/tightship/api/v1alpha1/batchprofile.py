@@ -208,7 +208,7 @@ class Trial(Figures):
         Decimal | None, Field(description="Prompt and generated tokens per second: R T_R(B).")
     ] = None
     half_width: Annotated[Decimal | None, Field(description="Half-width of the rate's 95 % interval, relative.")] = None
-    memory: Annotated[Quantity | None, Field(description="Device memory that all engines took at the most.")] = None
+    memory: Annotated[Quantity | None, Field(description="Device memory that these replicas took at the most.")] = None
     kv_cache: Annotated[Quantity | None, Field(description="KV cache of each engine.")] = None
     slowest: Annotated[
         Decimal | None, Field(description="The slowest replica's rate over the mean of all: 1 where they share fairly.")
@@ -322,7 +322,12 @@ class Arrivals(Model):
     waiting_mean: Annotated[Decimal | None, Field(description="Mean number of requests that waited.")] = None
     preemptions: Annotated[int | None, Field(ge=0, description="Requests preempted for want of KV cache.")] = None
     window: Annotated[Duration | None, Field(description="How long requests arrived.")] = None
-    sustained: Annotated[bool | None, Field(description="Whether the engine kept up: its queue did not grow.")] = None
+    sustained: Annotated[
+        bool | None,
+        Field(
+            description="Whether the engine kept up: the requests in it did not pile up. Absent where the window is too short to tell."
+        ),
+    ] = None
 
 
 class Confirmation(Model):
@@ -339,7 +344,8 @@ class Confirmation(Model):
         Arrivals | None, Field(description="Poisson arrivals at 80 % of the capacity, which a closed loop can't tell.")
     ] = None
     sustainable_requests_per_second: Annotated[
-        Decimal | None, Field(description="Requests per second that one replica sustains.")
+        Decimal | None,
+        Field(description="Requests per second that one replica sustains; absent where that is not known."),
     ] = None
     agrees: Annotated[bool | None, Field(description="Whether both ratios are within their intervals plus 2 %.")] = None
     message: Annotated[str | None, Field(max_length=1024, description="What disagrees, in words.")] = None

@@ -12,9 +12,11 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler.clock import Clock, SystemClock
+from tightship.profiler.descriptors import raise_limit
 from tightship.profiler.engine import Launcher, ProcessLauncher
 from tightship.profiler.errors import LengthsError, ProfilerError, ReportError
 from tightship.profiler.gpu import CpuDevice, Device, DeviceError, memory_limit, open_nvml
@@ -80,7 +82,7 @@ async def _measure(
     model = environ.get("TIGHTSHIP_MODEL_PATH") or subject.spec.key.model.source.removeprefix("hf://")
     try:
         device = open_device(subject, environ, clock)
-        job = make_job(subject, model, device, environ)
+        job = replace(make_job(subject, model, device, environ), in_flight_most=raise_limit())
     except (DeviceError, LengthsError) as error:
         report.outcome = _not_begun(subject, report.outcome, error)
         report.save()

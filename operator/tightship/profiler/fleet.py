@@ -63,9 +63,13 @@ class Sizes:
         """The batches that were measured alone."""
         return self._peaks.keys()
 
+    def peak(self, batch: int) -> int | None:
+        """Most tokens that were seen in the KV cache at a batch."""
+        return self._peaks.get(batch)
+
     def kv_tokens(self, batch: int) -> int:
         """KV cache of a replica at a batch, tokens."""
-        return self.ledger.kv_tokens(batch, self._peaks.get(batch))
+        return self.ledger.kv_tokens(batch, self.peak(batch))
 
     def room(self, replicas: int) -> int:
         """KV tokens, in whole blocks, that each of so many replicas can have."""

@@ -12,14 +12,14 @@ from tightship.profiler.fleet import Pair, Sizes
 from tightship.profiler.load import ClosedLoop
 from tightship.profiler.session import Session
 from tightship.profiler.sharing import Sharing
-from tightship.profiler.trials import Agenda, Bench, Given, Predicted, Trials
+from tightship.profiler.trials import Agenda, Bench, Given, Predicted, Trials, Verdict
 
 _SEED = 2_000
 """The trials' loads are drawn apart from those of the other phases."""
 
 
-async def try_packings(session: Session, sharing: Sharing | None, *, asked_only: bool) -> list[str]:
-    """Try pairs on the device as far as the budget goes; returns what the outcome must say of it.
+async def try_packings(session: Session, sharing: Sharing | None, *, asked_only: bool) -> Verdict:
+    """Try pairs on the device as far as the budget goes; returns what the outcome must say of it, and whether the budget cut it.
 
     Args:
         session: the profile, with sweep and confirmation run behind it.
@@ -28,11 +28,10 @@ async def try_packings(session: Session, sharing: Sharing | None, *, asked_only:
     """
     found = prepare(session, sharing, asked_only)
     if isinstance(found, str):
-        return [f"no packing was tried: {found}"]
+        return Verdict([f"no packing was tried: {found}"])
     bench, agenda = found
     with session.cost.in_phase("trials"):
-        verdict = await Trials(bench, agenda, session.report.trials).run()
-    return verdict.notes
+        return await Trials(bench, agenda, session.report.trials).run()
 
 
 def prepare(session: Session, sharing: Sharing | None, asked_only: bool) -> tuple[Bench, Agenda] | str:
@@ -93,5 +92,7 @@ def _bench(session: Session, sharing: Sharing, sizes: Sizes) -> Bench:
         left=lambda: session.budget.for_trials,
         progress=progress,
         keep=keep,
+        idle=session.idle,
+        too_many=session.too_many,
         start_cost=session.budget.start_cost,
     )

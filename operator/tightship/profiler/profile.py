@@ -29,6 +29,7 @@ from tightship.profiler.report import Report
 from tightship.profiler.session import Session
 from tightship.profiler.sharing import Sharing
 from tightship.profiler.sweep import Ended, Sweep
+from tightship.profiler.trials import Verdict
 
 __all__ = ["Job", "Profiler", "largest_batch", "make_job"]
 
@@ -105,7 +106,7 @@ class Profiler:
     async def extend(self, earlier: api.Outcome) -> api.Outcome:
         """Make the packing trials asked for after the measurement was done; the earlier outcome stands, whatever becomes of them."""
         try:
-            said = await self._try_packings()
+            said = (await self._try_packings()).notes
         except (EngineError, LoadError) as error:
             said = [f"the trials asked for failed: {error}"]
         request = self._job.extension.request if self._job.extension is not None else None
@@ -116,12 +117,12 @@ class Profiler:
         """All that comes after the sweep."""
         cut = await ConfirmationRun(self._session, curve).run()
         packed = await self._try_packings()
-        said = [ended.reason, *([cut] if cut else []), *packed, *self._unresolved(), *self._session.lengths.notes]
-        state: State = "BudgetExceeded" if ended.exceeded or cut else "Completed"
+        said = [ended.reason, *([cut] if cut else []), *packed.notes, *self._unresolved(), *self._session.lengths.notes]
+        state: State = "BudgetExceeded" if ended.exceeded or cut or packed.exceeded else "Completed"
         return self._outcome(state, state, self._with_notes(*said))
 
-    async def _try_packings(self) -> list[str]:
-        """Try pairs of batch and replicas on the device, as far as the budget goes; returns what the outcome must say of them."""
+    async def _try_packings(self) -> Verdict:
+        """Try pairs of batch and replicas on the device, as far as the budget goes."""
         return await try_packings(self._session, self._sharing, asked_only=self._earlier is not None)
 
     # --- what is said ---

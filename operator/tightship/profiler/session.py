@@ -65,20 +65,33 @@ class Session:
         """The context in flight of what is really put on the engine."""
         self.notes: list[str] = []
         """What the outcome must say besides."""
+        self.idle = device.used()
+        """Bytes of the device in use before this attempt's first engine."""
         self._gpu_seconds = report.gpu_seconds
         self._settle_lengths()
 
     async def launch(self, settings: EngineSettings) -> Engine:
-        """Start an engine; the time is accounted as a start.
+        """Start an engine; the time is accounted as a start. The attempt's first is free, others have what is left of the budget.
 
         Raises:
             EngineError: it did not become healthy.
+            asyncio.TimeoutError: the budget was spent first.
         """
         began = self.clock.now()
-        with self.cost.in_phase("starts"):
-            engine = await self.launcher.launch(settings, timeout=self.job.start_timeout)
+        started: list[Engine] = []
+
+        async def start() -> None:
+            started.append(await self.launcher.launch(settings, timeout=self.job.start_timeout))
+
+        try:
+            with self.cost.in_phase("starts"):
+                await self.budget.bound(start())
+        except BaseException:
+            for engine in started:  # healthy in the very moment in which it was given up
+                await engine.stop()
+            raise
         self.budget.engine_healthy(self.clock.now() - began)
-        return engine
+        return started[0]
 
     def load(self, engine: Engine, seed: int = 0) -> ClosedLoop:
         """A closed loop on an engine; `seed` tells apart the loads of one profile."""
@@ -152,6 +165,16 @@ class Session:
             input_tokens=points.decimal(lengths.mean_input),
             output_tokens=points.decimal(lengths.mean_output),
             seed=self.job.seed,
+        )
+
+    def too_many(self, requests: int) -> str | None:
+        """Why engines can't be made to run so many requests at once, in words; None where they can."""
+        most = self.job.in_flight_most
+        if most is None or requests <= most:
+            return None
+        return (
+            f"{requests} requests at once need as many sockets, and this process may open files for {most}: "
+            "raise its hard limit (ulimit -Hn)"
         )
 
     def note(self, text: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMap
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from tightship.api.units import format_quantity
+from tightship.api.units import format_quantity, parse_quantity
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.core.advisor import Question
 from tightship.core.curve import Curve, Objective
@@ -24,7 +24,7 @@ from tightship.core.trials import next_trial, trial_order
 from tightship.profiler import confirm, points
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine, EngineInfo, EngineSettings
-from tightship.profiler.errors import EngineError, LoadError, ProfilerError
+from tightship.profiler.errors import BudgetSpentError, EngineError, LoadError, UnansweredError
 from tightship.profiler.fleet import DoesNotFitError, Fleet, Pair, Sizes, packed_settings
 from tightship.profiler.gpu import Device
 from tightship.profiler.lengths import Lengths
@@ -44,10 +44,6 @@ MOST_REPLICAS: Final = 48
 """The API's most: what MPS takes before CUDA 13.1."""
 RECOVERIES: Final = 1
 """How often engines and sharing are started anew after an engine died under load."""
-
-
-class BudgetSpentError(ProfilerError):
-    """The budget ended while something was under way."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,7 @@ class Bench:
     steps_needed: int
     """Engine steps behind the objective's statistic; 0 for means."""
     launch: Callable[[EngineSettings], Awaitable[Engine]]
-    """Start an engine and return it healthy, or raise EngineError."""
+    """Start an engine and return it healthy, or raise EngineError; asyncio.TimeoutError when the budget is spent first."""
     load: Callable[[Engine, int], ClosedLoop]
     """A load for an engine; each number gives another."""
     device: Device
@@ -150,6 +146,10 @@ class Bench:
     progress: Callable[[Pair, str], None]
     keep: Callable[[api.Trial], None]
     """Called with each trial, at once."""
+    idle: int
+    """Bytes of the device in use before the profile's first engine."""
+    too_many: Callable[[int], str | None] = lambda requests: None
+    """Why so many requests can't be in flight at once; None where they can."""
     start_cost: float = 0.0
     """Seconds an engine takes to start, as far as known."""
 
@@ -210,6 +210,10 @@ class Trials:
         if not self._bench.sizes.fits(pair):
             self._fail(pair, self._bench.sizes.misfit(pair))
             return None
+        why = self._bench.too_many(batch * replicas)
+        if why is not None:
+            self._fail(pair, why)
+            return None
         try:
             engines = await self._prepare(pair)
             if not await self._measure(pair, engines):
@@ -242,7 +246,7 @@ class Trials:
             await bench.sharing.open()
         if self._fleet is None:
             # What ran before, the confirmation run's engine at first, may have ended a moment before its memory is free.
-            await confirm.released(bench.device, bench.clock)
+            await confirm.released(bench.device, bench.clock, bench.idle)
             group = bench.sizes.group(pair, self._agenda.wanted(self._measured, self._failed))
             settings = packed_settings(bench.settings, bench.info, group, bench.device)
             self._fleet = Fleet(group, settings, launch=self._launch, device=bench.device, sharing=bench.sharing)
@@ -251,7 +255,7 @@ class Trials:
     async def _launch(self, settings: EngineSettings) -> Engine:
         began = self._bench.clock.now()
         try:
-            engine = await asyncio.wait_for(self._bench.launch(settings), max(1.0, self._bench.left()))
+            engine = await self._bench.launch(settings)
         except asyncio.TimeoutError:
             raise BudgetSpentError(
                 f"an engine was still starting after {self._bench.clock.now() - began:.0f} s"
@@ -279,6 +283,8 @@ class Trials:
                 idle=self._fleet.idle,
             )
             reading = await meter.measure(batch, TRIAL_SECONDS, self._bench.left())
+        except UnansweredError as error:
+            raise error.with_words(_words(engines)) from error
         finally:
             for load in loads:
                 await load.close()
@@ -286,8 +292,14 @@ class Trials:
             return False
         self._itl = reading.itl
         doubts = "; ".join(filter(None, (bench.sharing.doubt(replicas), reading.trial.message)))
+        # Idle neighbours took their part of what was read: no more than a loaded engine, so this is no more than those loaded took.
+        taken = parse_quantity(reading.trial.memory or "0") * replicas // len(self._fleet.engines)
         trial = reading.trial.model_copy(
-            update={"kv_cache": format_quantity(self._fleet.group.kv_bytes), "message": doubts[:1024] or None}
+            update={
+                "memory": format_quantity(taken),
+                "kv_cache": format_quantity(self._fleet.group.kv_bytes),
+                "message": doubts[:1024] or None,
+            }
         )
         self._trials[pair] = trial
         bench.keep(trial)
@@ -384,6 +396,12 @@ class Trials:
         best = max(made.values(), key=lambda trial: (_total(trial), -trial.batch))
         count = f"{len(made)} packing{'s were' if len(made) > 1 else ' was'} tried"
         return f"{count}, the fastest {best.replicas} x {best.batch} with {_total(best):.0f} tokens/s"
+
+
+def _words(engines: Sequence[Engine]) -> str:
+    """The last words of each engine that said something."""
+    said = ((number, engine.last_words()) for number, engine in enumerate(engines, start=1))
+    return " | ".join(f"engine {number}: {words[:500]}" for number, words in said if words)
 
 
 def _total(trial: api.Trial) -> float:

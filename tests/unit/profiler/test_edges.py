@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -19,12 +21,13 @@ from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler.__main__ import FINISHED, kept, profile
 from tightship.profiler.clock import SystemClock
 from tightship.profiler.confirm import MemoryWatch
+from tightship.profiler.descriptors import WANTED
 from tightship.profiler.engine import EngineSettings, ProcessLauncher
 from tightship.profiler.errors import EngineError, OutOfMemory, ReportError
 from tightship.profiler.gpu import GIB, CpuDevice, DeviceError, NvmlDevice, memory_limit
 from tightship.profiler.model import read_model
 from tightship.profiler.report import ApiSink, FileSink, Report
-from unit.profiler.fakes import FakeDevice, MemorySink, make_profile
+from unit.profiler.fakes import FakeDevice, FakeLauncher, MemorySink, make_profile
 
 # --- NVML ---
 
@@ -416,3 +419,45 @@ def test_a_status_holds_no_more_trials_than_the_api_takes_and_those_with_figures
     assert len(status["trials"]) == 256
     assert [one["replicas"] for one in status["trials"] if "totalTokensPerSecond" in one] == list(range(30, 48))
     assert any((one["batch"], one["replicas"]) == (1, 2) for one in status["trials"])
+
+
+# --- open files ---
+
+
+LIMITED = """
+import resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}))
+from tightship.profiler.descriptors import raise_limit
+requests = raise_limit()
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+sockets = [socket.socket() for _ in range(min(requests, 500))]
+print(soft, hard, requests)
+"""
+
+
+@pytest.mark.parametrize(("hard", "soft", "requests"), [(1000, 1000, 581), (100, 100, 1)])
+def test_open_files_are_raised_to_what_the_machine_allows(hard: int, soft: int, requests: int) -> None:
+    script = LIMITED.format(hard=hard)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(soft), str(hard), str(requests)]
+
+
+async def test_the_profiler_raises_the_limit_of_open_files_before_it_measures() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(before[1], WANTED)
+    assert most > 512
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+    seen: list[int] = []
+
+    class Looking(FakeLauncher):
+        async def launch(self, settings: EngineSettings, *, timeout: float) -> Any:
+            seen.append(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+            raise EngineError("this is all that was to be seen")
+
+    try:
+        sink = MemorySink(make_profile())
+        environ = {"TIGHTSHIP_DEVICE": "cpu", "TIGHTSHIP_DEVICE_MEMORY": str(4 * GIB)}
+        await profile(sink, environ, SystemClock(), Looking(FakeDevice()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert set(seen) == {most}

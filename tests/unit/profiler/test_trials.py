@@ -12,10 +12,12 @@ import pytest
 from tightship.api.units import parse_duration, parse_quantity
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.core.advisor import Basis, Limit, Recommendation, advise
+from tightship.core.colocation import predict
 from tightship.core.curve import Metric, Objective, Statistic
 from tightship.core.memory import Context, Ledger, Reserve
 from tightship.decide import decision_from_profile
 from tightship.profiler import points
+from tightship.profiler.budget import Budget
 from tightship.profiler.engine import EngineInfo, EngineSettings
 from tightship.profiler.fleet import Pair, Sizes, packed_settings
 from tightship.profiler.lengths import Lengths, Prompts
@@ -187,13 +189,13 @@ class Late(ClosedLoop):
 
 
 class Lingering(VirtualDevice):
-    """A device on which an engine that has just ended holds its memory for a moment more."""
+    """A device on which an engine that has just ended holds its memory for three seconds more."""
 
     until: float | None = None
 
     def used(self) -> int:
         now = asyncio.get_running_loop().time()
-        self.until = now + 0.4 if self.until is None else self.until
+        self.until = now + 3.0 if self.until is None else self.until
         return super().used() + (60 * GIB if now < self.until else 0)
 
 
@@ -214,6 +216,9 @@ class Story:
     max_replicas: int = 4
     cancel_after: float | None = None
     start_seconds: float = 45.0
+    free_start: bool = False
+    """Whether no engine was started before: then the first start doesn't count."""
+    in_flight_most: int = 1_000_000
 
     def __post_init__(self) -> None:
         self.status = measured(self.packing.setting, self.packing.slo)
@@ -258,6 +263,9 @@ class Story:
         self.idle = VirtualDevice(gpu).used()
         self.launcher = VirtualLauncher(gpu, start_seconds=self.start_seconds, faults=self.faults)
         began = clock.now()
+        budget = Budget(self.budget, 0.0, clock)
+        if not self.free_start:
+            budget.engine_healthy(self.start_seconds)
         engine = self.status.engine
         assert engine is not None
 
@@ -265,7 +273,9 @@ class Story:
             assert not self.starting, "two engines were starting at once"
             self.starting += 1
             try:
-                return await self.launcher.launch(settings, timeout=600.0)
+                launched = await budget.bound(self.launcher.launch(settings, timeout=600.0))
+                budget.engine_healthy(self.start_seconds)
+                return launched
             finally:
                 self.starting -= 1
 
@@ -287,10 +297,12 @@ class Story:
             device=self.device,
             clock=clock,
             sharing=self.sharing,
-            left=lambda: self.budget - (clock.now() - began),
+            left=lambda: budget.left,
             progress=lambda pair, message: None,
             keep=lambda trial: self.kept.append((trial.batch, trial.replicas)),
-            start_cost=self.start_seconds,
+            idle=self.idle,
+            too_many=lambda requests: f"{requests} are too many" if requests > self.in_flight_most else None,
+            start_cost=budget.start_cost,
         )
         trials = asyncio.get_running_loop().create_task(Trials(bench, self.agenda, self.trials).run())
         if self.cancel_after is not None:
@@ -342,7 +354,10 @@ def test_packing_that_pays_is_found_and_chosen() -> None:
     assert float(best.running_mean) >= 0.98 * best.batch
     assert float(best.half_width or 1) <= 0.05
     assert float(best.slowest or 0) > 0.95
-    assert parse_quantity(best.memory or "0") <= best.replicas * story.sizes.ledger.device_total / best.replicas
+    # What they took together is what the ledger says of each; the trial's steps are no larger than the confirmation run's worst.
+    assert parse_quantity(best.memory or "0") <= best.replicas * story.sizes.ledger.replica_bytes(
+        best.batch, story.sizes.peak(best.batch)
+    )
     assert verdict.notes[-1].startswith(f"{len(story.trials)} packings were tried, the fastest")
 
 
@@ -378,11 +393,11 @@ def test_the_total_is_that_of_the_published_queue() -> None:
     """Closed queue by exact mean value analysis: the engines' gaps are filled by their neighbours, and nothing else happens."""
     story = Story(PAYS, pairs=((64, 2),))
     story.run()
-    single, trial = story.curve.at(64), story.trials[64, 2]
-    assert single is not None
-    assert 1.0 < mean_itl(trial) / (single.inter_token_latency.mean or 1) < 2.0
-    stretch = mean_itl(trial) / (single.inter_token_latency.mean or 1)
-    assert total(trial) == pytest.approx(2 * single.throughput / stretch, rel=0.05)
+    trial, predicted = story.trials[64, 2], predict(story.curve, 64, 2)
+    assert predicted.inter_token_latency is not None
+    assert 0.1 < predicted.utilization < 0.9, "neither alone nor in turns"
+    assert mean_itl(trial) == pytest.approx(predicted.inter_token_latency, rel=0.05)
+    assert total(trial) == pytest.approx(predicted.total_tokens_per_second, rel=0.05)
 
 
 def test_a_trial_lasts_a_life_of_a_request_as_a_level_does_so_that_first_tokens_are_seen() -> None:
@@ -467,12 +482,46 @@ def test_a_budget_too_small_for_any_trial_starts_nothing() -> None:
 
 
 def test_an_engine_that_hangs_at_its_start_costs_no_more_than_the_budget() -> None:
-    story = Story(PAYS, pairs=((64, 2),), budget=130.0, start_seconds=400.0)
-    story.start_seconds = 400.0
+    done = profile(OPT, objectives=[PAYS.slo], budget=1200.0, faults=[Faults(), Faults(), Faults(start_takes=4000.0)])
+    assert done.status.outcome is not None
+    assert done.status.outcome.state == "BudgetExceeded"
+    assert "an engine was still starting after" in message(done.status)
+    assert done.status.trials == []
+    assert float(done.status.gpu_seconds or 0) == pytest.approx(1200.0, abs=5)
+
+
+def test_the_first_engine_of_an_attempt_has_all_the_time_it_takes_for_trials_too() -> None:
+    story = Story(PAYS, pairs=((64, 1), (32, 1)), budget=60.0, start_seconds=300.0, free_start=True)
     verdict = story.run()
-    assert verdict.exceeded
-    assert story.seconds <= 135.0
-    assert story.used_after == story.idle
+    assert story.kept == [(64, 1), (32, 1)]
+    assert not verdict.exceeded
+    assert 300 < story.seconds < 360
+
+
+def test_requests_that_have_no_sockets_make_no_trial() -> None:
+    story = Story(PAYS, pairs=((64, 2), (32, 2)), in_flight_most=100)
+    verdict = story.run()
+    assert story.kept == [(32, 2)]
+    assert verdict.notes[0] == "the trial of 2 x 64 failed: 128 are too many"
+
+
+def test_engines_that_hang_under_load_fail_the_trial_with_their_last_words() -> None:
+    words = "RuntimeError: the scheduler is stuck"
+    story = Story(PAYS, pairs=((64, 2),), faults=[Faults(), Faults(hangs_after=1.0, says=words)])
+    verdict = story.run()
+    assert story.kept == []
+    assert "no token has come for" in verdict.notes[0]
+    assert f"its last words: engine 2: {words}" in verdict.notes[0]
+
+
+def test_what_replicas_took_is_without_their_idle_neighbours() -> None:
+    story = Story(PAYS, pairs=((64, 4), (64, 2)))
+    story.run()
+    four, two = (parse_quantity(story.trials[64, replicas].memory or "0") for replicas in (4, 2))
+    assert two == pytest.approx(four / 2, rel=0.05)
+    trial = points.trial(story.trials[64, 2])
+    assert trial.non_kv is not None
+    assert trial.non_kv <= story.sizes.ledger.non_kv + (1 << 20)
 
 
 def test_an_engine_that_does_not_start_as_the_third_leaves_the_pairs_with_two() -> None:
@@ -643,6 +692,23 @@ def test_a_budget_that_ends_between_trials_completes_with_those_there_are() -> N
     assert 1 <= len(done.status.trials) < len(whole.status.trials)
     assert "the budget ended the trials" in message(done.status)
     assert float(done.status.gpu_seconds or 0) <= needed - 60.0 + 5.0
+    assert done.status.outcome is not None
+    assert (done.status.outcome.state, done.status.outcome.reason) == ("BudgetExceeded", "BudgetExceeded")
+    # The curve is whole all the same, and is decided from.
+    assert done.status.points == whole.status.points
+    objective = Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, PAYS.slo)
+    assert decision_from_profile({"status": done.status.to_dict()}, [objective]).feasible
+
+    # With a larger budget the next attempt makes those that are missing, and nothing twice.
+    cut = done.status.model_copy(update={"outcome": None})
+    more = profile(OPT, objectives=[PAYS.slo], budget=1200.0, status=cut)
+    assert more.status.outcome is not None
+    assert more.status.outcome.state == "Completed"
+    assert set(pairs_of(done.status)) < set(pairs_of(more.status))
+    assert more.status.points == done.status.points
+    assert [
+        one for one in more.status.trials if (one.batch, one.replicas) in pairs_of(done.status)
+    ] == done.status.trials
 
 
 EXTENSION = {"request": "more", "pairs": [{"batch": 32, "replicas": 4}, {"batch": 64, "replicas": 2}], "budget": "10m"}

@@ -203,7 +203,7 @@ async def offer(engine: Engine, load: OpenLoop, clock: Clock, plan: Plan) -> tup
     recording = load.begin()
     seen = await _watch(engine, load, clock, plan.seconds - plan.warmup)
     while load.in_flight and load.silent > SILENCE_SECONDS:  # it may hang: then `check` says so before long
-        await _watch(engine, load, clock, SAMPLE_SECONDS)
+        seen.samples += (await _watch(engine, load, clock, SAMPLE_SECONDS)).samples
     found = _result(plan, load, recording, seen)
     load.begin()
     return found, recording

@@ -119,13 +119,13 @@ async def released(device: Device, clock: Clock, idle: int) -> int:
     Args:
         device: the device.
         clock: the time.
-        idle: bytes that were in use before the first engine.
+        idle: bytes that were in use before the first engine, and what those that still run may take.
     """
     deadline = clock.now() + RELEASE_SECONDS
     while (used := device.used()) > idle + RELEASE_SLACK:
         if clock.now() >= deadline:
             log.warning(
-                "%.2f GiB are in use %.0f s after the last engine's end, %.2f GiB were before the first",
+                "%.2f GiB are in use %.0f s after an engine's end, more than %.2f GiB",
                 used / GIB,
                 RELEASE_SECONDS,
                 idle / GIB,

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
+from tightship.profiler import confirm
 from tightship.profiler.budget import LEVEL_MOST
 from tightship.profiler.engine import Engine
 from tightship.profiler.errors import BudgetSpentError, EngineError, LoadError, UnansweredError
@@ -107,9 +108,10 @@ class Sweep:
             await engine.stop()
 
     async def _launch(self) -> Engine:
-        self._at = None
+        session, self._at = self._session, None
+        await confirm.released(session.device, session.clock, session.idle)  # or it may find too little free to start
         try:
-            return await self._session.launch(self._session.job.settings)
+            return await session.launch(session.job.settings)
         except asyncio.TimeoutError:
             raise EngineError("the engine, which had to be started again, was still starting") from None
 

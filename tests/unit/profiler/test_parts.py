@@ -16,6 +16,7 @@ from tightship.core.curve import Latency, Metric, Objective, Point, Statistic
 from tightship.profiler import points
 from tightship.profiler.budget import Budget, Cost
 from tightship.profiler.engine import EngineSettings
+from tightship.profiler.gpu import GIB
 from tightship.profiler.histogram import Histogram
 from tightship.profiler.job import make_job
 from tightship.profiler.ladder import Goals, Noise, next_batch, rungs
@@ -492,10 +493,16 @@ def test_the_profiler_reads_points_and_trials_as_the_operator_does() -> None:
         "halfWidth": "0.021",
         "unresolved": ["p95", "p99"],
     }
-    packed = {name: value for name, value in measured.items() if name != "kvCacheTokensPeak"} | {"replicas": 2}
+    packed = {name: value for name, value in measured.items() if name != "kvCacheTokensPeak"} | {
+        "replicas": 2,
+        "memory": "30Gi",
+        "kvCache": "8Gi",
+    }
     profile = {"status": {"points": [measured], "trials": [packed]}}
     assert points.curve([api.Point.model_validate(measured)]) == decide.curve_from_profile(profile)
-    assert (points.trial(api.Trial.model_validate(packed)),) == decide.trials_from_profile(profile)
+    trial = points.trial(api.Trial.model_validate(packed))
+    assert (trial,) == decide.trials_from_profile(profile)
+    assert trial.non_kv == 7 * GIB
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def sandbox(
     tmp_path_factory: pytest.TempPathFactory,
     kube_assets: Path,
     engine_python: Path,
+    fair_cores: None,
 ) -> Iterator[Sandbox]:
     models = tmp_path_factory.mktemp("models")
     subprocess.run([engine_python, ROOT / "scripts" / "make_small_llama.py", models / "small-llama"], check=True)
@@ -72,13 +73,10 @@ def check_packing(sandbox: Sandbox, ready: dict[str, Any], profile: dict[str, An
     assert story.condition(ready, "Packed")["reason"] == "ExclusiveNoGain"
     batch = advice["batch"]
     alone = next(point for point in status["points"] if point["batch"] == batch)
-    trials = [trial for trial in status["trials"] if trial.get("totalTokensPerSecond")]
+    trials = [trial for trial in status.get("trials") or [] if trial.get("totalTokensPerSecond")]
     trial = next((each for each in trials if (each["batch"], each["replicas"]) == (batch, 2)), None)
-    if (
-        trial is None
-    ):  # two busy cores may be too few for engines, API servers and load: then it is refused, never made up
-        assert "could not keep up" in status["outcome"]["message"], status["outcome"]
-        return
+    assert trial is not None, (trials, status["outcome"])
+    assert float(trial["halfWidth"]) <= 0.2, trial
     total, single = float(trial["totalTokensPerSecond"]), float(alone["totalTokensPerSecond"])
     assert total < 1.25 * single, "no gain"
     packed, apart = (parse_duration(each["interTokenLatency"]["mean"]) for each in (trial, alone))
@@ -112,8 +110,6 @@ def test_from_apply_to_answers(sandbox: Sandbox) -> None:
     assert profile["status"]["baseline"]["totalTokensPerSecond"]
     assert all(story.condition(pack, "SharingReady")["reason"] == "CPUSet" for pack in story.items(sandbox, "gpupacks"))
 
-    check_packing(sandbox, ready, profile)
-
     pods = [pod["metadata"]["name"] for pod in story.replica_pods(sandbox, name)]
     before = {pod: generated_tokens(sandbox, pod) for pod in pods}
     for _ in range(12):
@@ -123,6 +119,8 @@ def test_from_apply_to_answers(sandbox: Sandbox) -> None:
         assert answer["choices"][0]["message"]["role"] == "assistant"
         assert answer["usage"]["completion_tokens"] > 0
     assert all(generated_tokens(sandbox, pod) > before[pod] for pod in pods), "both replicas answered"
+
+    check_packing(sandbox, ready, profile)
 
     sandbox.kubectl("scale", f"llm/{name}", "--replicas=1")
     story.wait_ready(sandbox, name, 1)

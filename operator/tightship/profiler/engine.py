@@ -166,8 +166,7 @@ class ProcessLauncher:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=settings.environ(self._environ),
-            start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=_own_group,
         )
         engine = ProcessEngine(process, port, settings, self._clock, self._echo)
         try:
@@ -350,6 +349,16 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
+
+
+def _own_group() -> None:
+    """In the child: a process group of its own, to be stopped as a whole, in this session.
+
+    A session of its own would be a scheduling group of its own (Linux's autogroup) wherever no container is around. Engines that try to share a
+    core must compete as threads do in one container: between groups, Linux 6.18 let the one wait for minutes that had just been polling.
+    """
+    os.setpgid(0, 0)
+    die_with_parent()
 
 
 def die_with_parent() -> None:

@@ -116,6 +116,11 @@ class Loop:
         self.recording = Recording(since=clock.now())
 
     @property
+    def last_token(self) -> float:
+        """When the last token came, by the load's clock; when the size last changed, if none has come since."""
+        return self._progress
+
+    @property
     def silent(self) -> float:
         """Seconds since the last token came."""
         return self._now() - self._progress

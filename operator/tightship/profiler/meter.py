@@ -1,9 +1,11 @@
 """One level: B requests in flight until their throughput is known to 3 %, or its time is over.
 
 T is the rate of the engine's own generation-token counter times (1 + in/out): it moves with every engine step, while prompts arrive in
-lumps. It is read over windows of at least 1 s (0.5 s up to B = 8) and 20 engine steps, at least five of them; the windows' spread gives the
-half-width. Latencies are the client's. A level counts only if the engine ran at least 0.98 B requests on average: where it did not, and
-did not queue either, a few more are put in flight to fill the gaps between requests.
+lumps. It is read over windows of at least 1 s (0.5 s up to B = 8) and 8 engine steps, at least five of them; the windows' spread gives the
+half-width (`tightship.profiler.estimate`). Latencies are the client's. A level counts only if the engine ran at least 0.98 B requests on
+average: where it did not, and did not queue either, a few more are put in flight to fill the gaps between requests.
+
+Where doubling the batch still brings a fifth or more, 6 % will do: no decision hangs on such a level, unless its latency is near an objective.
 
 A level counts as not driven when the load says so of itself, and its high percentiles as unresolved where the load's lateness blurs them
 (`tightship.profiler.load` has the rule).
@@ -13,12 +15,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Final
 
 from tightship.api.units import format_duration
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler import points
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
+from tightship.profiler.estimate import Estimate, estimate
 from tightship.profiler.gpu import Device
 from tightship.profiler.load import ClosedLoop, Recording
 from tightship.profiler.windows import (
@@ -30,7 +34,6 @@ from tightship.profiler.windows import (
     Tally,
     Windows,
     check_counter,
-    half_width,
     lives_seconds,
     mean,
     warmup_seconds,
@@ -38,6 +41,13 @@ from tightship.profiler.windows import (
 )
 
 log = logging.getLogger(__name__)
+
+COARSE: Final = 0.06
+"""Precision of a level that is only on the way up."""
+STEEP: Final = 1.2
+"""Its throughput over that of a level with at most half its batch, from which on it is."""
+NEAR: Final = 0.15
+"""Relative distance of its time between tokens from an objective's within which it is not."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +78,38 @@ class Meter:
         *,
         input_per_output: float,
         steps_needed: int = 0,
+        itl_most: float | None = None,
     ) -> None:
-        """`input_per_output`: mean input over mean output tokens; `steps_needed`: engine steps behind the objective's statistic."""
+        """The meter of one engine.
+
+        Args:
+            engine: what is measured.
+            load: what is put on it.
+            device: where it runs.
+            clock: the time.
+            input_per_output: mean input over mean output tokens.
+            steps_needed: engine steps behind the objective's statistic.
+            itl_most: what an objective allows between tokens, seconds; None without such an objective.
+        """
         self._engine = engine
         self._load = load
         self._clock = clock
         # The first windows of a level are sized by the last level's time between tokens.
         self._windows = Windows((engine,), (load,), device, clock, itl=0.02)
+        self._input_per_output = input_per_output
         self._factor = 1.0 + input_per_output
         self._steps_needed = steps_needed
+        self._itl_most = itl_most
+        self._lower: float | None = None
         self._surplus = 0.0  # what the last level needed in flight beyond its batch, relative
 
     def least_seconds(self, batch: int) -> float:
         """The least time that a level can take, if tokens come as fast as at the last one."""
         return warmup_seconds(self._windows.itl) + WINDOWS_LEAST * window_seconds(batch, self._windows.itl)
 
-    async def measure(self, batch: int, seconds: float, limit: float, mean_output: float) -> Reading | None:
+    async def measure(
+        self, batch: int, seconds: float, limit: float, mean_output: float, *, lower: float | None = None
+    ) -> Reading | None:
         """Measure one level.
 
         Args:
@@ -91,12 +117,14 @@ class Meter:
             seconds: time the level gets, warm-up included; fewer when the precision is reached.
             limit: time after which it is given up, with None, if it has no five windows yet.
             mean_output: mean output tokens of a request.
+            lower: T of a level with at most half this batch, tokens per second; None where every level has to be precise.
 
         Raises:
             EngineError: the engine died, hangs or fails requests.
             LoadError: the engine refuses the load's requests.
         """
         began = self._clock.now()
+        self._lower = lower
         self._load.resize(batch + round(batch * self._surplus))
         self._load.drop_surplus()  # waiting until they end by themselves would cost a request's whole duration
         for top_up in range(TOP_UPS + 1):
@@ -123,19 +151,29 @@ class Meter:
         tally = await windows.begin()
         while True:
             whole = await windows.add(batch, tally, began + limit)
-            count, now = len(tally.rates), self._clock.now()
+            count, now = len(tally.windows), self._clock.now()
             if whole and may_top_up and count == 2 and tally.missing(batch):
                 return tally
             if count >= WINDOWS_LEAST and windows.alive:
-                width = half_width(tally.rates)
                 if (
                     not whole
                     or now - began >= min(seconds, limit)
-                    or (width is not None and width <= PRECISION and self._resolved(batch, tally, mean_output))
+                    or (self._precise(tally) and self._resolved(batch, tally, mean_output))
                 ):
                     return tally
             elif not whole or now - began >= limit:
                 return None
+
+    def _estimate(self, tally: Tally) -> Estimate:
+        return estimate(tally.windows, self._input_per_output)
+
+    def _precise(self, tally: Tally) -> bool:
+        """Whether the throughput is known as well as it has to be."""
+        found = self._estimate(tally)
+        itl, most = self._windows.itl, self._itl_most
+        near = most is not None and abs(itl / most - 1) < NEAR
+        steep = self._lower is not None and found.rate * self._factor >= STEEP * self._lower
+        return found.half_width is not None and found.half_width <= (COARSE if steep and not near else PRECISION)
 
     def _resolved(self, batch: int, tally: Tally, mean_output: float) -> bool:
         """Whether enough engine steps stand behind the objective's statistic, and enough of a request's life behind all of them."""
@@ -145,12 +183,12 @@ class Meter:
 
     def _reading(self, batch: int, tally: Tally, recording: Recording, mean_output: float) -> Reading:
         seconds = tally.seconds
-        (rate,) = tally.each
+        found = self._estimate(tally)
+        rate = found.rate
         check_counter(rate)
         if batch == 1:  # the gaps between requests are the client's, not the engine's
             rate /= min(1.0, max(0.5, recording.busy / seconds))
-        width = half_width(tally.rates)
-        width = 1.0 if width is None else width
+        width = 1.0 if found.half_width is None else found.half_width
         itl = recording.itl.mean or self._windows.itl
         point = api.Point(
             batch=batch,

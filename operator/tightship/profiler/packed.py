@@ -17,6 +17,7 @@ from tightship.profiler import points
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
 from tightship.profiler.errors import LoadError
+from tightship.profiler.estimate import estimate
 from tightship.profiler.gpu import Device
 from tightship.profiler.load import ClosedLoop, Recording
 from tightship.profiler.windows import (
@@ -28,7 +29,6 @@ from tightship.profiler.windows import (
     Tally,
     Windows,
     check_counter,
-    half_width,
     lives_seconds,
     mean,
     pooled,
@@ -90,6 +90,7 @@ class PackedMeter:
         self._loads = tuple(loads)
         self._clock = clock
         self._windows = Windows(engines, loads, device, clock, itl=itl, watch_memory=True)
+        self._input_per_output = input_per_output
         self._factor = 1.0 + input_per_output
         self._mean_output = mean_output
         self._steps_needed = steps_needed
@@ -134,12 +135,12 @@ class PackedMeter:
         tally = await windows.begin()
         while True:
             whole = await windows.add(batch, tally, began + limit)
-            count, elapsed = len(tally.rates), self._clock.now() - began
+            count, elapsed = len(tally.windows), self._clock.now() - began
             if whole and may_top_up and count == 2 and tally.missing(batch):
                 return tally
             if count >= WINDOWS_LEAST and windows.alive:
                 resolved = tally.seconds >= self._steps_needed * windows.itl
-                width = half_width(tally.rates)
+                width = estimate(tally.windows, self._input_per_output).half_width
                 lived = tally.seconds >= lives_seconds(batch * len(self._loads), self._mean_output, windows.itl)
                 precise = width is not None and width <= PRECISION and lived
                 rough = width is None or width > ROUGH
@@ -151,10 +152,10 @@ class PackedMeter:
 
     def _reading(self, batch: int, tally: Tally, recordings: Sequence[Recording]) -> PackedReading:
         each = tally.each
-        rate = sum(each)
         check_counter(min(each))
-        width = half_width(tally.rates)
-        width = 1.0 if width is None else width
+        found = estimate(tally.windows, self._input_per_output)
+        rate = found.rate
+        width = 1.0 if found.half_width is None else found.half_width
         whole = pooled(recordings)
         itl = whole.itl.mean or self._windows.itl
         undriven = whole.overloaded(itl)

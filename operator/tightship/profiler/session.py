@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from tightship.api.units import format_duration
 from tightship.api.v1alpha1 import batchprofile as api
-from tightship.core.curve import Curve
+from tightship.core.curve import Curve, Metric
 from tightship.core.memory import Context, context_from_lengths, context_from_means
 from tightship.profiler import points
 from tightship.profiler.budget import Budget, Cost
@@ -106,7 +106,16 @@ class Session:
         """What measures levels on an engine."""
         lengths = self.lengths
         ratio = lengths.mean_input / lengths.mean_output
-        return Meter(engine, load, self.device, self.clock, input_per_output=ratio, steps_needed=self.steps_needed)
+        limits = [one.maximum for one in self.job.objectives if one.metric is Metric.INTER_TOKEN_LATENCY]
+        return Meter(
+            engine,
+            load,
+            self.device,
+            self.clock,
+            input_per_output=ratio,
+            steps_needed=self.steps_needed,
+            itl_most=min(limits, default=None),
+        )
 
     @property
     def statistics(self) -> frozenset[str]:

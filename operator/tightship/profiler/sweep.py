@@ -14,12 +14,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
+from tightship.core.curve import Statistic
 from tightship.profiler import confirm
 from tightship.profiler.budget import LEVEL_MOST
 from tightship.profiler.engine import Engine
 from tightship.profiler.errors import BudgetSpentError, EngineError, LoadError, UnansweredError
 from tightship.profiler.ladder import Goals, Noise, Step, next_batch, rungs
 from tightship.profiler.meter import Meter, Reading
+from tightship.profiler.points import throughput
 from tightship.profiler.session import RESTARTS, Session
 
 log = logging.getLogger(__name__)
@@ -162,6 +164,7 @@ class Sweep:
                 budget.for_level(self._levels_left(batch), most),
                 budget.for_sweep,
                 session.lengths.mean_output,
+                lower=self._lower(batch),
             )
             if reading is None:
                 return False
@@ -172,6 +175,15 @@ class Sweep:
         self._undriven.add(batch)
         session.note(why)
         return True
+
+    def _lower(self, batch: int) -> float | None:
+        """T of the largest batch that was measured and is at most half of this one; None where the objective is on the tail of a latency,
+        which a precise throughput says little of."""
+        if any(one.statistic is not Statistic.MEAN for one in self._session.job.objectives):
+            return None
+        points = self._session.report.points
+        below = max((measured for measured in points if 2 * measured <= batch), default=None)
+        return throughput(points[below]) if below is not None else None
 
     def _levels_left(self, batch: int) -> int:
         """Levels still possible, this one included."""

@@ -1,8 +1,16 @@
 """One or several engines under load, read in windows that they share: what a level of the sweep and a packing trial have in common.
 
 The rate of a window is that of the engines' own generation-token counters, summed over the engines. Windows are at least 1 s long (0.5 s up
-to B = 8) and 20 engine steps. Before the first one each request in flight has had a token. When enough of them have been read is for
+to B = 8) and 8 engine steps. Before the first one each request in flight has had a token. When enough of them have been read is for
 those to say who measure: the level (`tightship.profiler.meter`) and the trial (`tightship.profiler.packed`).
+
+Two things make windows differ though the engine does not, and both are taken out:
+
+- A counter moves once a step, so a window that is cut anywhere is off by up to a step at either end: 5 % of 20 steps. A sample is therefore
+  stamped with the arrival of the last token before it, the end of the step that it counts, wherever no token came while it was taken. On an engine
+  so quick that tokens always come, a step is nothing beside a window.
+- A window with more than its share of prompts has less time for tokens. What share the workload gives them is known, so prompts are a control
+  variate (`tightship.profiler.estimate`).
 """
 
 from __future__ import annotations
@@ -10,18 +18,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
 from tightship.profiler.errors import EngineError
+from tightship.profiler.estimate import Window
 from tightship.profiler.gpu import Device
 from tightship.profiler.load import ClosedLoop, Recording
 from tightship.profiler.metrics import GENERATION_TOKENS, EngineSample
 
 WINDOWS_LEAST: Final = 5
-STEPS_PER_WINDOW: Final = 20
+STEPS_PER_WINDOW: Final = 8
 PRECISION: Final = 0.03
 RUNNING_LEAST: Final = 0.98
 WARMUP_SECONDS: Final = 0.5
@@ -32,6 +41,9 @@ FULL: Final = 0.95
 """Share of the KV cache from which on requests that wait may wait for it."""
 POLL_SECONDS: Final = 0.05
 SAMPLES_PER_WINDOW: Final = 4
+ALIGN_FROM: Final = 0.05
+"""Seconds of an engine step from which on a sample that met tokens on their way is taken again, to have one between two steps."""
+ALIGN_TRIES: Final = 3
 LIVES_LEAST: Final = 1.0
 """Mean lives of a request that a level is measured for: the requests it starts with weigh on all windows alike, unseen by their spread."""
 LIVES_WHOLE_UP_TO: Final = 256
@@ -39,38 +51,7 @@ LIVES_WHOLE_UP_TO: Final = 256
 TOP_UPS: Final = 2
 TOP_UP_FROM: Final = 16  # below, one request more would be another batch
 SILENCE_SECONDS: Final = 3.0
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_STUDENT: Final = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half-width of the 95 % interval of the values' mean, relative to the mean; None for fewer than two values."""
-    count = len(values)
-    if count < 2:
-        return None
-    mean = sum(values) / count
-    if mean <= 0:
-        return None
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    quantile = _STUDENT[count - 2] if count - 2 < len(_STUDENT) else 1.96 + 2.4 / (count - 1)
-    return quantile * deviation / math.sqrt(count) / mean
+SILENCE_STEPS: Final = 20
 
 
 def window_seconds(batch: int, itl: float) -> float:
@@ -124,8 +105,8 @@ class Tally:
 
     first: list[EngineSample]
     last: list[EngineSample]
-    rates: list[float] = field(default_factory=list)
-    """Generated tokens per second of all engines, of each window."""
+    windows: list[Window] = field(default_factory=list)
+    """All engines together, window by window."""
     running: list[float] = field(default_factory=list)
     waiting: list[float] = field(default_factory=list)
     kv_peak: float = 0.0
@@ -207,7 +188,7 @@ class Windows:
         start = tally.last
         whole = await self._window(length, tally, deadline)
         if whole:
-            tally.rates.append(sum(_rate(before, after) for before, after in zip(start, tally.last, strict=True)))
+            tally.windows.append(_together(start, tally.last))
         self.itl = self.recording.itl.mean or self.itl
         return whole
 
@@ -219,7 +200,7 @@ class Windows:
     @property
     def alive(self) -> bool:
         """Whether tokens still come from every engine."""
-        silence = max(SILENCE_SECONDS, STEPS_PER_WINDOW * self.itl)
+        silence = max(SILENCE_SECONDS, SILENCE_STEPS * self.itl)
         return all(load.silent < silence for load in self._loads)
 
     async def _window(self, length: float, tally: Tally, deadline: float) -> bool:
@@ -242,7 +223,18 @@ class Windows:
         return True
 
     async def _samples(self) -> list[EngineSample]:
-        return list(await asyncio.gather(*(engine.sample() for engine in self._engines)))
+        pairs = zip(self._engines, self._loads, strict=True)
+        return list(await asyncio.gather(*(self._sample(engine, load) for engine, load in pairs)))
+
+    async def _sample(self, engine: Engine, load: ClosedLoop) -> EngineSample:
+        """A sample, stamped with the end of the step it counts wherever that is known."""
+        for _ in range(ALIGN_TRIES if self.itl >= ALIGN_FROM else 1):
+            step_ended = load.last_token
+            sample = await engine.sample()
+            # An engine that is silent has no step that has just ended.
+            if load.last_token == step_ended and sample.at - step_ended <= 2 * self.itl:
+                return replace(sample, at=step_ended)
+        return sample
 
     async def _pause(self, seconds: float) -> None:
         await self._clock.sleep(seconds)
@@ -255,6 +247,15 @@ class Windows:
 def full(sample: EngineSample) -> bool:
     """Whether requests wait for KV cache."""
     return sample.waiting > 0 and sample.kv_usage >= FULL
+
+
+def _together(first: Sequence[EngineSample], last: Sequence[EngineSample]) -> Window:
+    """What all engines did between two samples; their windows differ by a step or so, hence the rates are summed and not the tokens."""
+    pairs = list(zip(first, last, strict=True))
+    seconds = mean([after.at - before.at for before, after in pairs])
+    generated = sum(_rate(before, after) for before, after in pairs)
+    prompts = sum((after.prompt_tokens - before.prompt_tokens) / (after.at - before.at) for before, after in pairs)
+    return Window(seconds=seconds, generated=generated * seconds, prompts=prompts * seconds)
 
 
 def _rate(first: EngineSample, last: EngineSample) -> float:

@@ -23,7 +23,6 @@ from tightship.profiler.ladder import Goals, Noise, next_batch, rungs
 from tightship.profiler.lastwords import is_memory, last_words, plain
 from tightship.profiler.lengths import Length, Lengths, Prompts
 from tightship.profiler.metrics import parse_cache_info, parse_sample
-from tightship.profiler.windows import half_width
 from unit.profiler.fakes import FakeDevice, make_profile
 
 # --- histogram ---
@@ -503,14 +502,6 @@ def test_the_profiler_reads_points_and_trials_as_the_operator_does() -> None:
     trial = points.trial(api.Trial.model_validate(packed))
     assert (trial,) == decide.trials_from_profile(profile)
     assert trial.non_kv == 7 * GIB
-
-
-@pytest.mark.parametrize(
-    ("values", "width"),
-    [([1.0], None), ([10.0] * 5, 0.0), ([9.0, 10.0, 11.0], 4.303 / 3**0.5 / 10)],
-)
-def test_half_width_is_students(values: list[float], width: float | None) -> None:
-    assert half_width(values) == (None if width is None else pytest.approx(width))
 
 
 # --- the job ---

@@ -1,9 +1,9 @@
 """The budget: wall time over all attempts, in each from the first healthy engine, how it is shared out, and what it was spent on.
 
-The first start of an attempt (with fetching image and model) is free in whatever phase it falls; all after it counts, restarts included. Each phase leaves to
-those after it what they need at the least, so that a short budget still ends with a curve, a replica's memory and a packing trial, and
-not with a curve alone; what can't be done in the budget anyway (packing trials whose engines would not even start) gets nothing kept.
-What a phase doesn't use goes to the next.
+The first start of an attempt (with fetching image and model) is free, in whatever phase it falls; all after it counts, restarts
+included. Each phase leaves to those after it what they need at the least, so that a short budget still ends with a curve, a replica's
+memory and a packing trial, and not with a curve alone; what can't be done in the budget anyway (packing trials whose engines would not
+even start) gets nothing kept. What a phase doesn't use goes to the next.
 """
 
 from __future__ import annotations

@@ -231,7 +231,12 @@ def _trial(row: Mapping[str, Any], rate: str, where: str) -> tuple[tuple[int, in
     if not _has_rate(row):
         return (batch, replicas), None
     try:
-        trial = Trial(replicas=replicas, **_figures(row, batch, rate, where))
+        trial = Trial(
+            replicas=replicas,
+            **_figures(row, batch, rate, where),
+            memory=_read(row, "memory", parse_quantity, where),
+            kv_cache=_read(row, "kvCache", parse_quantity, where),
+        )
     except ProfileError:
         raise
     except ValueError as error:

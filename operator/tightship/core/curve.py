@@ -91,7 +91,8 @@ class Trial:
     """What was measured with `replicas` engines on one GPU, each with `batch` requests always in flight, all loaded at once.
 
     `throughput` is that of all replicas together, in the same tokens per second as the curve's; latencies, utilizations and
-    `half_width` are a `Point`'s; `requests` and `preemptions` are the sums over all replicas.
+    `half_width` are a `Point`'s; `requests` and `preemptions` are the sums over all replicas. `memory` is the bytes of the GPU that
+    these replicas took at the most, all together, `kv_cache` the bytes of each one's KV cache.
 
     Raises:
         ValueError: a number that no measurement can give.
@@ -108,16 +109,28 @@ class Trial:
     gpu_utilization: float | None = None
     memory_utilization: float | None = None
     running_mean: float | None = None
+    memory: int | None = None
+    kv_cache: int | None = None
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ValueError(f"{self.replicas} replicas are fewer than 1")
-        _check_measured(f"batch {self.batch} with {self.replicas} replicas", self)
+        name = f"batch {self.batch} with {self.replicas} replicas"
+        _check_measured(name, self)
+        _check_count(name, "memory", self.memory)
+        _check_count(name, "kv_cache", self.kv_cache)
 
     @property
     def pair(self) -> tuple[int, int]:
         """Batch and replicas."""
         return self.batch, self.replicas
+
+    @property
+    def non_kv(self) -> int | None:
+        """Bytes that a replica took beside its KV cache at the least, rounded up; `None` where that was not read."""
+        if self.memory is None or self.kv_cache is None:
+            return None
+        return -(-self.memory // self.replicas) - self.kv_cache
 
     def latency(self, metric: Metric, statistic: Statistic) -> float | None:
         """Seconds of one statistic of one metric with all replicas loaded, or `None` where it was not measured."""

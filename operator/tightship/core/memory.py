@@ -7,7 +7,9 @@
 m and s are mean and standard deviation of the context length of a request *in flight*. A request that writes o tokens is in
 flight o steps, so in-flight requests are length-biased, and each has a past: its age is uniform in [0, o). Half a block is
 added to m, since the last block of a request is half empty on average. The non-KV part (weights, activations, CUDA
-graphs, context) is read from an engine that runs as a replica would, never assumed.
+graphs, context) is read from an engine that runs as a replica would, never assumed. That engine ran one batch, and activations grow
+with the batch: so where replicas that ran together took more beside their KV cache than this engine did, their figure counts, for
+their batch and all above. A figure is never lowered by what they took less: they were not driven through their worst step.
 
 All integers are bytes or tokens. What must hold: M(B) covers what was observed; R_max M(B) never exceeds the GPU.
 """
@@ -94,6 +96,7 @@ class Ledger:
         context: the in-flight context length.
         max_model_len: tokens of the longest request the engine accepts.
         confirmed_batch, confirmed_kv_tokens: the batch and KV size that ran as a replica would; their memory was read.
+        seen: batches, each with the bytes that a replica took beside its KV cache when several ran together.
     """
 
     device_total: int
@@ -104,6 +107,7 @@ class Ledger:
     max_model_len: int = 0
     confirmed_batch: int | None = None
     confirmed_kv_tokens: int | None = None
+    seen: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("device_total", "kv_bytes_per_token", "block_size"):
@@ -111,6 +115,10 @@ class Ledger:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1")
         if self.non_kv < 0 or self.max_model_len < 0:
             raise ValueError(f"non-KV memory {self.non_kv} and max_model_len {self.max_model_len} must not be negative")
+
+    def non_kv_at(self, batch: int) -> int:
+        """Bytes a replica takes beside its KV cache at a batch: read at the confirmed one, more where more was seen."""
+        return max([self.non_kv, *(taken for seen, taken in self.seen if seen <= batch)])
 
     def kv_tokens(self, batch: int, observed_peak: int | None = None) -> int:
         """KV(B) in tokens, a whole number of blocks; what the confirmation ran with, at its batch."""
@@ -124,7 +132,7 @@ class Ledger:
 
     def replica_bytes(self, batch: int, observed_peak: int | None = None) -> int:
         """M(B) in bytes, rounded up to whole MiB: what is given out is read by people, too."""
-        need = self.non_kv + self.kv_bytes(batch, observed_peak)
+        need = self.non_kv_at(batch) + self.kv_bytes(batch, observed_peak)
         return -(-need // MIB) * MIB
 
     def available(self, reserve: Reserve) -> int:

@@ -12,14 +12,16 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler.clock import Clock, SystemClock
+from tightship.profiler.descriptors import raise_limit
 from tightship.profiler.engine import Launcher, ProcessLauncher
 from tightship.profiler.errors import LengthsError, ProfilerError, ReportError
 from tightship.profiler.gpu import CpuDevice, Device, DeviceError, memory_limit, open_nvml
 from tightship.profiler.profile import Profiler, make_job
-from tightship.profiler.report import ApiSink, Report, Sink
+from tightship.profiler.report import MESSAGE_MOST, ApiSink, Report, Sink, continued
 from tightship.profiler.sharing import open_sharing
 
 log = logging.getLogger("tightship.profiler")
@@ -39,13 +41,15 @@ def open_device(profile: api.BatchProfile, environ: Mapping[str, str], clock: Cl
 def kept(profile: api.BatchProfile) -> api.BatchProfileStatus | None:
     """What an earlier attempt found and this one keeps; None when the profile is finished already.
 
-    A finished profile that is asked for more trials keeps everything, its outcome included.
+    Nothing of another `rerun` is kept, finished or not. A finished profile that is asked for more trials keeps everything, its outcome
+    included.
     """
     outcome, wanted = profile.status.outcome, profile.spec.measurement
+    answered = outcome or profile.status.progress
+    if answered is not None and answered.rerun != wanted.rerun:
+        return api.BatchProfileStatus()
     if outcome is None:
         return profile.status
-    if outcome.rerun != wanted.rerun:
-        return api.BatchProfileStatus()
     if wanted.extend is not None and wanted.extend.request != outcome.extend:
         return profile.status
     return None
@@ -80,7 +84,7 @@ async def _measure(
     model = environ.get("TIGHTSHIP_MODEL_PATH") or subject.spec.key.model.source.removeprefix("hf://")
     try:
         device = open_device(subject, environ, clock)
-        job = make_job(subject, model, device, environ)
+        job = replace(make_job(subject, model, device, environ), in_flight_most=raise_limit())
     except (DeviceError, LengthsError) as error:
         report.outcome = _not_begun(subject, report.outcome, error)
         report.save()
@@ -103,10 +107,10 @@ def _not_begun(subject: api.BatchProfile, earlier: api.Outcome | None, error: Pr
     wanted = subject.spec.measurement
     request = wanted.extend.request if wanted.extend is not None else None
     if earlier is not None:
-        message = f"{earlier.message}; the trials asked for failed: {error}" if earlier.message else str(error)
-        return earlier.model_copy(update={"message": message[:8000], "extend": request})
+        message = continued(earlier.message, f"the trials asked for failed: {error}")
+        return earlier.model_copy(update={"message": message, "extend": request})
     return api.Outcome(
-        state="Failed", reason="EngineFailed", message=str(error)[:8000], rerun=wanted.rerun, extend=request
+        state="Failed", reason="EngineFailed", message=str(error)[:MESSAGE_MOST], rerun=wanted.rerun, extend=request
     )
 
 

@@ -7,13 +7,18 @@ is left out.
 What must hold: arrivals don't wait for the client, each is due at a time drawn beforehand; the time to the first token counts from when a request
 was due; the load's own lateness and CPU share are measured as the closed loop's are.
 
-Whether the engine keeps up shows in its queue. At 80 % of the capacity of B servers the number waiting, while any wait, is geometric with mean
-1 / (1 - 0.8) = 5 (M/M/c), whatever B is: a queue longer by more than twice that at the end than at the beginning has grown.
+Whether the engine keeps up shows in the requests that it has, running and waiting: one that falls back by d requests a second has 2/3 w d more in
+the last third of a window w than in the first. By chance they differ, too. Of n requests that run some leave and others come: within s
+seconds their number moves by sqrt(2 min(n, r s)) at a rate r, as independent requests' does (M/G/infinity: Poisson, and of two moments the more
+independent, the longer they are apart). And at 80 % of the capacity of B servers the number waiting, while any wait, is geometric with mean
+1 / (1 - 0.8) = 5 (M/M/c), whatever B is. So what has grown by more than twice both has grown. Where requests live so long, or are so few,
+that even an engine which does half of what is offered would not be seen to fall back, nothing is said.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -27,6 +32,7 @@ from tightship.profiler.engine import Engine
 from tightship.profiler.lengths import Length, Lengths, Prompts
 from tightship.profiler.load import Loop, Recording
 from tightship.profiler.metrics import EngineSample
+from tightship.profiler.windows import SILENCE_SECONDS
 from tightship.profiler.wire import Channel, Completion
 
 UTILIZATION: Final = 0.8
@@ -35,7 +41,11 @@ WARMUP_SHARE: Final = 0.15
 WARMUP_MOST: Final = 5.0
 SAMPLE_SECONDS: Final = 0.25
 GROWTH: Final = 2 / (1 - UTILIZATION)
-"""Requests by which a longer queue has grown."""
+"""Requests by which a queue may be longer by chance."""
+APART: Final = 2 / 3
+"""From the middle of a window's first third to that of its last, as a share of it."""
+DEFICIT: Final = 0.5
+"""Share of the offered rate that an engine which can't keep up would plausibly leave undone."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +161,16 @@ class _Seen:
     def seconds(self) -> float:
         return self.samples[-1].at - self.samples[0].at
 
-    @property
-    def growth(self) -> float:
-        """Requests by which the queue of the last third exceeds that of the first."""
+    def kept_up(self, rate: float) -> bool | None:
+        """Whether the engine kept up with `rate` requests a second; None where the window is too short to tell."""
         third = max(1, len(self.samples) // 3)
-        waiting = [sample.waiting for sample in self.samples]
-        return _mean(waiting[-third:]) - _mean(waiting[:third])
+        present = [sample.running + sample.waiting for sample in self.samples]
+        before, after = _mean(present[:third]), _mean(present[-third:])
+        offered = rate * APART * self.seconds
+        chance = GROWTH + 2 * math.sqrt(2 * min(before, offered))
+        if after - before > chance:
+            return False
+        return True if DEFICIT * offered > chance else None
 
 
 def busy(curve: Curve, batch: int, share: float) -> int:
@@ -188,6 +202,8 @@ async def offer(engine: Engine, load: OpenLoop, clock: Clock, plan: Plan) -> tup
     await _watch(engine, load, clock, plan.warmup)
     recording = load.begin()
     seen = await _watch(engine, load, clock, plan.seconds - plan.warmup)
+    while load.in_flight and load.silent > SILENCE_SECONDS:  # it may hang: then `check` says so before long
+        seen.samples += (await _watch(engine, load, clock, SAMPLE_SECONDS)).samples
     found = _result(plan, load, recording, seen)
     load.begin()
     return found, recording
@@ -216,12 +232,14 @@ def _result(plan: Plan, load: OpenLoop, recording: Recording, seen: _Seen) -> ap
         waiting_mean=points.decimal(_mean([sample.waiting for sample in seen.samples])),
         preemptions=round(last.preemptions - first.preemptions),
         window=format_duration(seen.seconds),
-        sustained=seen.growth <= GROWTH,
+        sustained=seen.kept_up(plan.rate),
     )
 
 
 def sustainable(arrivals: api.Arrivals) -> str | None:
-    """Requests per second that a replica sustains: what was offered if it kept up, else what it finished."""
+    """Requests per second that a replica sustains: what was offered if it kept up, else what it finished; None where neither is known."""
+    if arrivals.sustained is None:
+        return None
     return arrivals.offered_requests_per_second if arrivals.sustained else arrivals.requests_per_second
 
 

@@ -1,16 +1,17 @@
-"""The budget: wall time from the first healthy engine, over all attempts, how it is shared out, and what it was spent on.
+"""The budget: wall time over all attempts, in each from the first healthy engine, how it is shared out, and what it was spent on.
 
-Starting the engine the first time (and fetching image and model) is free; all after it counts, restarts included. Each phase leaves to
-those after it what they need at the least, so that a short budget still ends with a curve, a replica's memory and a packing trial, and
-not with a curve alone; what can't be done in the budget anyway (packing trials whose engines would not even start) gets nothing kept.
-What a phase doesn't use goes to the next.
+The first start of an attempt (with fetching image and model) is free, in whatever phase it falls; all after it counts, restarts
+included. Each phase leaves to those after it what they need at the least, so that a short budget still ends with a curve, a replica's
+memory and a packing trial, and not with a curve alone; what can't be done in the budget anyway (packing trials whose engines would not
+even start) gets nothing kept. What a phase doesn't use goes to the next.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator
-from typing import Final, Literal, get_args
+from collections.abc import Coroutine, Iterator
+from typing import Any, Final, Literal, TypeVar, get_args
 
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler import points
@@ -31,7 +32,10 @@ TRIALS_SHARE_MOST: Final = 0.3
 TRIAL_SECONDS: Final = 8.0
 """One packing trial beside the starts of its two engines."""
 
+_LEAST_WAIT: Final = 0.001
+
 Phase = Literal["starts", "sweep", "baseline", "confirmation", "trials"]
+T = TypeVar("T")
 
 
 class Budget:
@@ -52,10 +56,24 @@ class Budget:
         if self._since is None:
             self._since = self._clock.now()
 
-    @property
-    def counts(self) -> bool:
-        """Whether time counts: an engine of this attempt has been healthy."""
-        return self._since is not None
+    async def bound(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns. While no engine of this attempt has been healthy it has all the time it takes: time doesn't count.
+
+        Raises:
+            asyncio.TimeoutError: the budget was spent first; the work was cancelled.
+        """
+        task = asyncio.get_running_loop().create_task(work)
+        try:
+            while True:
+                counts = self._since is not None
+                await asyncio.wait({task}, timeout=max(_LEAST_WAIT if counts else 1.0, self.left))
+                if task.done():
+                    return task.result()
+                if counts and self.left <= 0:
+                    raise asyncio.TimeoutError
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     @property
     def spent(self) -> float:

@@ -9,6 +9,7 @@ be the sweep's, within both half-widths and 2 %; where they are not, the report 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -21,17 +22,22 @@ from tightship.core.memory import Context, kv_tokens
 from tightship.profiler import points
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine, EngineInfo, EngineSettings
-from tightship.profiler.errors import EngineError, LoadError
-from tightship.profiler.gpu import Device
+from tightship.profiler.errors import EngineError, LoadError, UnansweredError
+from tightship.profiler.gpu import GIB, Device
 from tightship.profiler.lengths import Prompts
 from tightship.profiler.meter import Reading
 from tightship.profiler.wire import Channel, Completion
+
+log = logging.getLogger(__name__)
 
 TOLERANCE: Final = 0.02
 WORST_OUTPUT: Final = 8
 WORST_SAMPLING: Final[dict[str, Any]] = {"top_p": 0.9, "logprobs": 5}
 MEMORY_PERIOD: Final = 0.1
+RELEASE_POLL: Final = 0.25
 RELEASE_SECONDS: Final = 15.0
+RELEASE_SLACK: Final = 512 << 20
+"""Bytes beyond what was used before the first engine that are no engine's: the driver's own, an MPS server's."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +111,27 @@ class MemoryWatch:
             await self._clock.sleep(MEMORY_PERIOD)
 
 
-async def released(device: Device, clock: Clock) -> int:
-    """Used memory once it has stopped falling after an engine's end, at most 15 s later, in bytes."""
-    used = device.used()
+async def released(device: Device, clock: Clock, idle: int) -> int:
+    """Used memory once an engine that has ended has given its own back, or 15 s later, in bytes.
+
+    That it doesn't fall says nothing: vLLM's own processes may hold a context for seconds after their parent has gone.
+
+    Args:
+        device: the device.
+        clock: the time.
+        idle: bytes that were in use before the first engine, and what those that still run may take.
+    """
     deadline = clock.now() + RELEASE_SECONDS
-    while clock.now() < deadline:
-        await clock.sleep(0.5)
-        now = device.used()
-        if now >= used:
-            return now
-        used = now
+    while (used := device.used()) > idle + RELEASE_SLACK:
+        if clock.now() >= deadline:
+            log.warning(
+                "%.2f GiB are in use %.0f s after an engine's end, more than %.2f GiB",
+                used / GIB,
+                RELEASE_SECONDS,
+                idle / GIB,
+            )
+            break
+        await clock.sleep(RELEASE_POLL)
     return used
 
 
@@ -122,7 +139,7 @@ async def worst_step(engine: Engine, plan: ReplicaPlan, budget: int, prompts: Pr
     """Drive the steps that take the most memory, one kind after the other.
 
     Raises:
-        EngineError: the engine died, answered with errors, or took longer than `timeout` seconds.
+        EngineError: the engine died, or (UnansweredError) answered with errors or took longer than `timeout` seconds.
     """
     channel = engine.channel()
     longest = max(plan.max_model_len, 2 * WORST_OUTPUT)
@@ -137,10 +154,10 @@ async def worst_step(engine: Engine, plan: ReplicaPlan, budget: int, prompts: Pr
             await asyncio.wait_for(_all(channel, burst), timeout)
     except asyncio.TimeoutError:
         engine.check()
-        raise EngineError(f"the engine did not finish its worst step within {timeout:.0f} s") from None
+        raise UnansweredError(f"the engine did not finish its worst step within {timeout:.0f} s") from None
     except LoadError as error:
         engine.check()
-        raise EngineError(f"the engine failed in its worst step: {error}") from error
+        raise UnansweredError(f"the engine failed in its worst step: {error}") from error
     finally:
         await channel.close()
 
@@ -169,6 +186,22 @@ class _Answer:
     def failed(self, reason: str, final: bool) -> None:
         if not self.done.done():
             self.done.set_exception(LoadError(reason))
+
+
+def implausible(plan: ReplicaPlan, before: int, peak: int) -> str | None:
+    """Why a reading of a GPU can't be a replica's memory, with numbers; None where it can.
+
+    Args:
+        plan: the replica.
+        before: bytes used before its start.
+        peak: most bytes used while it ran.
+    """
+    if peak - before >= plan.kv_bytes:
+        return None
+    return (
+        f"{before / GIB:.2f} GiB were in use before the start and {peak / GIB:.2f} GiB at the most, which leaves less than the "
+        f"{plan.kv_bytes / GIB:.2f} GiB of its KV cache alone: something else gave memory back meanwhile"
+    )
 
 
 def ledger(plan: ReplicaPlan, device_total: int, replica: int) -> api.ProfileMemory:

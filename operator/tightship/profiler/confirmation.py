@@ -19,7 +19,7 @@ from tightship.profiler import arrivals, confirm
 from tightship.profiler.budget import ARRIVALS_LEAST, CONFIRM_LEAST
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
-from tightship.profiler.errors import EngineError
+from tightship.profiler.errors import EngineError, UnansweredError
 from tightship.profiler.gpu import GIB
 from tightship.profiler.meter import Reading
 from tightship.profiler.session import RESTARTS, Session
@@ -33,6 +33,10 @@ DEFAULT_TOKEN_BUDGET: Final = 2048
 EMPTY_SECONDS: Final = 5.0
 EMPTY_POLL: Final = 0.05
 _ARRIVALS_SEED: Final = 1_000
+_NO_ARRIVALS: Final = (
+    f"arrivals at random were left out: less than {ARRIVALS_LEAST:.0f} s of the budget were left for them, so how "
+    "many requests a second a replica sustains is not known"
+)
 
 
 def advised_batch(session: Session, curve: Curve) -> int:
@@ -51,6 +55,7 @@ class ConfirmationRun:
         self._session = session
         self._curve = curve
         self._batch = advised_batch(session, curve)
+        self._cut: str | None = None
 
     async def run(self) -> str | None:
         """Confirm within what is left of the budget; returns what was cut.
@@ -60,30 +65,30 @@ class ConfirmationRun:
         """
         if self._done and self._arrived:
             return None
-        left = self._session.budget.left
-        if left < self._session.budget.start_cost + CONFIRM_LEAST:
+        budget = self._session.budget
+        if budget.left < budget.start_cost + CONFIRM_LEAST:
             return (
-                None
+                _NO_ARRIVALS
                 if self._done
-                else f"no time was left for the confirmation run ({left:.0f} s): the memory of a replica is unknown"
+                else f"no time was left for the confirmation run ({budget.left:.0f} s): the memory of a replica is unknown"
             )
         try:
             with self._session.cost.in_phase("confirmation"):
-                await asyncio.wait_for(self._or_again(), left)
+                await budget.bound(self._or_again())
         except asyncio.TimeoutError:
             return "the confirmation run was cut at the end of the budget"
-        return None
+        return self._cut
 
     @property
     def _done(self) -> bool:
         """Whether memory and comparison are there, for this batch."""
-        report = self._session.report
-        memory, confirmation = report.memory, report.confirmation
-        return (
-            memory is not None
-            and confirmation is not None
-            and memory.confirmed_batch == self._batch == confirmation.batch
-        )
+        memory = self._session.report.memory
+        return memory is not None and memory.confirmed_batch == self._batch and self._compared
+
+    @property
+    def _compared(self) -> bool:
+        confirmation = self._session.report.confirmation
+        return confirmation is not None and confirmation.batch == self._batch
 
     @property
     def _arrived(self) -> bool:
@@ -97,8 +102,9 @@ class ConfirmationRun:
                 return await self._confirm()
             except EngineError as error:
                 if restart == RESTARTS:
+                    measured = len(self._session.report.points)
                     raise type(error)(
-                        f"the sweep is complete, but running as a replica would failed: {error}"
+                        f"{measured} batches were measured, but running as a replica would failed: {error}"
                     ) from error
                 self._session.note(f"the confirmation run was repeated: {error}"[:500])
 
@@ -112,13 +118,15 @@ class ConfirmationRun:
             self._batch,
             f"running batch {self._batch} as a replica would, with {plan.kv_tokens} tokens of KV cache",
         )
-        before = await confirm.released(session.device, session.clock)
+        before = await confirm.released(session.device, session.clock, session.idle)
         engine = await session.launch(settings)
         try:
             if not self._done:
                 await self._alone(engine, plan, before)
-            if self._done and not self._arrived:
+            if self._compared and not self._arrived:
                 await self._arrivals(engine)
+        except UnansweredError as error:
+            raise error.with_words(engine.last_words()) from error
         finally:
             await engine.stop()
 
@@ -130,9 +138,11 @@ class ConfirmationRun:
             tokens = engine.info.max_num_batched_tokens or session.info.max_num_batched_tokens or DEFAULT_TOKEN_BUDGET
             prompts = confirm.make_prompts(session.vocabulary(), session.job.seed)
             await confirm.worst_step(engine, plan, tokens, prompts, WORST_STEP_SECONDS)
-            self._ledger(plan, watch.peak - before)  # at once: the budget may cut what follows
+            self._ledger(plan, before, watch.peak)  # at once: the budget may cut what follows
             reading = await self._level(engine)
-        self._ledger(plan, watch.peak - before)
+        why = self._ledger(plan, before, watch.peak)
+        if why is not None:
+            session.note(f"the memory of a replica is unknown: {why}")
         if reading is None:
             return
         if reading.undriven is not None:
@@ -146,10 +156,17 @@ class ConfirmationRun:
         if compared.message:
             session.note(f"confirmation run at batch {self._batch}: {compared.message}")
 
-    def _ledger(self, plan: confirm.ReplicaPlan, replica: int) -> None:
+    def _ledger(self, plan: confirm.ReplicaPlan, before: int, peak: int) -> str | None:
+        """Report what a replica takes; returns why that can't be said, where what was read is impossible."""
         session = self._session
-        session.report.memory = confirm.ledger(plan, session.device.identity.memory, replica)
+        identity, replica = session.device.identity, max(0, peak - before)
+        # On CPUs pages that were never written are not resident: there a replica may well take less.
+        why = confirm.implausible(plan, before, peak) if identity.kind != "cpu" else None
+        if why is not None:
+            return why
+        session.report.memory = confirm.ledger(plan, identity.memory, replica)
         session.progress("Confirming", plan.batch, f"a replica of batch {plan.batch} takes {replica / GIB:.2f} GiB")
+        return None
 
     async def _level(self, engine: Engine) -> Reading | None:
         """B requests at once; measured once more if the load runs late."""
@@ -173,10 +190,7 @@ class ConfirmationRun:
         assert confirmation is not None
         seconds = session.budget.for_arrivals
         if not seconds:
-            session.note(
-                f"arrivals at random were left out: less than {ARRIVALS_LEAST:.0f} s of the budget were left for them, so how "
-                "many requests a second a replica sustains is not known"
-            )
+            self._cut = _NO_ARRIVALS
             return
         plan = self._plan(confirmation, seconds)
         session.progress(
@@ -220,12 +234,22 @@ class ConfirmationRun:
         )
         for doubt in self._doubts(found):
             session.note(f"confirmation run at batch {self._batch}: {doubt}")
-        session.progress("Confirming", self._batch, f"sustains {arrivals.sustainable(found)} requests/s")
+        sustained = arrivals.sustainable(found)
+        session.progress(
+            "Confirming",
+            self._batch,
+            "random arrivals are done" if sustained is None else f"sustains {sustained} requests/s",
+        )
 
     def _doubts(self, found: api.Arrivals) -> list[str]:
-        """What random arrivals contradict: that the engine keeps up at 80 % of its capacity, and within the objectives."""
+        """What random arrivals contradict or leave open: that the engine keeps up at 80 % of its capacity, and within the objectives."""
         doubts = []
-        if not found.sustained:
+        if found.sustained is None:
+            doubts.append(
+                f"whether {found.offered_requests_per_second} requests/s are sustained is not known: in {found.window} an engine that "
+                "falls back would not be seen to, because requests are few or last long"
+            )
+        elif not found.sustained:
             doubts.append(
                 f"the queue grew at {found.offered_requests_per_second} requests/s, 80 % of the capacity measured: "
                 f"{found.requests_per_second} were finished"

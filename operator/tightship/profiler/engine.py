@@ -123,6 +123,9 @@ class Engine(Protocol):
     def check(self) -> None:
         """Raise EngineError when it has died."""
 
+    def last_words(self) -> str:
+        """The cause of its trouble, or the last that it printed; "" where it printed nothing."""
+
     async def sample(self) -> EngineSample:
         """Its counters and gauges now. Raises EngineError when it doesn't answer."""
 
@@ -210,6 +213,10 @@ class ProcessEngine:
         if self._process.returncode is not None:
             raise self._obituary("the engine died")
 
+    def last_words(self) -> str:
+        """The cause in its last lines (see `tightship.profiler.lastwords`)."""
+        return last_words(self._tail)
+
     async def sample(self) -> EngineSample:
         """Its counters and gauges; stamped halfway between question and answer."""
         before = self._clock.now()
@@ -228,7 +235,7 @@ class ProcessEngine:
                     break
             if self._clock.now() >= deadline:
                 raise EngineError(
-                    f"the engine was not healthy after {timeout:.0f} s; its last words: {last_words(self._tail) or 'none'}"
+                    f"the engine was not healthy after {timeout:.0f} s; its last words: {self.last_words() or 'none'}"
                 )
             await self._clock.sleep(POLL_SECONDS)
         self._info = await self._read_info()
@@ -253,7 +260,9 @@ class ProcessEngine:
             response.raise_for_status()
         except httpx.HTTPError as error:
             self.check()
-            raise EngineError(f"the engine does not answer {path}: {error or type(error).__name__}") from error
+            raise EngineError(
+                f"the engine does not answer {path}: {error or type(error).__name__}; its last words: {self.last_words() or 'none'}"
+            ) from error
         return response.text
 
     async def _read_info(self) -> EngineInfo:
@@ -320,7 +329,7 @@ class ProcessEngine:
         code = self._process.returncode
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit status {code}"
         hint = " (often the container's memory limit)" if code == -signal.SIGKILL else ""
-        words = last_words(self._tail) or "none"
+        words = self.last_words() or "none"
         kind = OutOfMemory if is_memory(words) or hint else EngineError
         return kind(f"{what}: {how}{hint}; its last words: {words}")
 

@@ -2,8 +2,10 @@
 
 ProfilerError
 ├── EngineError        the engine did not start, died, hung or refused what it was asked
-│   └── OutOfMemory    the cause was memory: the device's, or too little left for a KV cache
+│   ├── OutOfMemory    the cause was memory: the device's, or too little left for a KV cache
+│   └── UnansweredError  it runs, but fails requests or sends no tokens
 ├── LoadError          the load could not be driven as asked
+├── BudgetSpentError   the budget ended while something was under way
 ├── SharingError       the device can't be shared among engines here (`tightship.profiler.sharing`)
 ├── LengthsError       the lengths of the workload can't be used, or are not those the profile is of
 └── ReportError        the API server refused what was reported: retrying would not help
@@ -24,8 +26,20 @@ class OutOfMemory(EngineError):
     """The engine did not fit: the device's memory, or what was left of it for a KV cache, did not suffice."""
 
 
+class UnansweredError(EngineError):
+    """The engine runs, but fails requests or sends no tokens: what its clients saw, without its own words yet."""
+
+    def with_words(self, words: str) -> EngineError:
+        """The same with the engine's last words, which its clients can't know; `words` is empty where it said nothing."""
+        return EngineError(f"{self}; its last words: {words or 'none'}")
+
+
 class LoadError(ProfilerError):
     """The load could not be driven as asked."""
+
+
+class BudgetSpentError(ProfilerError):
+    """The budget ended while something was under way, or before it could begin."""
 
 
 class LengthsError(ProfilerError):

@@ -33,6 +33,10 @@ class DoesNotFitError(ProfilerError):
         self.replicas = replicas
 
 
+class NotStartedError(DoesNotFitError):
+    """The device has the memory, but the engine ended while it started: that may have been chance."""
+
+
 @dataclass(frozen=True)
 class Group:
     """What engines that are started together can serve."""
@@ -63,9 +67,13 @@ class Sizes:
         """The batches that were measured alone."""
         return self._peaks.keys()
 
+    def peak(self, batch: int) -> int | None:
+        """Most tokens that were seen in the KV cache at a batch."""
+        return self._peaks.get(batch)
+
     def kv_tokens(self, batch: int) -> int:
         """KV cache of a replica at a batch, tokens."""
-        return self.ledger.kv_tokens(batch, self._peaks.get(batch))
+        return self.ledger.kv_tokens(batch, self.peak(batch))
 
     def room(self, replicas: int) -> int:
         """KV tokens, in whole blocks, that each of so many replicas can have."""
@@ -156,7 +164,8 @@ class Fleet:
         """Start engines, one after the other, until there are `count`, and return these.
 
         Raises:
-            DoesNotFitError: the device lacks the memory for the next one, or it did not start; those before it run on.
+            DoesNotFitError: the device lacks the memory for the next one, or (NotStartedError) it did not start; those before it
+                run on.
             NotAttachedError: engines run, but don't share the device as they should.
             EngineError: one that ran before has died.
         """
@@ -178,7 +187,7 @@ class Fleet:
         try:
             engine = await self._launch(replace(self._settings, environment=environment))
         except EngineError as error:
-            raise DoesNotFitError(
+            raise NotStartedError(
                 number, f"engine {number} did not start beside {number - 1} others: {error}"
             ) from error
         self._engines.append(engine)

@@ -56,6 +56,8 @@ class Job:
     remarks: tuple[str, ...] = ()
     """What the outcome must say of the figures, whatever is measured."""
     start_timeout: float = START_SECONDS
+    in_flight_most: int | None = None
+    """Most requests that engines can be made to run at once, all together; None where nothing limits them."""
 
 
 def make_job(profile: api.BatchProfile, model: str, device: Device, environ: Mapping[str, str]) -> Job:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol, runtime_checkable
 
 from tightship.profiler.clock import Clock
-from tightship.profiler.errors import EngineError, LoadError
+from tightship.profiler.errors import LoadError, UnansweredError
 from tightship.profiler.histogram import Histogram
 from tightship.profiler.lengths import Length, Lengths, Prompts
 from tightship.profiler.wire import Channel, Completion, Ticket
@@ -138,14 +138,14 @@ class Loop:
 
         Raises:
             LoadError: the engine refuses the requests as such.
-            EngineError: requests fail one after the other, or no token has come for 90 s though some were due.
+            UnansweredError: requests fail one after the other, or no token has come for 90 s though some were due.
         """
         if self._broken is not None:
             raise LoadError(self._broken)
         if self._row >= FAILURES_IN_A_ROW:
-            raise EngineError(f"{self._row} requests failed in a row, the last because {self._last_failure}")
+            raise UnansweredError(f"{self._row} requests failed in a row, the last because {self._last_failure}")
         if self._awaits_tokens and self.silent > STALL_SECONDS:
-            raise EngineError(f"no token has come for {self.silent:.0f} s with {self.in_flight} requests in flight")
+            raise UnansweredError(f"no token has come for {self.silent:.0f} s with {self.in_flight} requests in flight")
 
     @property
     def _awaits_tokens(self) -> bool:

@@ -81,6 +81,8 @@ def trial(given: api.Trial) -> core.Trial:
         gpu_utilization=_share(given.gpu_utilization),
         memory_utilization=_share(given.memory_utilization),
         running_mean=float(given.running_mean) if given.running_mean else None,
+        memory=parse_quantity(given.memory) if given.memory else None,
+        kv_cache=parse_quantity(given.kv_cache) if given.kv_cache else None,
     )
 
 

@@ -25,10 +25,11 @@ from tightship.profiler.errors import EngineError, LengthsError, LoadError, OutO
 from tightship.profiler.gpu import Device
 from tightship.profiler.job import Job, largest_batch, make_job
 from tightship.profiler.packing import try_packings
-from tightship.profiler.report import Report
+from tightship.profiler.report import MESSAGE_MOST, Report, continued
 from tightship.profiler.session import Session
 from tightship.profiler.sharing import Sharing
 from tightship.profiler.sweep import Ended, Sweep
+from tightship.profiler.trials import Verdict
 
 __all__ = ["Job", "Profiler", "largest_batch", "make_job"]
 
@@ -67,10 +68,12 @@ class Profiler:
         )
 
     def _make_budget(self, clock: Clock) -> Budget:
-        """The measurement's budget, less what earlier attempts spent; an extension has one of its own."""
-        job = self._job
+        """The measurement's budget, or the extension's own; less what earlier attempts at the same spent."""
+        job, told = self._job, self._report.progress
         if self._earlier is not None and job.extension is not None:
-            return Budget(parse_duration(job.extension.budget), 0.0, clock)
+            begun = told is not None and told.extend == job.extension.request
+            spent = parse_duration(told.elapsed or "0s") if told is not None and begun else 0.0
+            return Budget(parse_duration(job.extension.budget), spent, clock)
         return Budget(job.budget, self._report.gpu_seconds, clock, packing=job.max_replicas > 1)
 
     async def run(self) -> api.Outcome:
@@ -105,23 +108,23 @@ class Profiler:
     async def extend(self, earlier: api.Outcome) -> api.Outcome:
         """Make the packing trials asked for after the measurement was done; the earlier outcome stands, whatever becomes of them."""
         try:
-            said = await self._try_packings()
+            said = (await self._try_packings()).notes
         except (EngineError, LoadError) as error:
             said = [f"the trials asked for failed: {error}"]
         request = self._job.extension.request if self._job.extension is not None else None
-        message = "; ".join(text for text in (earlier.message, *said, *self._session.notes) if text)
-        return earlier.model_copy(update={"message": message[:8000] or None, "extend": request})
+        message = continued(earlier.message, "; ".join([*said, *self._session.notes]))
+        return earlier.model_copy(update={"message": message or None, "extend": request})
 
     async def _conclude(self, ended: Ended, curve: Curve) -> api.Outcome:
         """All that comes after the sweep."""
         cut = await ConfirmationRun(self._session, curve).run()
         packed = await self._try_packings()
-        said = [ended.reason, *([cut] if cut else []), *packed, *self._unresolved(), *self._session.lengths.notes]
-        state: State = "BudgetExceeded" if ended.exceeded or cut else "Completed"
+        said = [ended.reason, *([cut] if cut else []), *packed.notes, *self._unresolved(), *self._session.lengths.notes]
+        state: State = "BudgetExceeded" if ended.exceeded or cut or packed.exceeded else "Completed"
         return self._outcome(state, state, self._with_notes(*said))
 
-    async def _try_packings(self) -> list[str]:
-        """Try pairs of batch and replicas on the device, as far as the budget goes; returns what the outcome must say of them."""
+    async def _try_packings(self) -> Verdict:
+        """Try pairs of batch and replicas on the device, as far as the budget goes."""
         return await try_packings(self._session, self._sharing, asked_only=self._earlier is not None)
 
     # --- what is said ---
@@ -165,7 +168,7 @@ class Profiler:
         return api.Outcome(
             state=state,
             reason=reason,
-            message=message[:8000],
+            message=message[:MESSAGE_MOST],
             rerun=self._job.rerun,
             extend=extension.request if extension is not None else None,
         )

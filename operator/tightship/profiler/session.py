@@ -65,20 +65,34 @@ class Session:
         """The context in flight of what is really put on the engine."""
         self.notes: list[str] = []
         """What the outcome must say besides."""
+        self.idle = device.used()
+        """Bytes of the device in use before this attempt's first engine."""
+        self._extends = job.extension.request if job.extension is not None and report.outcome is not None else None
         self._gpu_seconds = report.gpu_seconds
         self._settle_lengths()
 
     async def launch(self, settings: EngineSettings) -> Engine:
-        """Start an engine; the time is accounted as a start.
+        """Start an engine; the time is accounted as a start. The attempt's first is free, others have what is left of the budget.
 
         Raises:
             EngineError: it did not become healthy.
+            asyncio.TimeoutError: the budget was spent first.
         """
         began = self.clock.now()
-        with self.cost.in_phase("starts"):
-            engine = await self.launcher.launch(settings, timeout=self.job.start_timeout)
+        started: list[Engine] = []
+
+        async def start() -> None:
+            started.append(await self.launcher.launch(settings, timeout=self.job.start_timeout))
+
+        try:
+            with self.cost.in_phase("starts"):
+                await self.budget.bound(start())
+        except BaseException:
+            for engine in started:  # healthy in the very moment in which it was given up
+                await engine.stop()
+            raise
         self.budget.engine_healthy(self.clock.now() - began)
-        return engine
+        return started[0]
 
     def load(self, engine: Engine, seed: int = 0) -> ClosedLoop:
         """A closed loop on an engine; `seed` tells apart the loads of one profile."""
@@ -104,10 +118,16 @@ class Session:
         )
 
     @property
+    def statistics(self) -> frozenset[str]:
+        """The statistics that the objectives are of, those of an extension included."""
+        extension = self.job.extension
+        asked = {one.statistic for one in extension.objectives} if extension is not None else set()
+        return frozenset({one.statistic.value for one in self.job.objectives} | asked)
+
+    @property
     def steps_needed(self) -> int:
         """Engine steps that the objectives' statistics want, of either latency; 0 for means."""
-        statistics = {one.statistic.value for one in self.job.objectives}
-        return max((needed for name, needed in points.STEPS_NEEDED.items() if name in statistics), default=0)
+        return max((needed for name, needed in points.STEPS_NEEDED.items() if name in self.statistics), default=0)
 
     @property
     def context(self) -> Context:
@@ -163,6 +183,16 @@ class Session:
             seed=self.job.seed,
         )
 
+    def too_many(self, requests: int) -> str | None:
+        """Why engines can't be made to run so many requests at once, in words; None where they can."""
+        most = self.job.in_flight_most
+        if most is None or requests <= most:
+            return None
+        return (
+            f"{requests} requests at once need as many sockets, and this process may open files for {most}: "
+            "raise its hard limit (ulimit -Hn)"
+        )
+
     def note(self, text: str) -> None:
         """Have the outcome say something, once."""
         if text not in self.notes:
@@ -177,7 +207,9 @@ class Session:
             batch=batch,
             replicas=replicas,
             points=len(self.report.points),
-            elapsed=format_duration(round(self.budget.spent, 1)),
+            elapsed=self._elapsed(),
+            rerun=self.job.rerun,
+            extend=self._extends,
             message=message[:1024],
         )
         self.report.save()
@@ -186,6 +218,11 @@ class Session:
         """Bring the reported time up to date."""
         self.report.gpu_seconds = self._gpu_seconds + self.budget.spent_now
         self.report.cost = self.cost.report()
+        if self.report.progress is not None:
+            self.report.progress = self.report.progress.model_copy(update={"elapsed": self._elapsed()})
+
+    def _elapsed(self) -> str:
+        return format_duration(round(self.budget.spent, 1))
 
 
 def _remembered(report: Report) -> EngineInfo:

@@ -1,7 +1,9 @@
 """The sweep: one engine start, the ladder and its bisection, and the engine's default batch as the baseline.
 
-What must hold: no batch is measured twice, but for a level at which the load ran late: that one gets a second chance, and when it is late again
-there is no point, only a word on what could not be driven; a finished point is saved at once; an engine that dies is started once more.
+What must hold: no batch is measured twice, but for a level at which the load ran late or the engine failed: that one gets a second chance,
+and when it comes to nothing again there is no point, only a word on why; a finished point is saved at once. An engine that fails is
+started once more. One that fails again at the same batch ends the ladder below it, and the sweep has not failed: what was measured is worth a
+confirmation run, and a last engine may refine it first. One that fails again elsewhere is a failing engine.
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from tightship.core.curve import Statistic
+from tightship.profiler import confirm
 from tightship.profiler.budget import LEVEL_MOST
 from tightship.profiler.engine import Engine
-from tightship.profiler.errors import EngineError, LoadError
+from tightship.profiler.errors import BudgetSpentError, EngineError, LoadError, UnansweredError
 from tightship.profiler.ladder import Goals, Noise, Step, next_batch, rungs
 from tightship.profiler.meter import Meter, Reading
 from tightship.profiler.points import throughput
@@ -45,19 +48,25 @@ class Sweep:
         self._session = session
         self._undriven: set[int] = set()
         self._top = session.job.settings.max_num_seqs
+        self._ladder_top = self._top
+        self._failed: str | None = None
+        """Why the engine ended the ladder, where it did."""
+        self._at: int | None = None
+        """The batch that is being measured."""
 
     async def run(self) -> Ended:
         """Measure what is still missing.
 
         Raises:
-            EngineError: the engine did not start, or failed twice.
+            EngineError: the engine did not start, or failed twice and not at one batch beyond those measured.
             LoadError: the engine refuses the load's requests.
         """
         session = self._session
         step = self._next()
         if step.batch is None and session.report.baseline is not None and session.info.kv_bytes is not None:
             return Ended(step.reason)
-        for restart in range(RESTARTS + 1):
+        failed_at: list[int | None] = []
+        while True:
             session.progress("Starting", None, "starting the sweep's engine")
             try:
                 with session.cost.in_phase("sweep"):
@@ -65,10 +74,25 @@ class Sweep:
             except EngineError as error:
                 if session.budget.left <= 0:
                     return Ended(f"the budget of {session.budget.seconds:.0f} s was spent: {error}", exceeded=True)
-                if restart == RESTARTS:
+                failed_at.append(self._at)
+                if len(failed_at) <= RESTARTS:
+                    session.note(f"the engine was restarted once: {error}"[:500])
+                elif self._failed is not None:
+                    session.note(f"the engine failed once more: {error}"[:500])
+                    return Ended(self._failed)
+                elif self._at is None or set(failed_at) != {self._at} or not session.report.points:
                     raise
-                session.note(f"the engine was restarted once: {error}"[:500])
-        raise AssertionError("the last round returns or raises")
+                else:
+                    self._end_ladder(self._at, error)
+                    if self._next().batch is None:
+                        return Ended(self._failed or str(error))
+
+    def _end_ladder(self, batch: int, error: EngineError) -> None:
+        """Leave out a batch that ended the engine twice, and those above it."""
+        self._failed = f"batch {batch} ended the engine twice: neither it nor larger ones were measured"
+        self._session.note(f"at batch {batch}: {error}"[:1000])
+        self._undriven.add(batch)
+        self._ladder_top = max((rung for rung in rungs(self._top) if rung < batch), default=1)
 
     async def _on_an_engine(self) -> Ended:
         session = self._session
@@ -77,27 +101,27 @@ class Sweep:
             session.describe(engine.info)
             load = session.load(engine)
             try:
-                return await self._loaded(session.meter(engine, load))
+                return await self._loaded(engine, session.meter(engine, load))
+            except UnansweredError as error:
+                raise error.with_words(engine.last_words()) from error
             finally:
                 await load.close()
         finally:
             await engine.stop()
 
     async def _launch(self) -> Engine:
-        """The sweep's engine. Its first start is free and has the time it takes; one that is started again has what the budget left."""
-        session = self._session
-        starting = session.launch(session.job.settings)
-        if not session.budget.counts:
-            return await starting
+        session, self._at = self._session, None
+        await confirm.released(session.device, session.clock, session.idle)  # or it may find too little free to start
         try:
-            return await asyncio.wait_for(starting, max(0.0, session.budget.left))
+            return await session.launch(session.job.settings)
         except asyncio.TimeoutError:
             raise EngineError("the engine, which had to be started again, was still starting") from None
 
-    async def _loaded(self, meter: Meter) -> Ended:
+    async def _loaded(self, engine: Engine, meter: Meter) -> Ended:
         ended = await self._climb(meter)
-        if self._session.report.points:
-            await self._baseline(meter)
+        self._at = None
+        if self._session.report.points and await self._baseline(engine, meter):
+            return replace(ended, exceeded=True)
         return ended
 
     def _next(self) -> Step:
@@ -111,14 +135,14 @@ class Sweep:
             full_batch=int(kv_tokens / session.load_context.mean) if kv_tokens else None,
         )
         widths = {batch: float(point.half_width or 0) for batch, point in report.points.items()}
-        return next_batch(curve.points if curve else [], self._top, goals, Noise(widths, self._undriven))
+        return next_batch(curve.points if curve else [], self._ladder_top, goals, Noise(widths, self._undriven))
 
     async def _climb(self, meter: Meter) -> Ended:
         budget = self._session.budget
         while True:
             step = self._next()
             if step.batch is None:
-                return Ended(step.reason)
+                return Ended(self._failed or step.reason)
             log.info("batch %d next: %s", step.batch, step.reason)
             if budget.for_sweep < meter.least_seconds(step.batch) or not await self._level(meter, step.batch):
                 return Ended(self._spent(step.batch), exceeded=True)
@@ -126,6 +150,12 @@ class Sweep:
     async def _level(self, meter: Meter, batch: int) -> bool:
         """Measure one level and report it, or find that it can't be driven; False when the budget ended it."""
         session, budget = self._session, self._session.budget
+        refused = session.too_many(batch)
+        if refused is not None:
+            self._undriven.add(batch)
+            session.note(f"batch {batch} has no point: {refused}")
+            return True
+        self._at = batch
         session.progress("Sweeping", batch, f"measuring batch {batch}")
         most = math.inf if session.steps_needed else LEVEL_MOST
         for _ in range(CHANCES):
@@ -186,42 +216,58 @@ class Sweep:
 
     # --- the baseline ---
 
-    async def _baseline(self, meter: Meter) -> None:
-        """The engine at its own default batch; what keeps it from being measured is said, and costs nothing else."""
+    async def _baseline(self, engine: Engine, meter: Meter) -> bool:
+        """The engine at its own default batch; what keeps it from being measured is said, and costs nothing else.
+
+        Returns whether it was the budget.
+        """
         session = self._session
         if session.report.baseline is None:
             session.report.baseline = session.report.points.get(self._top)
         if session.report.baseline is not None:
             session.report.save()
-            return
+            return False
         with session.cost.in_phase("baseline"):
             try:
-                missing = await self._saturate(meter)
+                await self._saturate(meter)
+            except UnansweredError as error:
+                session.note(f"no baseline: {error.with_words(engine.last_words())}"[:1000])
             except (EngineError, LoadError) as error:
-                missing = str(error)
-        if missing:
-            session.note(f"no baseline: {missing}"[:1000])
+                session.note(f"no baseline: {error}"[:1000])
+            except BudgetSpentError as error:
+                session.note(f"no baseline: {error}")
+                return True
+        return False
 
-    async def _saturate(self, meter: Meter) -> str | None:
-        """One level at the engine's largest batch; returns why there is none."""
+    async def _saturate(self, meter: Meter) -> None:
+        """One level at the engine's largest batch.
+
+        Raises:
+            BudgetSpentError, EngineError, LoadError: why there is none.
+        """
         session, budget = self._session, self._session.budget
+        if self._ladder_top < self._top:
+            raise EngineError(f"{self._failed}")
+        refused = session.too_many(self._top)
+        if refused is not None:
+            raise LoadError(refused)
         if self._top in self._undriven:
-            return f"the load could not drive batch {self._top}"
+            raise LoadError(f"the load could not drive batch {self._top}")
         if budget.for_baseline < meter.least_seconds(self._top):
-            return f"no time was left for batch {self._top} ({max(0.0, budget.for_baseline):.0f} s)"
+            raise BudgetSpentError(f"no time was left for batch {self._top} ({max(0.0, budget.for_baseline):.0f} s)")
         session.progress("Baseline", self._top, f"measuring batch {self._top}, the engine's own")
         for _ in range(CHANCES):
             reading = await meter.measure(
                 self._top, min(LEVEL_MOST, budget.for_baseline), budget.for_baseline, session.lengths.mean_output
             )
             if reading is None:
-                return f"the budget ended it at batch {self._top}"
+                raise BudgetSpentError(f"the budget ended it at batch {self._top}")
             if reading.undriven is None:
                 session.report.baseline = reading.point
                 session.progress("Baseline", self._top, f"batch {self._top}: {reading.throughput:.0f} tokens/s")
-                return None
+                return
             why = undriven(reading)
-        return why
+        raise LoadError(why)
 
 
 def undriven(reading: Reading) -> str:

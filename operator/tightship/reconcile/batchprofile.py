@@ -580,7 +580,7 @@ def _starting(pods: Sequence[Object]) -> str:
 
 def _progress(seen: Observed) -> str:
     progress = seen.profile.status.progress if seen.profile else None
-    if progress is None:
+    if progress is None or seen.profile is None or progress.rerun != seen.profile.spec.measurement.rerun:
         return ""
     parts = [f"{progress.points} points so far", progress.message or progress.stage]
     if progress.elapsed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import statistics
 from fractions import Fraction
@@ -100,3 +101,11 @@ def test_kv_is_whole_blocks_and_covers_what_was_seen(batch: int, peak: int, bloc
     need = kv_tokens(batch, Context(400, 300), block, 2048, peak)
     assert need % block == 0
     assert need >= max(peak, 2048, batch * 400)
+
+
+def test_what_replicas_took_together_raises_the_figure_of_their_batch_and_of_larger_ones_and_lowers_none() -> None:
+    alone = make_ledger(total=60 * GIB, non_kv=4 * GIB)
+    seen = dataclasses.replace(alone, seen=((64, 6 * GIB), (128, 5 * GIB), (256, 3 * GIB), (512, 7 * GIB)))
+    assert [seen.non_kv_at(batch) // GIB for batch in (1, 63, 64, 128, 256, 511, 512)] == [4, 4, 6, 6, 6, 6, 7]
+    assert seen.replica_bytes(64) - alone.replica_bytes(64) == 2 * GIB
+    assert seen.replicas_max(1, Reserve()) > seen.replicas_max(64, Reserve())

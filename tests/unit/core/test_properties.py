@@ -407,3 +407,18 @@ def test_a_busier_gpu_is_never_predicted_faster(curve: Curve, replicas: int, one
     idle, busy = (predict(curve, batch, replicas, utilization=share) for share in (low, high))
     assert (idle.inter_token_latency or 0) <= (busy.inter_token_latency or 0) * (1 + 1e-9)
     assert idle.total_tokens_per_second * (1 + 1e-9) >= busy.total_tokens_per_second
+
+
+@given(tried_curves(), SLOS, MEMORY, st.integers(0, 200), st.integers(0, 100))
+def test_what_trials_took_never_makes_room(
+    tried: tuple[Curve, tuple[Trial, ...]], slo: float, memory: float, taken: int, cache: int
+) -> None:
+    curve, trials = tried
+    read = [dataclasses.replace(trial, memory=taken * GIB, kv_cache=cache * GIB) for trial in trials]
+    ledger = make_ledger(memory)
+    before, after = (advise(curve, objective(slo), ledger=ledger, trials=given) for given in (trials, read))
+    needs = {candidate.pair: candidate.memory for candidate in before.candidates}
+    for candidate in after.candidates:
+        assert (candidate.memory or 0) >= (needs.get(candidate.pair) or 0)
+    if after.chosen is not None:
+        assert after.chosen.replicas * (after.chosen.memory or 0) <= memory * GIB

@@ -54,6 +54,8 @@ class FakeModel:
     """What the client works for each token; nothing else runs meanwhile, as on a real event loop."""
     counts: bool = True
     """Whether its counter of generated tokens moves."""
+    says: str = "INFO the engine's last line"
+    """The end of what it printed while it runs."""
     slower_as_replica: float = 1.0
     """How much longer a step takes in an engine with a fixed KV cache."""
 
@@ -94,6 +96,9 @@ class FakeEngine:
         if self.dead:
             raise EngineError(f"the engine died: {self.dead}")
 
+    def last_words(self) -> str:
+        return self.dead or self.model.says
+
     async def sample(self) -> EngineSample:
         self.check()
         return EngineSample(
@@ -108,8 +113,7 @@ class FakeEngine:
 
     async def stop(self) -> None:
         self._task.cancel()
-        self.device.engine = 0
-        self.device.stopped += 1
+        self.device.release()
 
     @property
     def used(self) -> int:
@@ -208,6 +212,10 @@ class FakeDevice:
     idle: int = GIB // 2
     engine: int = 0
     stopped: int = 0
+    lingers: float = 0.0
+    """Seconds for which an engine's memory stays in use after its end."""
+    held: int = 0
+    """Bytes of engines that have ended."""
     kind: str = "cuda"
     product: str = "NVIDIA H100 80GB HBM3"
 
@@ -216,7 +224,18 @@ class FakeDevice:
         return DeviceIdentity(self.kind, self.product, self.memory, uuid="GPU-1", driver="580")
 
     def used(self) -> int:
-        return self.idle + self.engine
+        return self.idle + self.engine + self.held
+
+    def release(self) -> None:
+        """The engine has ended."""
+        ended, self.engine = self.engine, 0
+        self.stopped += 1
+        if self.lingers:
+            self.held += ended
+            asyncio.get_running_loop().call_later(self.lingers, self._free, ended)
+
+    def _free(self, ended: int) -> None:
+        self.held -= ended
 
     def utilization(self) -> Utilization:
         return Utilization(0.5, 0.25)

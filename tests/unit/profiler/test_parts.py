@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Set
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from tightship.core.curve import Latency, Metric, Objective, Point, Statistic
 from tightship.profiler import points
 from tightship.profiler.budget import Budget, Cost
 from tightship.profiler.engine import EngineSettings
+from tightship.profiler.gpu import GIB
 from tightship.profiler.histogram import Histogram
 from tightship.profiler.job import make_job
 from tightship.profiler.ladder import Goals, Noise, next_batch, rungs
 from tightship.profiler.lastwords import is_memory, last_words, plain
 from tightship.profiler.lengths import Length, Lengths, Prompts
 from tightship.profiler.metrics import parse_cache_info, parse_sample
-from unit.profiler.fakes import FakeDevice, make_profile
+from unit.profiler.fakes import FakeDevice, VirtualClock, in_virtual_time, make_profile
 
 # --- histogram ---
 
@@ -374,6 +376,67 @@ def test_the_first_start_is_free_and_all_after_it_counts() -> None:
     assert budget.for_sweep < 550 - 15
 
 
+def test_work_is_bound_by_the_budget_once_an_engine_has_been_healthy() -> None:
+    async def story() -> None:
+        clock = VirtualClock()
+        budget = Budget(60, spent=20, clock=clock)
+        began = clock.now()
+
+        async def launch(seconds: float) -> str:
+            await clock.sleep(seconds)
+            budget.engine_healthy(seconds)
+            return "healthy"
+
+        assert await budget.bound(launch(3600)) == "healthy"
+        assert clock.now() - began == 3600
+        with pytest.raises(asyncio.TimeoutError):
+            await budget.bound(launch(41))
+        assert clock.now() - began == pytest.approx(3640, abs=0.1)
+
+    in_virtual_time(story)
+
+
+def test_work_that_starts_the_first_engine_itself_has_the_whole_budget_after_it() -> None:
+    async def story() -> float:
+        clock = VirtualClock()
+        budget = Budget(60, spent=0, clock=clock)
+        began = clock.now()
+
+        async def work() -> None:
+            await clock.sleep(300)
+            budget.engine_healthy(300)
+            await clock.sleep(300)
+
+        with pytest.raises(asyncio.TimeoutError):
+            await budget.bound(work())
+        return clock.now() - began
+
+    assert in_virtual_time(story) == pytest.approx(360, abs=0.1)
+
+
+def test_bound_work_ends_with_who_waits_for_it() -> None:
+    ended: list[str] = []
+
+    async def story() -> None:
+        clock = VirtualClock()
+        budget = Budget(60, spent=0, clock=clock)
+
+        async def work() -> None:
+            try:
+                await clock.sleep(1000)
+            finally:
+                ended.append("work")
+
+        waiting = asyncio.get_running_loop().create_task(budget.bound(work()))
+        await clock.sleep(1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert ended == ["work"]
+
+    in_virtual_time(story)
+
+
 def test_levels_share_the_sweeps_time() -> None:
     budget = Budget(120, spent=0, clock=Hand())
     assert budget.for_level(11) == pytest.approx(budget.for_sweep / 11)
@@ -491,10 +554,16 @@ def test_the_profiler_reads_points_and_trials_as_the_operator_does() -> None:
         "halfWidth": "0.021",
         "unresolved": ["p95", "p99"],
     }
-    packed = {name: value for name, value in measured.items() if name != "kvCacheTokensPeak"} | {"replicas": 2}
+    packed = {name: value for name, value in measured.items() if name != "kvCacheTokensPeak"} | {
+        "replicas": 2,
+        "memory": "30Gi",
+        "kvCache": "8Gi",
+    }
     profile = {"status": {"points": [measured], "trials": [packed]}}
     assert points.curve([api.Point.model_validate(measured)]) == decide.curve_from_profile(profile)
-    assert (points.trial(api.Trial.model_validate(packed)),) == decide.trials_from_profile(profile)
+    trial = points.trial(api.Trial.model_validate(packed))
+    assert (trial,) == decide.trials_from_profile(profile)
+    assert trial.non_kv == 7 * GIB
 
 
 # --- the job ---

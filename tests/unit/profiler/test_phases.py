@@ -226,6 +226,33 @@ def test_arrivals_that_find_no_time_are_left_out_and_said() -> None:
     assert status.confirmation is not None
     assert status.confirmation.arrivals is None
     assert "arrivals at random were left out" in message(status)
+    assert status.outcome is not None
+    assert status.outcome.state == "BudgetExceeded"
+
+
+def test_arrivals_that_find_no_time_in_a_later_attempt_either_are_said_again() -> None:
+    done = usual().status.to_dict()
+    del done["outcome"], done["confirmation"]["arrivals"]
+    run = Run(status=done | {"gpuSeconds": "599"})
+    status = run.go()
+    assert run.launcher.launched == []
+    assert status.outcome is not None
+    assert status.outcome.state == "BudgetExceeded"
+    assert "arrivals at random were left out" in message(status)
+
+
+def test_the_first_engine_of_an_attempt_has_all_the_time_it_takes_for_a_confirmation_too() -> None:
+    done = usual().status.to_dict()
+    del done["outcome"], done["confirmation"]["arrivals"]
+    run = Run(FakeModel(start_seconds=1200), status=done | {"gpuSeconds": "530"})
+    status = run.go()
+    assert len(run.launcher.launched) == 1
+    assert status.outcome is not None
+    assert status.outcome.state == "Completed"
+    assert status.confirmation is not None
+    assert status.confirmation.arrivals is not None
+    assert 530 < float(status.gpu_seconds or 0) <= 600
+    assert run.seconds > 1200
 
 
 def test_an_attempt_that_finds_the_comparison_done_goes_on_with_the_arrivals() -> None:
@@ -242,13 +269,15 @@ def test_an_attempt_that_finds_the_comparison_done_goes_on_with_the_arrivals() -
     assert status.confirmation.throughput_ratio == done["confirmation"]["throughputRatio"]
 
 
-def offer(model: FakeModel, plan: arrivals.Plan, batch: int = 8) -> api.Arrivals:
+SHORT = Lengths.constant(20, 100)
+
+
+def offer(model: FakeModel, plan: arrivals.Plan, batch: int = 8, lengths: Lengths = SHORT) -> api.Arrivals:
     """Random arrivals on a fake engine."""
 
     async def story() -> api.Arrivals:
         clock = VirtualClock()
         engine = FakeEngine(model, EngineSettings(model="m", max_num_seqs=batch), FakeDevice())
-        lengths = Lengths.constant(20, 100)
         load = arrivals.OpenLoop(engine.channel(), lengths, Prompts(1000, 1), clock, seed=1)
         try:
             found, _ = await arrivals.offer(engine, load, clock, plan)
@@ -272,11 +301,51 @@ def test_a_queue_that_grows_is_no_sustained_rate(share: float, sustained: bool) 
     assert rate == pytest.approx(min(share, 1) * capacity, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("host", "seconds", "sustained"),
+    [
+        # A request lives 40 s with the 20 ms a token that the closed loop saw.
+        (0.020, 30, None),
+        (0.040, 30, None),
+        (0.020, 300, True),
+        (0.040, 300, False),
+    ],
+)
+def test_long_lives_need_a_long_window_to_show_whether_a_rate_is_sustained(
+    host: float, seconds: float, sustained: bool | None
+) -> None:
+    rate = 0.8 * 64 / (0.020 * 2000)
+    model = FakeModel(host=host, per_request=0.0)
+    plan = arrivals.Plan(rate=rate, in_flight=51, seconds=seconds)
+    found = offer(model, plan, batch=64, lengths=Lengths.constant(500, 2000))
+    assert found.sustained is sustained
+    if host == 0.040 and seconds == 30:
+        assert float(found.waiting_mean or 0) < 2, "the queue alone shows nothing"
+    if sustained is None:
+        assert arrivals.sustainable(found) is None
+
+
+def test_arrivals_that_can_not_tell_are_said_and_give_no_rate() -> None:
+    status = Run(
+        FakeModel(host=0.05, per_request=0.0),
+        itl=None,
+        args=["--max-num-batched-tokens=64"],
+        workload={"inputTokens": 100, "outputTokens": 1000},
+    ).go()
+    confirmation = status.confirmation
+    assert confirmation is not None
+    assert confirmation.arrivals is not None
+    assert confirmation.arrivals.sustained is None
+    assert confirmation.sustainable_requests_per_second is None
+    assert "requests/s are sustained is not known: in 25" in (confirmation.message or "")
+
+
 def test_arrivals_on_an_engine_that_refuses_or_hangs_are_an_engines_failure() -> None:
     with pytest.raises(EngineError, match="20 requests failed in a row, the last because the engine answered 500"):
         offer(FakeModel(refuses_after=3), arrivals.Plan(rate=5, in_flight=4, seconds=60))
-    with pytest.raises(EngineError, match="no token has come for"):
-        offer(FakeModel(hangs_after=3), arrivals.Plan(rate=5, in_flight=4, seconds=600))
+    for seconds in (600, 30):  # the second window is shorter than what it takes to know
+        with pytest.raises(EngineError, match="no token has come for"):
+            offer(FakeModel(hangs_after=3), arrivals.Plan(rate=5, in_flight=4, seconds=seconds))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,8 +34,10 @@ class Run:
         *models: FakeModel,
         device: FakeDevice | None = None,
         environ: Mapping[str, str] | None = None,
+        in_flight_most: int | None = None,
         **profile: Any,
     ) -> None:
+        self.in_flight_most = in_flight_most
         self.environ = dict(environ or {})
         self.device = device or FakeDevice()
         self.launcher = FakeLauncher(self.device, list(models) or [FakeModel()])
@@ -47,7 +50,9 @@ class Run:
     async def _story(self) -> api.BatchProfileStatus:
         profile, clock = await self.sink.read(), VirtualClock()
         report = Report(self.sink, profile.status)
-        job = make_job(profile, "facebook/opt-1.3b", self.device, self.environ)
+        job = replace(
+            make_job(profile, "facebook/opt-1.3b", self.device, self.environ), in_flight_most=self.in_flight_most
+        )
         began = clock.now()
         await Profiler(
             job, launcher=self.launcher, device=self.device, report=report, clock=clock, environ={"HF_HOME": "/nowhere"}
@@ -223,6 +228,63 @@ def test_an_engine_that_hangs_is_no_engine() -> None:
     assert status.outcome is not None
     assert status.outcome.state == "Failed"
     assert "no token has come for" in (status.outcome.message or "")
+    assert "its last words: INFO the engine's last line" in (status.outcome.message or "")
+
+
+@pytest.mark.parametrize(
+    ("itl", "measured", "launched"),
+    [("30ms", [1, 2, 4, 8, 16, 32, 64], 3), ("20ms", [1, 2, 4, 8, 16, 32, 48, 56, 64], 4)],
+    ids=["nothing to refine below it", "a bisection below it"],
+)
+def test_a_batch_that_ends_the_engine_twice_ends_the_ladder_and_not_the_profile(
+    itl: str, measured: list[int], launched: int
+) -> None:
+    run = Run(FakeModel(dies_above=100), itl=itl)
+    status = run.go()
+    assert status.outcome is not None
+    assert status.outcome.state == "Completed"
+    assert batches(status) == measured
+    message = status.outcome.message or ""
+    assert message.startswith("batch 128 ended the engine twice: neither it nor larger ones were measured; ")
+    assert "at batch 128: the engine died: ValueError: the last words" in message
+    assert status.baseline is None
+    assert len(run.launcher.launched) == launched
+    assert run.device.stopped == launched
+    assert status.memory is not None
+    assert status.memory.confirmed_batch == (64 if itl == "30ms" else 48)
+
+
+@pytest.mark.parametrize("seconds", [3.0, 12.0])
+def test_the_memory_that_the_sweeps_engine_still_holds_is_not_the_replicas(seconds: float) -> None:
+    status = Run(device=FakeDevice(lingers=seconds)).go()
+    assert status.memory is not None
+    assert status.memory == usual().status.memory
+
+
+def test_a_reading_that_no_replica_can_have_makes_no_ledger_but_a_word_with_numbers() -> None:
+    status = Run(device=FakeDevice(lingers=20.0)).go()
+    assert status.memory is None
+    assert status.confirmation is not None
+    assert status.confirmation.arrivals is not None
+    assert status.outcome is not None
+    assert (
+        "the memory of a replica is unknown: 49.75 GiB were in use before the start and 17.32 GiB at the most, which leaves less than "
+        "the 4.82 GiB of its KV cache alone" in (status.outcome.message or "")
+    )
+
+
+def test_batches_that_have_no_sockets_have_no_point() -> None:
+    run = Run(in_flight_most=300)
+    status = run.go()
+    assert batches(status)[-1] == 256
+    assert status.outcome is not None
+    assert status.outcome.state == "Completed"
+    message = status.outcome.message or ""
+    assert (
+        "batch 512 has no point: 512 requests at once need as many sockets, and this process may open files for 300"
+        in message
+    )
+    assert "no baseline: 1024 requests at once need" in message
 
 
 def test_no_batch_meets_the_objective_memory_is_still_read() -> None:
@@ -250,11 +312,11 @@ def test_a_replica_that_does_not_start_is_tried_again() -> None:
     assert status.memory is not None
 
 
-def test_a_replica_that_never_starts_fails_the_profile_and_says_that_the_sweep_is_complete() -> None:
+def test_a_replica_that_never_starts_fails_the_profile_and_says_how_much_was_measured() -> None:
     status = Run(FakeModel(), FakeModel(fails_to_start="RuntimeError: always")).go()
     assert status.outcome is not None
     assert (status.outcome.state, status.outcome.reason) == ("Failed", "EngineFailed")
-    assert "the sweep is complete" in (status.outcome.message or "")
+    assert "14 batches were measured, but running as a replica would failed" in (status.outcome.message or "")
     assert "RuntimeError: always" in (status.outcome.message or "")
     assert len(status.points) == 14
 
@@ -277,7 +339,7 @@ def test_the_api_server_is_away_while_points_are_reported() -> None:
 
 
 def test_stopping_in_the_middle_keeps_the_points_and_stops_the_engine() -> None:
-    run = Run()
+    run = Run(rerun="first")
 
     async def story() -> None:
         profile, clock = await run.sink.read(), VirtualClock()
@@ -300,6 +362,8 @@ def test_stopping_in_the_middle_keeps_the_points_and_stops_the_engine() -> None:
     assert run.status.outcome is None
     assert float(run.status.gpu_seconds or 0) > 5
     assert run.device.stopped == 1
+    # Which `rerun` the points are of is in what was written, for whoever goes on or begins anew.
+    assert {status["progress"].get("rerun") for status in run.sink.written} == {"first"}
 
     # The next pod goes on from what was written, and measures nothing twice.
     written = run.sink.written[-1]
@@ -312,11 +376,14 @@ def test_stopping_in_the_middle_keeps_the_points_and_stops_the_engine() -> None:
 
 
 def test_an_engine_that_answers_with_errors_is_no_engine() -> None:
-    run = Run(FakeModel(refuses_after=20))
+    run = Run(FakeModel(refuses_after=20, says="RuntimeError: the cause"))
     status = run.go()
     assert status.outcome is not None
     assert (status.outcome.state, status.outcome.reason) == ("Failed", "EngineFailed")
-    assert "requests failed in a row, the last because the engine answered 500: oops" in (status.outcome.message or "")
+    assert (
+        "requests failed in a row, the last because the engine answered 500: oops; its last words: RuntimeError: the cause"
+        in (status.outcome.message or "")
+    )
     assert status.points
     assert len(run.launcher.launched) == 2
     assert run.device.stopped == 2

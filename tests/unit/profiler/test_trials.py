@@ -12,17 +12,19 @@ import pytest
 from tightship.api.units import parse_duration, parse_quantity
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.core.advisor import Basis, Limit, Recommendation, advise
+from tightship.core.colocation import predict
 from tightship.core.curve import Metric, Objective, Statistic
 from tightship.core.memory import Context, Ledger, Reserve
 from tightship.decide import decision_from_profile
 from tightship.profiler import points
+from tightship.profiler.budget import Budget
 from tightship.profiler.engine import EngineInfo, EngineSettings
 from tightship.profiler.fleet import Pair, Sizes, packed_settings
 from tightship.profiler.lengths import Lengths, Prompts
 from tightship.profiler.load import ClosedLoop
 from tightship.profiler.packed import PackedMeter
 from tightship.profiler.sharing import CoreSharing, NotAttachedError, SharingError, engine_cores
-from tightship.profiler.trials import Agenda, Bench, Given, Predicted, Trials, Verdict
+from tightship.profiler.trials import Agenda, Bench, Given, Predicted, Trials, Verdict, better
 from tightship.sandbox.virtual.clock import VirtualClock, in_virtual_time
 from tightship.sandbox.virtual.disturbance import Faults
 from tightship.sandbox.virtual.engine import VirtualEngine
@@ -187,13 +189,13 @@ class Late(ClosedLoop):
 
 
 class Lingering(VirtualDevice):
-    """A device on which an engine that has just ended holds its memory for a moment more."""
+    """A device on which an engine that has just ended holds its memory for three seconds more."""
 
     until: float | None = None
 
     def used(self) -> int:
         now = asyncio.get_running_loop().time()
-        self.until = now + 0.4 if self.until is None else self.until
+        self.until = now + 3.0 if self.until is None else self.until
         return super().used() + (60 * GIB if now < self.until else 0)
 
 
@@ -214,6 +216,9 @@ class Story:
     max_replicas: int = 4
     cancel_after: float | None = None
     start_seconds: float = 45.0
+    free_start: bool = False
+    """Whether no engine was started before: then the first start doesn't count."""
+    in_flight_most: int = 1_000_000
 
     def __post_init__(self) -> None:
         self.status = measured(self.packing.setting, self.packing.slo)
@@ -258,6 +263,9 @@ class Story:
         self.idle = VirtualDevice(gpu).used()
         self.launcher = VirtualLauncher(gpu, start_seconds=self.start_seconds, faults=self.faults)
         began = clock.now()
+        budget = Budget(self.budget, 0.0, clock)
+        if not self.free_start:
+            budget.engine_healthy(self.start_seconds)
         engine = self.status.engine
         assert engine is not None
 
@@ -265,7 +273,9 @@ class Story:
             assert not self.starting, "two engines were starting at once"
             self.starting += 1
             try:
-                return await self.launcher.launch(settings, timeout=600.0)
+                launched = await budget.bound(self.launcher.launch(settings, timeout=600.0))
+                budget.engine_healthy(self.start_seconds)
+                return launched
             finally:
                 self.starting -= 1
 
@@ -287,10 +297,12 @@ class Story:
             device=self.device,
             clock=clock,
             sharing=self.sharing,
-            left=lambda: self.budget - (clock.now() - began),
+            left=lambda: budget.left,
             progress=lambda pair, message: None,
             keep=lambda trial: self.kept.append((trial.batch, trial.replicas)),
-            start_cost=self.start_seconds,
+            idle=self.idle,
+            too_many=lambda requests: f"{requests} are too many" if requests > self.in_flight_most else None,
+            start_cost=budget.start_cost,
         )
         trials = asyncio.get_running_loop().create_task(Trials(bench, self.agenda, self.trials).run())
         if self.cancel_after is not None:
@@ -342,7 +354,10 @@ def test_packing_that_pays_is_found_and_chosen() -> None:
     assert float(best.running_mean) >= 0.98 * best.batch
     assert float(best.half_width or 1) <= 0.05
     assert float(best.slowest or 0) > 0.95
-    assert parse_quantity(best.memory or "0") <= best.replicas * story.sizes.ledger.device_total / best.replicas
+    # What they took together is what the ledger says of each; the trial's steps are no larger than the confirmation run's worst.
+    assert parse_quantity(best.memory or "0") <= best.replicas * story.sizes.ledger.replica_bytes(
+        best.batch, story.sizes.peak(best.batch)
+    )
     assert verdict.notes[-1].startswith(f"{len(story.trials)} packings were tried, the fastest")
 
 
@@ -378,11 +393,11 @@ def test_the_total_is_that_of_the_published_queue() -> None:
     """Closed queue by exact mean value analysis: the engines' gaps are filled by their neighbours, and nothing else happens."""
     story = Story(PAYS, pairs=((64, 2),))
     story.run()
-    single, trial = story.curve.at(64), story.trials[64, 2]
-    assert single is not None
-    assert 1.0 < mean_itl(trial) / (single.inter_token_latency.mean or 1) < 2.0
-    stretch = mean_itl(trial) / (single.inter_token_latency.mean or 1)
-    assert total(trial) == pytest.approx(2 * single.throughput / stretch, rel=0.05)
+    trial, predicted = story.trials[64, 2], predict(story.curve, 64, 2)
+    assert predicted.inter_token_latency is not None
+    assert 0.1 < predicted.utilization < 0.9, "neither alone nor in turns"
+    assert mean_itl(trial) == pytest.approx(predicted.inter_token_latency, rel=0.05)
+    assert total(trial) == pytest.approx(predicted.total_tokens_per_second, rel=0.05)
 
 
 def test_a_trial_lasts_a_life_of_a_request_as_a_level_does_so_that_first_tokens_are_seen() -> None:
@@ -467,26 +482,86 @@ def test_a_budget_too_small_for_any_trial_starts_nothing() -> None:
 
 
 def test_an_engine_that_hangs_at_its_start_costs_no_more_than_the_budget() -> None:
-    story = Story(PAYS, pairs=((64, 2),), budget=130.0, start_seconds=400.0)
-    story.start_seconds = 400.0
+    done = profile(OPT, objectives=[PAYS.slo], budget=1200.0, faults=[Faults(), Faults(), Faults(start_takes=4000.0)])
+    assert done.status.outcome is not None
+    assert done.status.outcome.state == "BudgetExceeded"
+    assert "an engine was still starting after" in message(done.status)
+    assert done.status.trials == []
+    assert float(done.status.gpu_seconds or 0) == pytest.approx(1200.0, abs=5)
+
+
+def test_the_first_engine_of_an_attempt_has_all_the_time_it_takes_for_trials_too() -> None:
+    story = Story(PAYS, pairs=((64, 1), (32, 1)), budget=60.0, start_seconds=300.0, free_start=True)
     verdict = story.run()
-    assert verdict.exceeded
-    assert story.seconds <= 135.0
-    assert story.used_after == story.idle
+    assert story.kept == [(64, 1), (32, 1)]
+    assert not verdict.exceeded
+    assert 300 < story.seconds < 360
+
+
+def test_requests_that_have_no_sockets_make_no_trial() -> None:
+    story = Story(PAYS, pairs=((64, 2), (32, 2)), in_flight_most=100)
+    verdict = story.run()
+    assert story.kept == [(32, 2)]
+    assert verdict.notes[0] == "the trial of 2 x 64 failed: 128 are too many"
+
+
+def test_engines_that_hang_under_load_fail_the_trial_with_their_last_words() -> None:
+    words = "RuntimeError: the scheduler is stuck"
+    story = Story(PAYS, pairs=((64, 2),), faults=[Faults(), Faults(hangs_after=1.0, says=words)])
+    verdict = story.run()
+    assert story.kept == []
+    assert "no token has come for" in verdict.notes[0]
+    assert f"its last words: engine 2: {words}" in verdict.notes[0]
+
+
+def test_what_replicas_took_is_without_their_idle_neighbours() -> None:
+    story = Story(PAYS, pairs=((64, 4), (64, 2)))
+    story.run()
+    four, two = (parse_quantity(story.trials[64, replicas].memory or "0") for replicas in (4, 2))
+    assert two == pytest.approx(four / 2, rel=0.05)
+    trial = points.trial(story.trials[64, 2])
+    assert trial.non_kv is not None
+    assert trial.non_kv <= story.sizes.ledger.non_kv + (1 << 20)
 
 
 def test_an_engine_that_does_not_start_as_the_third_leaves_the_pairs_with_two() -> None:
     story = Story(
         PAYS,
         pairs=((64, 3), (32, 4), (64, 2)),
-        faults=[Faults(), Faults(), Faults(start_fails="RuntimeError: no room")],
+        faults=[Faults(), Faults(), *[Faults(start_fails="RuntimeError: no room")] * 2],
     )
     verdict = story.run()
     assert story.kept == [(64, 2)]
-    assert len(story.launcher.launched) == 3
+    assert len(story.launcher.launched) == 4, "the third is started twice"
     assert any("no trial with 3 replicas or more: engine 3 did not start" in note for note in verdict.notes)
     assert any("RuntimeError: no room" in note for note in verdict.notes)
     assert story.used_after == story.idle
+
+
+def test_an_engine_that_did_not_start_by_chance_rules_nothing_out() -> None:
+    story = Story(
+        PAYS,
+        pairs=((64, 3), (32, 4)),
+        faults=[Faults(), Faults(), Faults(start_fails="RuntimeError: chance"), Faults()],
+    )
+    verdict = story.run()
+    assert story.kept == [(64, 3), (32, 4)]
+    assert len(story.launcher.launched) == 5
+    assert any("engine 3 did not start" in note and note.endswith("at the first try") for note in verdict.notes)
+    assert story.used_after == story.idle
+
+
+def test_without_the_time_for_another_start_nothing_is_ruled_out() -> None:
+    story = Story(
+        PAYS,
+        pairs=((64, 3),),
+        faults=[Faults(), Faults(), Faults(start_fails="RuntimeError: chance"), Faults()],
+        budget=147.0,
+    )
+    verdict = story.run()
+    assert story.trials == {}
+    assert verdict.exceeded
+    assert len(story.launcher.launched) == 3
 
 
 def test_engines_that_die_under_load_are_started_anew_once() -> None:
@@ -623,7 +698,7 @@ def test_a_device_that_holds_one_replica_gets_no_trial_and_the_numbers() -> None
 
 
 def test_an_engine_that_never_starts_beside_another_leaves_a_complete_profile() -> None:
-    faults = [Faults(), Faults(), Faults(), Faults(start_fails="RuntimeError: no room")]
+    faults = [Faults(), Faults(), Faults(), *[Faults(start_fails="RuntimeError: no room")] * 2]
     done = profile(OPT, objectives=[PAYS.slo], budget=1200.0, faults=faults)
     assert done.status.outcome is not None
     assert done.status.outcome.state == "Completed"
@@ -643,6 +718,23 @@ def test_a_budget_that_ends_between_trials_completes_with_those_there_are() -> N
     assert 1 <= len(done.status.trials) < len(whole.status.trials)
     assert "the budget ended the trials" in message(done.status)
     assert float(done.status.gpu_seconds or 0) <= needed - 60.0 + 5.0
+    assert done.status.outcome is not None
+    assert (done.status.outcome.state, done.status.outcome.reason) == ("BudgetExceeded", "BudgetExceeded")
+    # The curve is whole all the same, and is decided from.
+    assert done.status.points == whole.status.points
+    objective = Objective(Metric.INTER_TOKEN_LATENCY, Statistic.MEAN, PAYS.slo)
+    assert decision_from_profile({"status": done.status.to_dict()}, [objective]).feasible
+
+    # With a larger budget the next attempt makes those that are missing, and nothing twice.
+    cut = done.status.model_copy(update={"outcome": None})
+    more = profile(OPT, objectives=[PAYS.slo], budget=1200.0, status=cut)
+    assert more.status.outcome is not None
+    assert more.status.outcome.state == "Completed"
+    assert set(pairs_of(done.status)) < set(pairs_of(more.status))
+    assert more.status.points == done.status.points
+    assert [
+        one for one in more.status.trials if (one.batch, one.replicas) in pairs_of(done.status)
+    ] == done.status.trials
 
 
 EXTENSION = {"request": "more", "pairs": [{"batch": 32, "replicas": 4}, {"batch": 64, "replicas": 2}], "budget": "10m"}
@@ -672,13 +764,100 @@ def test_an_extension_tries_the_pairs_asked_for_and_nothing_else() -> None:
 
 def test_an_extension_that_fails_says_so_and_keeps_what_there_was() -> None:
     earlier = single_replica()
-    status = extend(earlier, faults=[Faults(start_fails="RuntimeError: broken")])
+    status = extend(earlier, faults=[Faults(start_fails="RuntimeError: broken")] * 2)
     assert status.outcome is not None
     assert status.outcome.extend == "more"
     assert "engine 1 did not start beside 0 others" in message(status)
     assert status.trials == []
     assert status.points == earlier.points
     assert status.memory == earlier.memory
+
+
+def test_an_extension_that_is_restarted_has_what_is_left_of_its_budget() -> None:
+    earlier = single_replica()
+    asked = {"request": "more", "pairs": [{"batch": 64, "replicas": 2}, {"batch": 32, "replicas": 4}], "budget": "200s"}
+    whole = profile(OPT, objectives=[PAYS.slo], budget=1200.0, status=earlier, extend=asked)
+    assert sorted(pairs_of(whole.status)) == [(32, 4), (64, 2)]
+    # The pod was killed as the first of its trials was done; the first engine's start was free.
+    cut = next(written for _, written in whole.written if written.get("trials"))
+    assert cut["progress"]["extend"] == "more"
+    killed = api.BatchProfileStatus.model_validate(cut)
+    spent = float(killed.gpu_seconds or 0) - float(earlier.gpu_seconds or 0)
+    assert 45 < spent < 100
+
+    def again(request: str) -> tuple[api.BatchProfileStatus, float]:
+        extension = asked | {"request": request}
+        done = profile(OPT, objectives=[PAYS.slo], budget=1200.0, status=killed, extend=extension).status
+        return done, float(done.gpu_seconds or 0) - float(killed.gpu_seconds or 0)
+
+    done, more = again("more")
+    assert spent + more <= 200 + 5
+    assert "the budget ended the trials" in message(done)
+    done, more = again("another")
+    assert spent + more > 200 + 5
+    assert sorted(pairs_of(done)) == [(32, 4), (64, 2)]
+
+
+P95 = [{"metric": "InterTokenLatency", "statistic": "p95", "max": "40ms"}]
+
+
+@functools.cache
+def hasty() -> api.BatchProfileStatus:
+    """A finished profile with one trial, which left its p95 and p99 open."""
+    status = extend(single_replica())
+    trials = [
+        trial.model_copy(update={"unresolved": ["p95", "p99"], "half_width": "0.05", "message": "the first"})
+        for trial in status.trials
+        if (trial.batch, trial.replicas) == (64, 2)
+    ]
+    return status.model_copy(update={"trials": trials})
+
+
+@pytest.mark.parametrize(
+    ("objectives", "faults", "made"),
+    [
+        pytest.param([], [], False, id="no objective is of it"),
+        pytest.param(P95, [], True, id="it was left open"),
+        pytest.param(
+            P95, [Faults(), *[Faults(start_fails="RuntimeError: no")] * 2], False, id="it can't be made again"
+        ),
+    ],
+)
+def test_a_trial_is_made_again_for_a_statistic_that_it_left_open(
+    objectives: list[dict[str, str]], faults: list[Faults], made: bool
+) -> None:
+    pairs = [{"batch": 64, "replicas": 2}]
+    asked = {"request": "again", "pairs": pairs, "budget": "10m", "objectives": objectives}
+    done = profile(OPT, objectives=[PAYS.slo], budget=1200.0, status=hasty(), faults=faults, extend=asked)
+    (trial,) = done.status.trials
+    assert bool(total(trial)) is True, "what was measured stands, whatever becomes of the next one"
+    assert ("p95" not in trial.unresolved) is made
+    assert (trial.message != "the first") is made
+    assert done.starts == (2 if made else 3 if faults else 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "stays"),
+    [
+        ((["p99"], "0.01"), ([], "0.05"), "after"),
+        ((["p95", "p99"], "0.01"), (["p99"], "0.05"), "after"),
+        ((["p99"], "0.02"), (["p99"], "0.01"), "after"),
+        ((["p99"], "0.01"), (["p99"], "0.02"), "before"),
+        (([], "0.05"), (["p99"], "0.01"), "before"),
+    ],
+)
+def test_the_better_measured_trial_stays(
+    before: tuple[list[str], str], after: tuple[list[str], str], stays: str
+) -> None:
+    old, new = (
+        api.Trial(
+            batch=1, replicas=2, total_tokens_per_second="1", unresolved=unresolved, half_width=width, message=name
+        )
+        for name, (unresolved, width) in (("before", before), ("after", after))
+    )
+    assert better(new, old).message == stays
+    assert better(new, None) is new
+    assert better(new, api.Trial(batch=1, replicas=2, message="failed")) is new
 
 
 def test_the_first_measurement_answers_an_extension_too() -> None:

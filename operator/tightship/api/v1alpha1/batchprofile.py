@@ -110,6 +110,14 @@ class Extension(Model):
         Field(min_length=1, max_length=16, description="What to try.", json_schema_extra=list_map("batch", "replicas")),
     ]
     budget: Annotated[Duration, Field(description="Time for these trials, from the first healthy engine.")] = "20m"
+    objectives: Annotated[
+        list[Objective],
+        Field(
+            max_length=2,
+            description="Objectives whose statistics the trials must resolve, beside measurement.objectives; what left one open is made again.",
+            json_schema_extra=list_map("metric"),
+        ),
+    ] = Field(default_factory=list)
 
 
 class Measurement(Model):
@@ -208,7 +216,7 @@ class Trial(Figures):
         Decimal | None, Field(description="Prompt and generated tokens per second: R T_R(B).")
     ] = None
     half_width: Annotated[Decimal | None, Field(description="Half-width of the rate's 95 % interval, relative.")] = None
-    memory: Annotated[Quantity | None, Field(description="Device memory that all engines took at the most.")] = None
+    memory: Annotated[Quantity | None, Field(description="Device memory that these replicas took at the most.")] = None
     kv_cache: Annotated[Quantity | None, Field(description="KV cache of each engine.")] = None
     slowest: Annotated[
         Decimal | None, Field(description="The slowest replica's rate over the mean of all: 1 where they share fairly.")
@@ -283,7 +291,14 @@ class Progress(Model):
     batch: Annotated[int | None, Field(description="The batch being measured.")] = None
     replicas: Annotated[int | None, Field(description="The replicas it is measured with, in a trial.")] = None
     points: Annotated[int, Field(description="Points measured so far.")] = 0
-    elapsed: Annotated[Duration | None, Field(description="Time since the first healthy engine.")] = None
+    elapsed: Annotated[
+        Duration | None,
+        Field(description="Time since the first healthy engine, of all attempts at what is being done."),
+    ] = None
+    rerun: Annotated[Text | None, Field(description="The spec.measurement.rerun that is being answered.")] = None
+    extend: Annotated[
+        Text | None, Field(description="The spec.measurement.extend.request that is being answered, while it is one.")
+    ] = None
     message: Annotated[str | None, Field(max_length=1024, description="The same in words.")] = None
 
 
@@ -322,7 +337,12 @@ class Arrivals(Model):
     waiting_mean: Annotated[Decimal | None, Field(description="Mean number of requests that waited.")] = None
     preemptions: Annotated[int | None, Field(ge=0, description="Requests preempted for want of KV cache.")] = None
     window: Annotated[Duration | None, Field(description="How long requests arrived.")] = None
-    sustained: Annotated[bool | None, Field(description="Whether the engine kept up: its queue did not grow.")] = None
+    sustained: Annotated[
+        bool | None,
+        Field(
+            description="Whether the engine kept up: the requests in it did not pile up. Absent where the window is too short to tell."
+        ),
+    ] = None
 
 
 class Confirmation(Model):
@@ -339,7 +359,8 @@ class Confirmation(Model):
         Arrivals | None, Field(description="Poisson arrivals at 80 % of the capacity, which a closed loop can't tell.")
     ] = None
     sustainable_requests_per_second: Annotated[
-        Decimal | None, Field(description="Requests per second that one replica sustains.")
+        Decimal | None,
+        Field(description="Requests per second that one replica sustains; absent where that is not known."),
     ] = None
     agrees: Annotated[bool | None, Field(description="Whether both ratios are within their intervals plus 2 %.")] = None
     message: Annotated[str | None, Field(max_length=1024, description="What disagrees, in words.")] = None

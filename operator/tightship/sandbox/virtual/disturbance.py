@@ -40,3 +40,7 @@ class Faults:
     dies_after: float | None = None
     last_words: str = "torch.AcceleratorError: CUDA error: unspecified launch failure"
     hangs_after: float | None = None
+    says: str = ""
+    """The end of what it prints while it runs."""
+    start_takes: float | None = None
+    """Seconds of its start, instead of the usual ones."""

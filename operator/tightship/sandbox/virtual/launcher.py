@@ -105,7 +105,12 @@ class VirtualLauncher:
                 await asyncio.sleep(0.2 * self._start_seconds)
                 raise StartError(faults.start_fails)
             started = await start(
-                options, model, memory, self._gpu.uuid, seconds=self._start_seconds, log=lambda line: None
+                options,
+                model,
+                memory,
+                self._gpu.uuid,
+                seconds=self._start_seconds if faults.start_takes is None else faults.start_takes,
+                log=lambda line: None,
             )
         except SystemExit as error:
             words = last_words(said.getvalue().splitlines())

@@ -2,7 +2,7 @@
 
     gather   the service, its verdict (validity, profile, decision), packs, pods, and what the planner would do
     decide   the chains of checks in `servicestatus`
-    apply    the Service, then the BatchProfile: nothing is measured for a manifest that could not be served
+    apply    the Service and its PodDisruptionBudget, then the BatchProfile: nothing is measured for what could not be served
     report   one status write
 
 Placement is not done here. This only asks for a pass when the planner would change something, and says with numbers what found no
@@ -32,6 +32,7 @@ from tightship.kube.kinds import Ref
 from tightship.kube.store import Object, Store, labels_of
 from tightship.manifests import packs as pack_manifests
 from tightship.manifests import service as service_manifests
+from tightship.manifests.budget import disruption_budget
 from tightship.reconcile import extension, servicestatus, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.lengths import key_of, measurable
@@ -93,25 +94,35 @@ def gather(ctx: Context, obj: Object, refusals: Refusals = (), shortfall: Shortf
         packs=tuple(sorted(mine, key=lambda pack: (placement.ordinal_of(pack.metadata.name), pack.metadata.name))),
         pods=tuple(pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA),
         shortfall=shortfall,
+        absent=ctx.absent,
         approved=verdict.service is not None and snapshot.approved(verdict.service, verdict, packs),
     )
 
 
 async def _apply(ctx: Context, view: View) -> Refusals:
-    """The Service, then the profile. Returns what stands in the way of serving at all."""
+    """The service's own objects, then the profile. Returns what stands in the way of serving at all."""
     verdict = view.verdict
     if servicestatus.first(view, servicestatus.ACCEPTED).status != "True" or verdict.service is None:
         return ()
-    try:
-        await ctx.cluster.apply(service_manifests.service_object(verdict.service))
-    except NameConflict as error:
-        return (Refusal(Reason.NAME_CONFLICT, str(error)),)
-    except (Invalid, Forbidden) as error:
-        return (Refusal(Reason.INVALID_SPEC, f"the Service was refused: {error}"),)
-    except (OutlivedOwner, Conflict) as error:
-        log.info("%s: %s", verdict.service.metadata.name, error)
-        return (Refusal(Reason.NOT_YET_KNOWN, f"the Service could not be written yet: {error}", passing=True),)
+    for made in (service_manifests.service_object(verdict.service), disruption_budget(verdict.service)):
+        if made["kind"] not in ctx.absent and (refusal := await _write(ctx, made)) is not None:
+            return (refusal,)
     return await _profile(ctx, verdict)
+
+
+async def _write(ctx: Context, made: Object) -> Refusal | None:
+    """Apply one object of a service; what came in the way, if anything did."""
+    kind = made["kind"]
+    try:
+        await ctx.cluster.apply(made)
+    except NameConflict as error:
+        return Refusal(Reason.NAME_CONFLICT, str(error))
+    except (Invalid, Forbidden) as error:
+        return Refusal(Reason.INVALID_SPEC, f"the {kind} was refused: {error}")
+    except (OutlivedOwner, Conflict) as error:
+        log.info("%s: %s", made["metadata"]["name"], error)
+        return Refusal(Reason.NOT_YET_KNOWN, f"the {kind} could not be written yet: {error}", passing=True)
+    return None
 
 
 async def _profile(ctx: Context, verdict: Verdict) -> Refusals:

@@ -282,7 +282,9 @@ def evictions_stay_within_the_budget(sandbox: Sandbox) -> None:
     assert "TooManyRequests" not in evict(sandbox, first)
     assert "disruption budget" in evict(sandbox, second)
     story.wait_until(
-        sandbox, "the evicted replica is seen to be missing", lambda: ready_replicas(sandbox) < 4 or gone(sandbox, first)
+        sandbox,
+        "the evicted replica is seen to be missing",
+        lambda: ready_replicas(sandbox) < 4 or gone(sandbox, first),
     )
     assert story.condition(story.get(sandbox, "llm/opt"), "Available")["status"] == "True"
     story.wait_ready(sandbox, "opt", 4)

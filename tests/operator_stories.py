@@ -320,14 +320,18 @@ def a_budget_is_made_where_the_cluster_has_them(sandbox: Sandbox, log: Path) -> 
             eventually(lambda: accepted("kept") == ("True", "Valid"), why)
             if not serves(sandbox, "policy/v1"):
                 assert "doesn't serve policy/v1 (PodDisruptionBudget)" in operator.log
-                assert operator.metric("api_requests", kind="PodDisruptionBudget", code="404") == 1, "asked once, no more"
+                assert operator.metric("api_requests", kind="PodDisruptionBudget", code="404") == 1, (
+                    "asked once, no more"
+                )
                 assert operator.stop() == 0
                 return
 
             def allowed() -> Any:
-                return json.loads(sandbox.kubectl("get", "pdb", "kept", "-o", "json", "--ignore-not-found") or "{}").get(
-                    "spec", {}
-                ).get("maxUnavailable")
+                return (
+                    json.loads(sandbox.kubectl("get", "pdb", "kept", "-o", "json", "--ignore-not-found") or "{}")
+                    .get("spec", {})
+                    .get("maxUnavailable")
+                )
 
             eventually(lambda: allowed() == 1, why)
             sandbox.kubectl(

@@ -1,9 +1,10 @@
 """`tightship run`: the composition root of the operator, and its life from start to stop.
 
 The order matters and is the whole of the module: first somebody to ask (telemetry), then a cluster that serves our kinds,
-then the lease, then what the cluster lacks of the kinds that it may lack, then everything there is (one listing), then workers and watches together. What must always hold: nothing is
-written before the lease is held; losing the lease stops the workers at once and ends the process; a clean stop finishes
-what is begun, lets the lease go, and leaves nothing behind that the next start would have to wait for.
+then the lease, then which of the kinds it lacks that it may lack, then everything there is (one listing), then workers and
+watches together. What must always hold: nothing is written before the lease is held; losing the lease stops the workers at
+once and ends the process; a clean stop finishes what is begun, lets the lease go, and leaves nothing behind that the next
+start would have to wait for.
 """
 
 from __future__ import annotations

@@ -218,7 +218,10 @@ GOOD = [
     ("spec__model__source", "pvc://models/llama/3"),
     ("spec__accelerator", {"device": "cpu", "cores": 4, "memory": "8Gi", "coresPerReplica": 2}),
     ("spec__template__spec__engine__env", [{"name": "HF_HOME", "value": "/models"}]),
-    ("spec__template__metadata__labels", {"team": "a", "example.com/tightship.dev": "b", "app.kubernetes.io/version": "1"}),
+    (
+        "spec__template__metadata__labels",
+        {"team": "a", "example.com/tightship.dev": "b", "app.kubernetes.io/version": "1"},
+    ),
     ("spec__template__metadata__annotations", {"app.kubernetes.io/name": "chat", "tightship.development/x": "y"}),
     ("spec__template__spec__topologySpreadConstraints", SPREAD),
     ("spec__workload", {"inputTokens": 1, "outputTokens": 2}),

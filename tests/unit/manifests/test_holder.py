@@ -11,7 +11,6 @@ from tightship.manifests import replicas
 from tightship.manifests.holder import GRACE_SECONDS, holder_access, holder_pod
 from tightship.manifests.podparts import OperatorImage
 
-
 OPENER = {labels.SERVICE: "opt", labels.SERVICE_NAMESPACE: "team"}
 
 

@@ -277,7 +277,9 @@ class LLMService(Model):
     api_version: Literal["tightship.dev/v1alpha1"] = labels.API_VERSION  # type: ignore[assignment]
     kind: Literal["LLMService"] = KIND  # type: ignore[assignment]
     metadata: Metadata = Field(default_factory=Metadata)
-    spec: Annotated[LLMServiceSpec, Field(description="What the user asks for.", json_schema_extra=validations(SPREAD_RULE))]
+    spec: Annotated[
+        LLMServiceSpec, Field(description="What the user asks for.", json_schema_extra=validations(SPREAD_RULE))
+    ]
     status: LLMServiceStatus = Field(default_factory=LLMServiceStatus)
 
 

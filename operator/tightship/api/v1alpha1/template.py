@@ -68,7 +68,8 @@ class TopologySpread(Model):
 
     max_skew: Annotated[int, Field(ge=1, le=1000, description="How many more GPUs one domain may have than another.")]
     topology_key: Annotated[
-        Text, Field(min_length=1, description="Node label whose values are the domains, such as kubernetes.io/hostname.")
+        Text,
+        Field(min_length=1, description="Node label whose values are the domains, such as kubernetes.io/hostname."),
     ]
     when_unsatisfiable: Annotated[
         Literal["DoNotSchedule", "ScheduleAnyway"],

@@ -113,7 +113,6 @@ class Budgets(Controller):
             self.set_status("policy", "poddisruptionbudgets", budget, change)
         return None
 
-
     def _asked_for(self, pods: list[Obj]) -> int:
         """Replicas that the controllers of some pods ask for; a pod without one asks for nothing."""
         owners = {

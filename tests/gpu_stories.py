@@ -269,7 +269,7 @@ def evictions_stay_within_the_budget(sandbox: Sandbox) -> None:
     story.apply(sandbox, story.make_profile(service), service)
     story.wait_ready(sandbox, "opt", 4)
     if not story.serves(sandbox, "policy/v1"):
-        said = story.condition(story.get(sandbox, "llm/opt"), "Available")["message"]
+        said = story.condition(story.get(sandbox, "llm/opt"), "Accepted")["message"]
         assert "doesn't serve policy/v1 (PodDisruptionBudget)" in said
         return
     story.wait_until(

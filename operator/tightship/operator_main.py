@@ -174,7 +174,7 @@ class Operator:
             while (served := await self._serves(name)) is None:
                 await self._clock.sleep(_RETRY_SECONDS)
             if not served:
-                log.warning("this cluster doesn't serve %s (%s): %s", KINDS[name].api_version, name, then)
+                log.info("this cluster doesn't serve %s (%s): %s", KINDS[name].api_version, name, then)
                 missing.append(name)
         return frozenset(missing)
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 
@@ -21,58 +20,6 @@ from tightship.manifests.replicas import set_name
 from tightship.manifests.service import replica_selector
 from tightship.profiler import metrics
 
-KEDA = "keda.sh/v1alpha1"
-NUMBER = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?$"}
-# Names and types of the fields that the sample uses, after KEDA's CustomResourceDefinition (kedacore/keda,
-# config/crd/bases/keda.sh_scaledobjects.yaml) and the parameters of its Prometheus scaler (keda.sh/docs/latest/scalers/prometheus).
-SCALED_OBJECT: dict[str, Any] = schemas.closed(
-    {
-        "required": ["apiVersion", "kind", "metadata", "spec"],
-        "properties": {
-            "apiVersion": {"const": KEDA},
-            "kind": {"const": "ScaledObject"},
-            "metadata": {"properties": {"name": {"type": "string"}, "namespace": {"type": "string"}}},
-            "spec": {
-                "required": ["scaleTargetRef", "triggers"],
-                "properties": {
-                    "scaleTargetRef": {
-                        "required": ["name"],
-                        "properties": {name: {"type": "string"} for name in ("apiVersion", "kind", "name")},
-                    },
-                    "minReplicaCount": {"type": "integer"},
-                    "maxReplicaCount": {"type": "integer"},
-                    "triggers": {
-                        "type": "array",
-                        "minItems": 1,
-                        "items": {
-                            "required": ["type", "metadata"],
-                            "properties": {
-                                "type": {"const": "prometheus"},
-                                "name": {"type": "string"},
-                                "metricType": {"enum": ["AverageValue", "Value"]},
-                                "metadata": {
-                                    "required": ["serverAddress", "query", "threshold"],
-                                    "properties": {
-                                        "serverAddress": {"type": "string", "pattern": "^https?://"},
-                                        "query": {"type": "string"},
-                                        "threshold": NUMBER,
-                                        "activationThreshold": NUMBER,
-                                    },
-                                },
-                            },
-                        },
-                    },
-                    # As an HPA has it: compared with the HPA of the other sample, which Kubernetes' schema checks.
-                    "advanced": {
-                        "properties": {
-                            "horizontalPodAutoscalerConfig": {"properties": {"behavior": {"type": "object"}}}
-                        }
-                    },
-                },
-            },
-        },
-    }
-)
 SAMPLES = Path(__file__).resolve().parents[2] / "docs" / "samples"
 FILES = sorted(SAMPLES.glob("*.yaml"))
 
@@ -84,10 +31,7 @@ def documents(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_sample_is_valid_and_has_no_field_that_the_schema_lacks(path: Path) -> None:
     for document in documents(path):
-        if document["apiVersion"] == KEDA:
-            jsonschema.validate(document, SCALED_OBJECT)
-        else:
-            schemas.check(document)
+        schemas.check(document)
         if document["kind"] == "LLMService":
             parse_service(document)
 

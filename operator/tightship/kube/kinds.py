@@ -56,6 +56,7 @@ _TABLE = (
     Kind("apps/v1", "StatefulSet", "statefulsets"),
     Kind("batch/v1", "Job", "jobs"),
     Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
+    Kind("inference.networking.k8s.io/v1", "InferencePool", "inferencepools"),
     Kind("rbac.authorization.k8s.io/v1", "Role", "roles"),
     Kind("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings"),
     Kind("coordination.k8s.io/v1", "Lease", "leases"),
@@ -65,14 +66,19 @@ KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _TABLE}
 
 WATCHED_OWN = ("LLMService", "BatchProfile", "GPUPack")
 WATCHED_BY_LABEL: Mapping[str, str] = {
-    **dict.fromkeys(("Pod", "StatefulSet", "Job", "Service", "PodDisruptionBudget"), labels.PART_OF_SELECTOR),
+    **dict.fromkeys(
+        ("Pod", "StatefulSet", "Job", "Service", "PodDisruptionBudget", "InferencePool"), labels.PART_OF_SELECTOR
+    ),
     "ConfigMap": labels.LENGTHS,
 }
 """Of the busy kinds only what carries a label is watched, by this selector: what we made, and ConfigMaps that hold lengths."""
 WATCHED = (*WATCHED_OWN, "Node", *WATCHED_BY_LABEL)
 """The kinds kept in the watch cache, as far as the server has them."""
 
-OPTIONAL: Mapping[str, str] = {"PodDisruptionBudget": "evictions of replicas are not limited"}
+OPTIONAL: Mapping[str, str] = {
+    "PodDisruptionBudget": "evictions of replicas are not limited",
+    "InferencePool": "requests find replicas by the Service alone",
+}
 """Kinds that a server may lack, each with what is so then."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tightship.api.v1alpha1 import conditions, labels
 from tightship.core.conditions import find
+from tightship.kube.kinds import OPTIONAL
 from tightship.kube.store import Object, Store, labels_of
 from tightship.reconcile.queue import PLACEMENT, Key
 from tightship.reconcile.verdict import is_settled
@@ -29,8 +30,8 @@ def keys_for(store: Store, kind: str, before: Object | None, after: Object | Non
         return _lengths(store, versions[-1])
     if kind == "Node":
         return _node(store, before, after, versions[-1]) if _node_matters(before, after) else set()
-    if kind == "PodDisruptionBudget" and before is not None and after is not None and _same_but_status(before, after):
-        return set()  # its controller counts pods in there, and their own news is enough
+    if kind in OPTIONAL and before is not None and after is not None and _same_but_status(before, after):
+        return set()  # others write there what they see of pods, and those tell us themselves
     keys = {key for obj in versions for key in _labelled(obj)}
     if kind == "Job" and (after is None or _finished(after)):
         keys |= _waiting(store)

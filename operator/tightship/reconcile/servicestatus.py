@@ -198,9 +198,19 @@ def _refused(view: View) -> Condition | None:
 
 
 def _valid(view: View) -> Condition:
-    return Condition(
-        names.ACCEPTED, "True", Reason.VALID, "the manifest is valid, and a GPU or CPU of its kind is in the cluster"
-    )
+    text = "the manifest is valid, and a GPU or CPU of its kind is in the cluster"
+    return Condition(names.ACCEPTED, "True", Reason.VALID, "; ".join([text, *_lacking(view)]))
+
+
+def _lacking(view: View) -> list[str]:
+    """What of the manifest this cluster has no kind for."""
+    service = view.verdict.service
+    pooled = service is not None and service.spec.routing.mode == "InferencePool"
+    return [
+        f"this cluster doesn't serve {KINDS[kind].api_version} ({kind}): {OPTIONAL[kind]}"
+        for kind in sorted(view.absent)
+        if pooled or kind != "InferencePool"
+    ]
 
 
 # Profiled
@@ -447,7 +457,7 @@ def _without_gain(decision: advisor.Recommendation) -> str:
 def _enough_serve(view: View) -> Condition | None:
     if view.ready < _least(view):
         return None
-    text = "; ".join([f"{view.ready} of {view.wanted or view.assigned} replicas serve", *_unprotected(view)])
+    text = f"{view.ready} of {view.wanted or view.assigned} replicas serve"
     return Condition(names.AVAILABLE, "True", Reason.MINIMUM_REPLICAS_READY, text)
 
 
@@ -457,15 +467,6 @@ def _least(view: View) -> int:
     if service is None:
         return max(1, view.assigned - 1)
     return service.spec.rollout.least_serving(view.wanted)
-
-
-def _unprotected(view: View) -> list[str]:
-    """What the cluster lacks to keep it so."""
-    return [
-        f"this cluster doesn't serve {KINDS[kind].api_version} ({kind}): {OPTIONAL[kind]}"
-        for kind in sorted(view.absent)
-        if view.wanted
-    ]
 
 
 def _too_few_serve(view: View) -> Condition:

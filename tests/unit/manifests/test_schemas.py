@@ -25,7 +25,7 @@ from tightship.kube.cluster import Cluster
 from tightship.kube.kinds import KINDS, Ref
 from tightship.kube.lease import Lease, LeaseTimes
 from tightship.kube.store import Store
-from tightship.manifests import budget, holder, packs, profile_job, replicas, service
+from tightship.manifests import budget, holder, packs, pool, profile_job, replicas, service
 from tightship.manifests.podparts import OperatorImage
 from tightship.reconcile.queue import Key
 
@@ -71,6 +71,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "everything given": {
         "template": EVERYTHING,
         "rollout": {"maxUnavailable": "25%"},
+        "routing": {
+            "mode": "InferencePool",
+            "endpointPicker": {"name": "epp", "port": 9003, "failureMode": "FailOpen"},
+        },
         "model": {"source": "hf://facebook/opt-1.3b", "revision": "main", "cache": {"pvc": "models"}},
         "workload": {"lengthsFrom": {"configMap": {"name": "chat", "key": "lengths.csv"}}},
         "profiling": {"budget": "10m", "rerun": "again"},
@@ -88,6 +92,9 @@ def made_from(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     llm = parse_service(obj)
     yield service.service_object(llm)
     yield budget.disruption_budget(llm)
+    pooled = pool.inference_pool(llm)
+    if pooled is not None:
+        yield pooled
     key = profile_key(llm.spec, "111,292\n")
     made = packs.batch_profile(llm, key)
     yield made
@@ -154,7 +161,7 @@ def test_no_kind_that_the_operator_writes_is_left_out() -> None:
 async def test_what_a_whole_story_leaves_in_the_cluster_is_valid(version: str) -> None:
     """From the manifest to packed replicas: events, statuses and conditions too."""
     world = World(profiling=True)
-    world.put(make_service())
+    world.put(make_service(routing={"mode": "InferencePool", "endpointPicker": {"name": "epp"}}))
     await world.settle()
     (profile,) = world.all("BatchProfile")
     world.report(profile["metadata"]["name"], measured(profile))

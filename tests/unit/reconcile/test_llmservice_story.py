@@ -298,7 +298,7 @@ async def test_a_changed_or_deleted_budget_is_put_right_and_stays_at_no_replicas
     assert condition(world, "Ready")[0] == "True"
 
 
-async def test_without_policy_v1_no_budget_is_made_and_available_says_so() -> None:
+async def test_without_policy_v1_no_budget_is_made_and_accepted_says_so() -> None:
     world = World()
     world.ctx.absent = frozenset({"PodDisruptionBudget"})
     world.api.lacks.add("policy/v1")
@@ -308,8 +308,51 @@ async def test_without_policy_v1_no_budget_is_made_and_available_says_so() -> No
     await world.run()
     assert condition(world, "Ready")[0] == "True"
     assert not world.all("PodDisruptionBudget")
-    assert "doesn't serve policy/v1 (PodDisruptionBudget)" in message(world, "Available")
+    assert "doesn't serve policy/v1 (PodDisruptionBudget)" in message(world, "Accepted")
     assert ("PATCH", "PodDisruptionBudget") not in world.api.requests
+
+
+POOLED = {"mode": "InferencePool", "endpointPicker": {"name": "opt-epp"}}
+
+
+async def test_a_pool_comes_and_goes_with_the_mode_and_the_service_stays() -> None:
+    world = await make_ready(routing=POOLED)
+    pool, front = world.get("InferencePool", NS, NAME), world.get("Service", NS, NAME)
+    assert pool["spec"] == {
+        "selector": {"matchLabels": front["spec"]["selector"]},
+        "targetPorts": [{"number": 8000}],
+        "endpointPickerRef": {"name": "opt-epp", "port": {"number": 9002}, "failureMode": "FailClose"},
+    }
+    world.change("LLMService", NS, NAME, lambda obj: obj["spec"].update(routing={"mode": "Service"}))
+    await world.run()
+    assert not world.all("InferencePool")
+    assert world.get("Service", NS, NAME)["spec"] == front["spec"]
+    assert condition(world, "Ready")[0] == "True"
+
+
+async def test_a_pool_that_is_not_ours_is_never_taken_nor_removed() -> None:
+    world = World()
+    theirs = {"apiVersion": "inference.networking.k8s.io/v1", "kind": "InferencePool", "spec": {"targetPorts": []}}
+    world.put(theirs | {"metadata": {"name": NAME, "namespace": NS, "labels": {labels.PART_OF: labels.PRODUCT}}})
+    world.put(make_service())
+    await world.settle()
+    assert condition(world, "Accepted") == ("True", "Valid")
+    world.change("LLMService", NS, NAME, lambda obj: obj["spec"].update(routing=POOLED))
+    await world.settle()
+    assert condition(world, "Accepted") == ("False", "NameConflict")
+    assert world.get("InferencePool", NS, NAME)["spec"] == theirs["spec"]
+
+
+@pytest.mark.parametrize(("routing", "told"), [(POOLED, True), ({"mode": "Service"}, False)])
+async def test_where_the_cluster_has_no_pools_those_who_asked_for_one_are_told(routing: Any, told: bool) -> None:
+    world = World()
+    world.ctx.absent = frozenset({"InferencePool"})
+    world.put(make_service(routing=routing))
+    await world.settle()
+    assert condition(world, "Accepted") == ("True", "Valid")
+    assert ("by the Service alone" in message(world, "Accepted")) == told
+    assert world.get("Service", NS, NAME)
+    assert not world.all("InferencePool")
 
 
 async def test_a_budget_that_is_not_ours_is_left_alone() -> None:

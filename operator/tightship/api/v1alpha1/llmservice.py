@@ -120,6 +120,38 @@ class ProfileRef(Model):
     name: Annotated[Name, Field(description="A BatchProfile of this namespace; its key must be this service's.")]
 
 
+class EndpointPicker(Model):
+    """The endpoint picker of an InferencePool: a Service of the namespace that a gateway asks where a request should go."""
+
+    name: Annotated[Name, Field(description="The picker's Service.")]
+    port: Annotated[int, Field(ge=1, le=65535, description="The port of that Service.")] = 9002
+    failure_mode: Annotated[
+        Literal["FailOpen", "FailClose"],
+        Field(description="What a gateway does while the picker is silent: choose by itself, or drop the request."),
+    ] = "FailClose"
+
+
+ROUTING_RULE = (
+    "!has(self.mode) || self.mode != 'InferencePool' || has(self.endpointPicker)",
+    "mode InferencePool needs endpointPicker: a gateway asks it where each request should go",
+)
+
+
+class RoutingSpec(Model):
+    """How requests find replicas."""
+
+    mode: Annotated[
+        Literal["Service", "InferencePool"],
+        Field(
+            description="Service: a ClusterIP, which spreads connections. InferencePool: beside it a pool of the Gateway API Inference "
+            "Extension, for gateways that choose by request; where the cluster has none, the Service alone, and Accepted says so."
+        ),
+    ] = "Service"
+    endpoint_picker: Annotated[
+        EndpointPicker | None, Field(description="With mode InferencePool: who chooses the replica of a request.")
+    ] = None
+
+
 SPREAD_RULE = (
     "self.accelerator.device != 'cpu' || !has(self.template) || !has(self.template.spec) || "
     "!has(self.template.spec.topologySpreadConstraints) || self.template.spec.topologySpreadConstraints.size() == 0",
@@ -149,6 +181,9 @@ class LLMServiceSpec(Model):
     replicas: Annotated[
         int, Field(ge=0, le=1000, description="How many replicas in all; `kubectl scale` writes it.")
     ] = 1
+    routing: Annotated[
+        RoutingSpec, Field(description="How requests find replicas.", json_schema_extra=validations(ROUTING_RULE))
+    ] = Field(default_factory=RoutingSpec)
     rollout: Annotated[RolloutSpec, Field(description="How much of it may be missing at a time.")] = Field(
         default_factory=RolloutSpec
     )

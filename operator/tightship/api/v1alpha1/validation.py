@@ -16,7 +16,13 @@ from pydantic import ValidationError
 from tightship.api import units
 from tightship.api.v1alpha1 import common
 from tightship.api.v1alpha1.batchprofile import KeyEngine, KeyModel, KeyWorkload, ProfileKey
-from tightship.api.v1alpha1.llmservice import MAX_NAME_LENGTH, SPREAD_RULE, LLMService, LLMServiceSpec
+from tightship.api.v1alpha1.llmservice import (
+    MAX_NAME_LENGTH,
+    ROUTING_RULE,
+    SPREAD_RULE,
+    LLMService,
+    LLMServiceSpec,
+)
 from tightship.api.v1alpha1.spec import (
     PARALLEL_ONE_PATTERN,
     PARALLEL_PATTERN,
@@ -80,6 +86,8 @@ def service_problems(service: LLMService) -> Iterator[str]:
     yield from _metadata_problems(spec.template.metadata)
     yield from _env_problems(spec.template.spec)
     yield from _spread_problems(spec)
+    if spec.routing.mode == "InferencePool" and spec.routing.endpoint_picker is None:
+        yield f"spec.routing: {ROUTING_RULE[1]}"
     yield from _number_problems(spec)
     metrics = [objective.metric for objective in spec.slo.objectives]
     for metric in sorted({metric for metric in metrics if metrics.count(metric) > 1}):

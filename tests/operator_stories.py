@@ -350,6 +350,78 @@ def a_budget_is_made_where_the_cluster_has_them(sandbox: Sandbox, log: Path) -> 
         sandbox.kubectl("delete", "llm,node", "--all", check=False)
 
 
+POOLS = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {
+        "name": "inferencepools.inference.networking.k8s.io",
+        # Kubernetes asks for it in groups of its own; the rest of the text is free.
+        "annotations": {"api-approved.kubernetes.io": "unapproved, for a test"},
+    },
+    "spec": {
+        "group": "inference.networking.k8s.io",
+        "names": {"kind": "InferencePool", "plural": "inferencepools", "singular": "inferencepool"},
+        "scope": "Namespaced",
+        "versions": [
+            {
+                "name": "v1",
+                "served": True,
+                "storage": True,
+                "subresources": {"status": {}},
+                "schema": {
+                    "openAPIV3Schema": {
+                        "type": "object",
+                        "properties": {
+                            "spec": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+                            "status": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+                        },
+                    }
+                },
+            }
+        ],
+    },
+}
+"""The kind as far as the operator meets it; what goes into it is validated elsewhere."""
+
+
+def a_pool_is_made_where_the_cluster_has_them(sandbox: Sandbox, log: Path) -> None:
+    """Asked of a cluster without the kind, the Service stands alone and it is said; with it, the pool comes and goes with the mode."""
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "bare", "labels": {NODE_GPU_PRODUCT: PRODUCT}}}
+    create(sandbox, node)
+    routing = {"mode": "InferencePool", "endpointPicker": {"name": "epp"}}
+    create(sandbox, make_service("routed", replicas=0, routing=routing))
+
+    def accepted() -> str:
+        found = get(sandbox, "llm", "routed").get("status", {}).get("conditions", [])
+        return next((each["message"] for each in found if each["type"] == "Accepted" and each["status"] == "True"), "")
+
+    def pools() -> list[Any]:
+        return list(get(sandbox, "inferencepools")["items"])
+
+    try:
+        with running(sandbox, log) as operator:
+            eventually(
+                lambda: "doesn't serve inference.networking.k8s.io/v1" in accepted(), lambda: operator.log[-3000:]
+            )
+            assert operator.stop() == 0
+        create(sandbox, POOLS)
+        sandbox.kubectl("wait", "crd/inferencepools.inference.networking.k8s.io", "--for=condition=Established")
+        with running(sandbox, log) as operator:
+            (pool,) = eventually(pools, lambda: operator.log[-3000:])
+            assert pool["spec"]["targetPorts"] == [{"number": 8000}]
+            assert pool["metadata"]["ownerReferences"][0]["name"] == "routed"
+            eventually(lambda: "inference.networking" not in accepted() and accepted(), accepted)
+            sandbox.kubectl(
+                "patch", "llm", "routed", "--type=merge", "-p", '{"spec": {"routing": {"mode": "Service"}}}'
+            )
+            eventually(lambda: not pools(), lambda: operator.log[-3000:])
+            assert get(sandbox, "svc", "routed")["spec"]["selector"]
+            assert operator.stop() == 0
+    finally:
+        sandbox.kubectl("delete", "llm,node", "--all", check=False)
+        sandbox.kubectl("delete", "crd", "inferencepools.inference.networking.k8s.io", check=False)
+
+
 def a_namespace_goes_away_with_everything_in_it(sandbox: Sandbox, log: Path) -> None:
     with running(sandbox, log) as operator:
         until_at_rest(operator)
@@ -394,6 +466,7 @@ STORIES = (
     lengths_are_read_from_a_config_map_with_the_label,
     the_scale_subresource_is_read_and_written,
     a_budget_is_made_where_the_cluster_has_them,
+    a_pool_is_made_where_the_cluster_has_them,
     a_namespace_goes_away_with_everything_in_it,
     it_waits_for_its_kinds_and_says_so,
 )

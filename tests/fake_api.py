@@ -65,6 +65,7 @@ class FakeApi:
     """The transport and the server behind it. `requests` counts (method, kind); `broken` makes it unreachable.
 
     `refuse` maps (method, kind) to a Status that is answered instead. A dry run counts as "DRYRUN", and stores nothing.
+    `lacks` are API versions that it doesn't serve.
     """
 
     def __init__(self) -> None:
@@ -73,6 +74,7 @@ class FakeApi:
         self.broken = False
         self.refuse: dict[tuple[str, str], dict[str, Any]] = {}
         self.queries: list[Mapping[str, str]] = []
+        self.lacks: set[str] = set()
         self._version = 100
         self._uid = 0
 
@@ -117,6 +119,10 @@ class FakeApi:
     def _get(self, path: str, query: Mapping[str, str], body: Any, content_type: str) -> tuple[int, dict[str, Any]]:
         if path in self.objects:
             return 200, self.objects[path]
+        version = path.partition("/api")[2].removeprefix("s").lstrip("/")
+        served = [{"name": kind.plural} for kind in KINDS.values() if kind.api_version == version]
+        if served and version not in self.lacks:
+            return 200, {"kind": "APIResourceList", "resources": served}
         if path.rsplit("/", 1)[-1] not in {kind.plural for kind in KINDS.values()}:
             return _failure(404, "NotFound", f"{path} not found")
         plural = path.rsplit("/", 1)[-1]

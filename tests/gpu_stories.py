@@ -263,6 +263,54 @@ def restart(sandbox: Sandbox) -> None:
 
 
 @told
+def evictions_stay_within_the_budget(sandbox: Sandbox) -> None:
+    """Of four replicas evictions get one at a time, and the service stays available; where there are no budgets, it says so."""
+    service = story.make_service()
+    story.apply(sandbox, story.make_profile(service), service)
+    story.wait_ready(sandbox, "opt", 4)
+    if not story.serves(sandbox, "policy/v1"):
+        said = story.condition(story.get(sandbox, "llm/opt"), "Accepted")["message"]
+        assert "doesn't serve policy/v1 (PodDisruptionBudget)" in said
+        return
+    story.wait_until(
+        sandbox,
+        "one disruption is allowed",
+        lambda: story.get(sandbox, "pdb/opt").get("status", {}).get("disruptionsAllowed") == 1,
+    )
+    assert re.search(r"^opt\s+N/A\s+1\s+1\s", sandbox.kubectl("get", "pdb"), re.MULTILINE)
+    first, second = story.replica_pods(sandbox, "opt")[:2]
+    assert "TooManyRequests" not in evict(sandbox, first)
+    assert "disruption budget" in evict(sandbox, second)
+    story.wait_until(
+        sandbox,
+        "the evicted replica is seen to be missing",
+        lambda: ready_replicas(sandbox) < 4 or gone(sandbox, first),
+    )
+    assert story.condition(story.get(sandbox, "llm/opt"), "Available")["status"] == "True"
+    story.wait_ready(sandbox, "opt", 4)
+    assert second["metadata"]["uid"] in {pod["metadata"]["uid"] for pod in story.replica_pods(sandbox, "opt")}
+    sandbox.kubectl("delete", "llm/opt")
+    story.wait_until(sandbox, "the budget goes with its service", lambda: not story.get(sandbox, "pdb/opt"))
+
+
+def evict(sandbox: Sandbox, pod: dict[str, Any]) -> str:
+    """Ask for a pod's eviction, as a drain does; the answer."""
+    metadata = {name: pod["metadata"][name] for name in ("name", "namespace")}
+    body = json.dumps({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata})
+    path = f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}/eviction"
+    return sandbox.kubectl("create", "--raw", path, "-f", "-", stdin=body, check=False)
+
+
+def ready_replicas(sandbox: Sandbox) -> int:
+    return int(story.get(sandbox, "llm/opt")["status"]["readyReplicas"])
+
+
+def gone(sandbox: Sandbox, pod: dict[str, Any]) -> bool:
+    """Whether that very pod is there no more."""
+    return pod["metadata"]["uid"] not in {each["metadata"]["uid"] for each in story.replica_pods(sandbox, "opt")}
+
+
+@told
 def a_settled_cluster_is_left_alone(sandbox: Sandbox) -> None:
     """Nothing changes, so nothing is written: resource versions stand still, and nothing differs after an operator's restart."""
     service = story.make_service(replicas=2)
@@ -278,7 +326,7 @@ def a_settled_cluster_is_left_alone(sandbox: Sandbox) -> None:
                     key: value for key, value in obj["metadata"].items() if key not in ("managedFields", *left_out)
                 },
             }
-            for kind in ("llm", "bprof", "gpack", "sts", "svc", "pods")
+            for kind in ("llm", "bprof", "gpack", "sts", "svc", "pdb", "pods")
             for obj in story.items(sandbox, kind)
         }
 

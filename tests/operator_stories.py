@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from story import make_profile, make_service
+from story import PRODUCT, make_profile, make_service, serves
+from tightship.api.v1alpha1.labels import NODE_GPU_PRODUCT
 from tightship.sandbox.cluster import Sandbox
 
 T = TypeVar("T")
@@ -264,6 +265,163 @@ def lengths_are_read_from_a_config_map_with_the_label(sandbox: Sandbox, log: Pat
         assert operator.stop() == 0
 
 
+SCALE = "/apis/tightship.dev/v1alpha1/namespaces/default/llmservices/scaled/scale"
+
+
+def the_scale_subresource_is_read_and_written(sandbox: Sandbox, log: Path) -> None:
+    """What an autoscaler does: GET, then PUT, of `/scale`; `kubectl scale` patches the same."""
+    with running(sandbox, log) as operator:
+        until_at_rest(operator)
+        create(sandbox, make_service("scaled", replicas=2))
+
+        def scale() -> Any:
+            return json.loads(sandbox.kubectl("get", "--raw", SCALE))
+
+        found = eventually(lambda: scale() if scale()["status"].get("selector") else None, lambda: operator.log[-3000:])
+        assert (found["kind"], found["apiVersion"], found["spec"]) == ("Scale", "autoscaling/v1", {"replicas": 2})
+        assert found["status"]["replicas"] == 0
+        assert "app.kubernetes.io/component=replica" in found["status"]["selector"].split(",")
+
+        found["spec"]["replicas"] = 5
+        answer = json.loads(sandbox.kubectl("replace", "--raw", SCALE, "-f", "-", stdin=json.dumps(found)))
+        assert answer["spec"] == {"replicas": 5}
+        assert get(sandbox, "llm", "scaled")["spec"]["replicas"] == 5
+        stale = sandbox.kubectl("replace", "--raw", SCALE, "-f", "-", stdin=json.dumps(found), check=False)
+        assert "the object has been modified" in stale, "an autoscaler that looked too early starts over"
+        sandbox.kubectl("scale", "llm/scaled", "--replicas=3", "--current-replicas=5")
+        assert scale()["spec"] == {"replicas": 3}
+        generation = get(sandbox, "llm", "scaled")["metadata"]["generation"]
+        eventually(
+            lambda: get(sandbox, "llm", "scaled")["status"].get("observedGeneration") == generation,
+            lambda: operator.log[-3000:],
+        )
+        sandbox.kubectl("delete", "llm/scaled")
+        assert operator.stop() == 0
+
+
+def a_budget_is_made_where_the_cluster_has_them(sandbox: Sandbox, log: Path) -> None:
+    """Made, followed, mended, left alone when it isn't ours, and gone with its service; where policy/v1 is absent it is said."""
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "bare", "labels": {NODE_GPU_PRODUCT: PRODUCT}}}
+    create(sandbox, node)
+    try:
+        with running(sandbox, log) as operator:
+            until_at_rest(operator)
+            create(sandbox, make_service("kept", replicas=4))
+
+            def accepted(name: str) -> tuple[str, str]:
+                found = get(sandbox, "llm", name).get("status", {}).get("conditions", [])
+                return next(
+                    ((each["status"], each["reason"]) for each in found if each["type"] == "Accepted"), ("", "")
+                )
+
+            def why() -> str:
+                return sandbox.kubectl("get", "llm,pdb", "-o", "yaml", check=False)[-3000:] + operator.log[-3000:]
+
+            eventually(lambda: accepted("kept") == ("True", "Valid"), why)
+            if not serves(sandbox, "policy/v1"):
+                assert "doesn't serve policy/v1 (PodDisruptionBudget)" in operator.log
+                assert operator.metric("api_requests", kind="PodDisruptionBudget", code="404") == 1, (
+                    "asked once, no more"
+                )
+                assert operator.stop() == 0
+                return
+
+            def allowed() -> Any:
+                return (
+                    json.loads(sandbox.kubectl("get", "pdb", "kept", "-o", "json", "--ignore-not-found") or "{}")
+                    .get("spec", {})
+                    .get("maxUnavailable")
+                )
+
+            eventually(lambda: allowed() == 1, why)
+            sandbox.kubectl(
+                "patch", "llm", "kept", "--type=merge", "-p", '{"spec": {"rollout": {"maxUnavailable": "50%"}}}'
+            )
+            eventually(lambda: allowed() == "50%", why)
+            sandbox.kubectl("delete", "pdb", "kept")
+            eventually(lambda: allowed() == "50%", why)
+            sandbox.kubectl("create", "poddisruptionbudget", "taken", "--min-available=1", "--selector=app=x")
+            create(sandbox, make_service("taken", replicas=0))
+            eventually(lambda: accepted("taken") == ("False", "NameConflict"), why)
+            sandbox.kubectl("delete", "llm/kept", "llm/taken", "pdb/taken")
+            eventually(lambda: allowed() is None, why)
+            assert operator.stop() == 0
+    finally:
+        sandbox.kubectl("delete", "llm,node", "--all", check=False)
+
+
+POOLS = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {
+        "name": "inferencepools.inference.networking.k8s.io",
+        # Kubernetes asks for it in groups of its own; the rest of the text is free.
+        "annotations": {"api-approved.kubernetes.io": "unapproved, for a test"},
+    },
+    "spec": {
+        "group": "inference.networking.k8s.io",
+        "names": {"kind": "InferencePool", "plural": "inferencepools", "singular": "inferencepool"},
+        "scope": "Namespaced",
+        "versions": [
+            {
+                "name": "v1",
+                "served": True,
+                "storage": True,
+                "subresources": {"status": {}},
+                "schema": {
+                    "openAPIV3Schema": {
+                        "type": "object",
+                        "properties": {
+                            "spec": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+                            "status": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+                        },
+                    }
+                },
+            }
+        ],
+    },
+}
+"""The kind as far as the operator meets it; what goes into it is validated elsewhere."""
+
+
+def a_pool_is_made_where_the_cluster_has_them(sandbox: Sandbox, log: Path) -> None:
+    """Asked of a cluster without the kind, the Service stands alone and it is said; with it, the pool comes and goes with the mode."""
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "bare", "labels": {NODE_GPU_PRODUCT: PRODUCT}}}
+    create(sandbox, node)
+    routing = {"mode": "InferencePool", "endpointPicker": {"name": "epp"}}
+    create(sandbox, make_service("routed", replicas=0, routing=routing))
+
+    def accepted() -> str:
+        found = get(sandbox, "llm", "routed").get("status", {}).get("conditions", [])
+        return next((each["message"] for each in found if each["type"] == "Accepted" and each["status"] == "True"), "")
+
+    def pools() -> list[Any]:
+        return list(get(sandbox, "inferencepools")["items"])
+
+    try:
+        with running(sandbox, log) as operator:
+            eventually(
+                lambda: "doesn't serve inference.networking.k8s.io/v1" in accepted(), lambda: operator.log[-3000:]
+            )
+            assert operator.stop() == 0
+        create(sandbox, POOLS)
+        sandbox.kubectl("wait", "crd/inferencepools.inference.networking.k8s.io", "--for=condition=Established")
+        with running(sandbox, log) as operator:
+            (pool,) = eventually(pools, lambda: operator.log[-3000:])
+            assert pool["spec"]["targetPorts"] == [{"number": 8000}]
+            assert pool["metadata"]["ownerReferences"][0]["name"] == "routed"
+            eventually(lambda: "inference.networking" not in accepted() and accepted(), accepted)
+            sandbox.kubectl(
+                "patch", "llm", "routed", "--type=merge", "-p", '{"spec": {"routing": {"mode": "Service"}}}'
+            )
+            eventually(lambda: not pools(), lambda: operator.log[-3000:])
+            assert get(sandbox, "svc", "routed")["spec"]["selector"]
+            assert operator.stop() == 0
+    finally:
+        sandbox.kubectl("delete", "llm,node", "--all", check=False)
+        sandbox.kubectl("delete", "crd", "inferencepools.inference.networking.k8s.io", check=False)
+
+
 def a_namespace_goes_away_with_everything_in_it(sandbox: Sandbox, log: Path) -> None:
     with running(sandbox, log) as operator:
         until_at_rest(operator)
@@ -306,6 +464,9 @@ STORIES = (
     losing_the_lease_ends_the_process,
     a_job_that_is_not_ours_is_left_alone,
     lengths_are_read_from_a_config_map_with_the_label,
+    the_scale_subresource_is_read_and_written,
+    a_budget_is_made_where_the_cluster_has_them,
+    a_pool_is_made_where_the_cluster_has_them,
     a_namespace_goes_away_with_everything_in_it,
     it_waits_for_its_kinds_and_says_so,
 )

@@ -146,6 +146,11 @@ def condition(obj: Mapping[str, Any], kind: str) -> dict[str, str]:
     )
 
 
+def serves(sandbox: Sandbox, version: str) -> bool:
+    """Whether the cluster serves an API version, such as policy/v1."""
+    return version in sandbox.kubectl("api-versions").split()
+
+
 def wait_until(sandbox: Sandbox, what: str, holds: Callable[[], object], seconds: float = 60) -> None:
     """Poll until `holds()` is true; past `seconds` fail with what a user would look at."""
     deadline = time.monotonic() + seconds

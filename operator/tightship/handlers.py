@@ -7,7 +7,7 @@ is done is up to the work queue.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import kopf
@@ -20,8 +20,10 @@ from tightship.kube.transport import authorization
 Feed = Callable[[str | None, dict[str, Any]], None]
 
 
-def register(registry: kopf.OperatorRegistry, configuration: Configuration, feed: Feed) -> None:
-    """Register the login with `configuration` and one event handler for each watched kind, all leading to `feed`."""
+def register(
+    registry: kopf.OperatorRegistry, configuration: Configuration, feed: Feed, kinds: Iterable[str] = WATCHED
+) -> None:
+    """Register the login with `configuration` and one event handler for each of `kinds`, all leading to `feed`."""
 
     async def login(**_: Any) -> kopf.ConnectionInfo:
         return await connection(configuration)
@@ -30,7 +32,7 @@ def register(registry: kopf.OperatorRegistry, configuration: Configuration, feed
         feed(event["type"], event["object"])
 
     kopf.on.login(registry=registry, id="login")(login)
-    for name in WATCHED:
+    for name in kinds:
         kind = KINDS[name]
         selector: dict[str, Any] = {"group": kind.group, "version": kind.version, "plural": kind.plural}
         kopf.on.event(registry=registry, id=f"observe-{kind.plural}", **selector)(observed)

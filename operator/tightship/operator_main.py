@@ -1,9 +1,10 @@
 """`tightship run`: the composition root of the operator, and its life from start to stop.
 
 The order matters and is the whole of the module: first somebody to ask (telemetry), then a cluster that serves our kinds,
-then the lease, then everything there is (one listing), then workers and watches together. What must always hold: nothing is
-written before the lease is held; losing the lease stops the workers at once and ends the process; a clean stop finishes
-what is begun, lets the lease go, and leaves nothing behind that the next start would have to wait for.
+then the lease, then which of the kinds it lacks that it may lack, then everything there is (one listing), then workers and
+watches together. What must always hold: nothing is written before the lease is held; losing the lease stops the workers at
+once and ends the process; a clean stop finishes what is begun, lets the lease go, and leaves nothing behind that the next
+start would have to wait for.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tightship.kube.clock import Clock, SystemClock
 from tightship.kube.cluster import Cluster
 from tightship.kube.errors import Forbidden, KubeError, NoCluster, NotFound
 from tightship.kube.events import Events
-from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL, WATCHED_OWN, Ref
+from tightship.kube.kinds import KINDS, OPTIONAL, WATCHED, WATCHED_BY_LABEL, WATCHED_OWN, Ref
 from tightship.kube.lease import Lease, LeaseLost, LeaseTimes
 from tightship.kube.store import Object, Store
 from tightship.kube.transport import HTTPTransport, load_configuration
@@ -138,6 +139,7 @@ class Operator:
         await self._await_cluster()
         if lease is not None:
             await lease.acquire()
+        self.context.absent = await self._absent()
         self.metrics.leading(True)
         self.health.waiting = "reading the cluster"
 
@@ -164,6 +166,30 @@ class Operator:
         except KubeError as error:
             return str(error)
         return None
+
+    async def _absent(self) -> frozenset[str]:
+        """The optional kinds that this cluster lacks, each told once. Asked after the lease: a standby may have waited for long."""
+        missing = []
+        for name, then in OPTIONAL.items():
+            while (served := await self._serves(name)) is None:
+                await self._clock.sleep(_RETRY_SECONDS)
+            if not served:
+                log.info("this cluster doesn't serve %s (%s): %s", KINDS[name].api_version, name, then)
+                missing.append(name)
+        return frozenset(missing)
+
+    async def _serves(self, name: str) -> bool | None:
+        """Whether the cluster has a kind; None while it can't be asked."""
+        try:
+            return await self.cluster.serves(name)
+        except KubeError as error:
+            self.health.waiting = str(error)
+            log.warning("waiting: %s", error)
+            return None
+
+    @property
+    def _watched(self) -> tuple[str, ...]:
+        return tuple(name for name in WATCHED if name not in self.context.absent)
 
     async def _work(self, lease: Lease | None, stop: asyncio.Event) -> int:
         """Run workers, watches, resync and the lease together until one ends or `stop` is set."""
@@ -219,7 +245,7 @@ class Operator:
 
     async def _watch(self, kopf_stop: asyncio.Event, stop: asyncio.Event) -> None:
         registry = kopf.OperatorRegistry()
-        handlers.register(registry, self._configuration, self._feed)
+        handlers.register(registry, self._configuration, self._feed, self._watched)
         ready = asyncio.Event()
         restore = asyncio.create_task(_signals_after(ready, stop))
         try:
@@ -260,10 +286,10 @@ class Operator:
     async def _resync(self) -> None:
         # What vanished between our first listing and the beginning of kopf's watches is told by nobody.
         await self._clock.sleep(_SETTLE_SECONDS)
-        await self._list(WATCHED)
+        await self._list(self._watched)
         while True:
             await self._clock.sleep(self._options.settings.resync * self._rng.uniform(0.9, 1.0))
-            await self._list(WATCHED)
+            await self._list(self._watched)
             spread = min(30.0, self._options.settings.resync / 10)
             for kind in WATCHED_OWN:
                 for obj in self.store.list(kind):
@@ -274,7 +300,7 @@ class Operator:
 
     async def _read_everything(self) -> None:
         """List every watched kind before anybody acts: on half a picture a reconciler would make what is there already."""
-        unread = list(WATCHED)
+        unread = list(self._watched)
         while unread := await self._list(unread):
             self.health.waiting = f"can't read {', '.join(unread)}"
             await self._clock.sleep(_RETRY_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -370,3 +371,40 @@ async def test_eviction_respects_a_budget(world: World) -> None:
     await world.client.good("DELETE", f"{budgets}/b")
     code, _ = await world.client("POST", f"{PODS}/s-0/eviction", eviction)
     assert code == 201
+
+
+async def test_max_unavailable_counts_what_controllers_ask_for(world: World) -> None:
+    """Of 3 replicas that are asked for one may go; two evictions at the same moment don't both pass."""
+    budgets = "/apis/policy/v1/namespaces/default/poddisruptionbudgets"
+    spec = {"maxUnavailable": "20%", "selector": {"matchLabels": {"app": "s"}}}
+    await world.client.good("POST", budgets, {"metadata": {"name": "b"}, "spec": spec})
+    await world.client.good("POST", SETS, make_set("s", 3))
+
+    def counted() -> tuple[Any, ...]:
+        names = ("expectedPods", "desiredHealthy", "currentHealthy", "disruptionsAllowed")
+        status = world.get("policy", "poddisruptionbudgets", "b").get("status", {})
+        return tuple(status.get(name) for name in names)
+
+    await eventually(lambda: counted() == (3, 2, 3, 1))
+    world.kubelets.hold |= {"s-0", "s-1"}  # who goes takes its time
+    evictions = [
+        world.client("POST", f"{PODS}/{name}/eviction", {"metadata": {"name": name}}) for name in ("s-0", "s-1")
+    ]
+    assert sorted(code for code, _ in await asyncio.gather(*evictions)) == [201, 429]
+    await eventually(lambda: counted() == (3, 2, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"minAvailable": 1, "maxUnavailable": 1}, "spec"),
+        ({"maxUnavailable": -1}, "spec.maxUnavailable"),
+        ({"maxUnavailable": "1"}, "spec.maxUnavailable"),
+        ({"minAvailable": "101%"}, "spec.minAvailable"),
+    ],
+)
+async def test_a_budget_that_says_nothing_is_refused(world: World, spec: dict[str, Any], field: str) -> None:
+    budgets = "/apis/policy/v1/namespaces/default/poddisruptionbudgets"
+    body = {"metadata": {"name": "b"}, "spec": {**spec, "selector": {"matchLabels": {"app": "s"}}}}
+    code, answer = await world.client("POST", budgets, body)
+    assert (code, answer["details"]["causes"][0]["field"]) == (422, field)

@@ -115,6 +115,20 @@ async def test_tables(run: Kubectl) -> None:
     assert "pod/s-1" in everything
 
 
+async def test_disruption_budgets(run: Kubectl) -> None:
+    await run("create", "poddisruptionbudget", "s", "--max-unavailable=25%", "--selector=app=s")
+    await run("apply", "-f", "-", stdin=make_set("s", 3))
+    await run("wait", "pdb/s", "--for=jsonpath={.status.disruptionsAllowed}=1", "--timeout=10s")
+    assert re.search(r"^s\s+N/A\s+25%\s+1\s+\d+s", await run("get", "pdb"), re.M)
+    described = await run("describe", "pdb", "s")
+    assert re.search(r"Desired:\s+2\n", described)
+    assert re.search(r"Total:\s+3\n", described)
+    assert "maxUnavailable" in await run("explain", "pdb.spec")
+    code, refused = await run.run("create", "pdb", "none", "--max-unavailable=101%", "--selector=app=s")
+    assert code == 1
+    assert "must not be greater than 100%" in refused
+
+
 async def test_labels_select(run: Kubectl) -> None:
     for name in ("a", "b"):
         await run("apply", "-f", "-", stdin=make_widget(name))

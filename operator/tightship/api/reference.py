@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tightship.api.v1alpha1.common import PERCENTAGE_PATTERN
+
 INTRODUCTION = """# API reference
 
 Generated from the models under `operator/tightship/api` by `make crds`. `kubectl explain llm.spec` prints the same.
@@ -43,7 +45,7 @@ def _rows(schema: Mapping[str, Any], path: str) -> Iterator[str]:
 
 def _type(field: Mapping[str, Any]) -> str:
     if field.get("x-kubernetes-int-or-string"):
-        return "quantity"
+        return "integer or percentage" if field.get("pattern") == PERCENTAGE_PATTERN else "quantity"
     if field.get("type") == "array":
         return f"list of {_type(field['items'])}"
     if "enum" in field:

@@ -218,6 +218,16 @@ class Cluster:
                 return Listing(items, str(metadata.get("resourceVersion", "")))
             query["continue"] = metadata["continue"]
 
+    async def serves(self, kind: str) -> bool:
+        """Whether the server has a kind at all, in the version that we use, by its discovery document."""
+        resource = KINDS[kind]
+        root = "/apis/" if resource.group else "/api/"
+        try:
+            found = await self._send("get", Ref(kind, "", ""), root + resource.api_version)
+        except NotFound:
+            return False
+        return any(each.get("name") == resource.plural for each in found.get("resources") or ())
+
     async def close(self) -> None:
         """Let go of connections."""
         await self._transport.close()

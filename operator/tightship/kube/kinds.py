@@ -1,7 +1,7 @@
 """The kinds the operator reads and writes, and where the API serves them.
 
 A table instead of discovery: the operator touches a fixed set of kinds, its RBAC names the same set, and a start that
-needs no discovery is fast and fails for clear reasons.
+needs no discovery is fast and fails for clear reasons. Only for `OPTIONAL` kinds is the server asked at the start.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ _TABLE = (
     Kind("v1", "Event", "events"),
     Kind("apps/v1", "StatefulSet", "statefulsets"),
     Kind("batch/v1", "Job", "jobs"),
+    Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
+    Kind("inference.networking.k8s.io/v1", "InferencePool", "inferencepools"),
     Kind("rbac.authorization.k8s.io/v1", "Role", "roles"),
     Kind("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings"),
     Kind("coordination.k8s.io/v1", "Lease", "leases"),
@@ -64,12 +66,20 @@ KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _TABLE}
 
 WATCHED_OWN = ("LLMService", "BatchProfile", "GPUPack")
 WATCHED_BY_LABEL: Mapping[str, str] = {
-    **dict.fromkeys(("Pod", "StatefulSet", "Job", "Service"), labels.PART_OF_SELECTOR),
+    **dict.fromkeys(
+        ("Pod", "StatefulSet", "Job", "Service", "PodDisruptionBudget", "InferencePool"), labels.PART_OF_SELECTOR
+    ),
     "ConfigMap": labels.LENGTHS,
 }
 """Of the busy kinds only what carries a label is watched, by this selector: what we made, and ConfigMaps that hold lengths."""
 WATCHED = (*WATCHED_OWN, "Node", *WATCHED_BY_LABEL)
-"""The kinds kept in the watch cache."""
+"""The kinds kept in the watch cache, as far as the server has them."""
+
+OPTIONAL: Mapping[str, str] = {
+    "PodDisruptionBudget": "evictions of replicas are not limited",
+    "InferencePool": "requests find replicas by the Service alone",
+}
+"""Kinds that a server may lack, each with what is so then."""
 
 
 @dataclass(frozen=True)

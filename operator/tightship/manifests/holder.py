@@ -7,6 +7,8 @@ through MPS without requesting it. What must always hold:
 - the daemon runs as the replicas' user, else MPS refuses them;
 - the holder outlives its replicas: its grace period is longer than theirs, and it keeps `holder.lock` while its daemon lives;
 - a holder that is made anew goes to the node the pack is on, because a pack never moves;
+- topology spread constraints are the holders', since replicas have no choice of node, and count the holders of one service; a
+  holder that is made anew has none, for its place was chosen before, and must not be refused because others have moved;
 - its API token may read and annotate its own pod and nothing else.
 """
 
@@ -26,6 +28,7 @@ SAFE_TO_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict"
 MPS_CONTAINER = "mps"
 WATCH_CONTAINER = "watch"
 PREPARE_CONTAINER = "prepare"
+_OPENER = (labels.SERVICE, labels.SERVICE_NAMESPACE)
 
 
 def holder_name(pack: GPUPack) -> str:
@@ -87,6 +90,9 @@ def holder_pod(
         "containers": [_mps_container(pack, image), _watch_container(pack, image)],
         "volumes": [*packdir.volumes(pack, create=True), token_volume()],
     }
+    if template.topology_spread_constraints and node is None:
+        matching = {"labelSelector": {"matchLabels": _family(pack)}}
+        spec["topologySpreadConstraints"] = [each.to_dict() | matching for each in template.topology_spread_constraints]
     if template.priority_class_name:
         spec["priorityClassName"] = template.priority_class_name
     if template.runtime_class_name:
@@ -105,14 +111,14 @@ def without_account(pod: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(pack: GPUPack, namespace: str, annotations: dict[str, str] | None = None) -> dict[str, Any]:
-    extra = {labels.PACK: pack.metadata.name}
-    return owned_metadata(
-        holder_name(pack),
-        namespace,
-        labels.common(pack.metadata.name, labels.COMPONENT_HOLDER, extra),
-        pack,
-        annotations,
-    )
+    made = labels.common(pack.metadata.name, labels.COMPONENT_HOLDER, {labels.PACK: pack.metadata.name})
+    return owned_metadata(holder_name(pack), namespace, made | _family(pack), pack, annotations)
+
+
+def _family(pack: GPUPack) -> dict[str, str]:
+    """Labels that the holders of all packs have which one service opened, and no other pod of their namespace."""
+    opener = {name: pack.metadata.labels[name] for name in _OPENER if name in pack.metadata.labels}
+    return {labels.COMPONENT: labels.COMPONENT_HOLDER, **opener}
 
 
 def _container(

@@ -44,6 +44,7 @@ class Context:
     """The ports of one operator process.
 
     `starting` is held while a profiling Job is started, so that two profiles don't take the last free slot together.
+    `absent` are the kinds of `OPTIONAL` that the cluster doesn't serve: objects of theirs are not made.
     """
 
     cluster: Cluster
@@ -54,6 +55,7 @@ class Context:
     metrics: Metrics
     events: Events
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    absent: frozenset[str] = frozenset()
 
     async def report(self, obj: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
         """Write `status` (all of it that the operator owns) of `obj` once, then emit events for what turned.

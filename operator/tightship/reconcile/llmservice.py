@@ -2,7 +2,8 @@
 
     gather   the service, its verdict (validity, profile, decision), packs, pods, and what the planner would do
     decide   the chains of checks in `servicestatus`
-    apply    the Service, then the BatchProfile: nothing is measured for a manifest that could not be served
+    apply    the Service, its PodDisruptionBudget and InferencePool, then the BatchProfile: nothing is measured for what could
+             not be served
     report   one status write
 
 Placement is not done here. This only asks for a pass when the planner would change something, and says with numbers what found no
@@ -27,11 +28,14 @@ from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service
 from tightship.core import placement
 from tightship.core.placement import Devices, ServiceRef, Shortfall
-from tightship.kube.errors import AlreadyExists, Conflict, Forbidden, Invalid, NameConflict, OutlivedOwner
+from tightship.kube.cluster import controller_of
+from tightship.kube.errors import AlreadyExists, Conflict, Forbidden, Invalid, NameConflict, NotFound, OutlivedOwner
 from tightship.kube.kinds import Ref
 from tightship.kube.store import Object, Store, labels_of
 from tightship.manifests import packs as pack_manifests
 from tightship.manifests import service as service_manifests
+from tightship.manifests.budget import disruption_budget
+from tightship.manifests.pool import inference_pool
 from tightship.reconcile import extension, servicestatus, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.lengths import key_of, measurable
@@ -93,25 +97,47 @@ def gather(ctx: Context, obj: Object, refusals: Refusals = (), shortfall: Shortf
         packs=tuple(sorted(mine, key=lambda pack: (placement.ordinal_of(pack.metadata.name), pack.metadata.name))),
         pods=tuple(pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA),
         shortfall=shortfall,
+        absent=ctx.absent,
         approved=verdict.service is not None and snapshot.approved(verdict.service, verdict, packs),
     )
 
 
 async def _apply(ctx: Context, view: View) -> Refusals:
-    """The Service, then the profile. Returns what stands in the way of serving at all."""
+    """The service's own objects, then the profile. Returns what stands in the way of serving at all."""
     verdict = view.verdict
     if servicestatus.first(view, servicestatus.ACCEPTED).status != "True" or verdict.service is None:
         return ()
-    try:
-        await ctx.cluster.apply(service_manifests.service_object(verdict.service))
-    except NameConflict as error:
-        return (Refusal(Reason.NAME_CONFLICT, str(error)),)
-    except (Invalid, Forbidden) as error:
-        return (Refusal(Reason.INVALID_SPEC, f"the Service was refused: {error}"),)
-    except (OutlivedOwner, Conflict) as error:
-        log.info("%s: %s", verdict.service.metadata.name, error)
-        return (Refusal(Reason.NOT_YET_KNOWN, f"the Service could not be written yet: {error}", passing=True),)
+    service = verdict.service
+    pool = inference_pool(service)
+    for made in (service_manifests.service_object(service), disruption_budget(service), *([pool] if pool else [])):
+        if made["kind"] not in ctx.absent and (refusal := await _write(ctx, made)) is not None:
+            return (refusal,)
+    if pool is None:
+        await _remove_pool(ctx, service)
     return await _profile(ctx, verdict)
+
+
+async def _remove_pool(ctx: Context, service: LLMService) -> None:
+    """The pool that an earlier manifest asked for goes; one that isn't ours stays."""
+    there = ctx.store.get("InferencePool", service.metadata.namespace or "", service.metadata.name)
+    owner = controller_of(there) if there is not None else None
+    if there is not None and owner is not None and owner["uid"] == service.metadata.uid:
+        await ctx.cluster.delete(Ref.of(there), uid=there["metadata"]["uid"])
+
+
+async def _write(ctx: Context, made: Object) -> Refusal | None:
+    """Apply one object of a service; what came in the way, if anything did."""
+    kind = made["kind"]
+    try:
+        await ctx.cluster.apply(made)
+    except NameConflict as error:
+        return Refusal(Reason.NAME_CONFLICT, str(error))
+    except (Invalid, Forbidden) as error:
+        return Refusal(Reason.INVALID_SPEC, f"the {kind} was refused: {error}")
+    except (OutlivedOwner, Conflict, NotFound) as error:
+        log.info("%s: %s", made["metadata"]["name"], error)
+        return Refusal(Reason.NOT_YET_KNOWN, f"the {kind} could not be written yet: {error}", passing=True)
+    return None
 
 
 async def _profile(ctx: Context, verdict: Verdict) -> Refusals:

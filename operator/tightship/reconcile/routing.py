@@ -11,6 +11,7 @@ from typing import Any
 
 from tightship.api.v1alpha1 import conditions, labels
 from tightship.core.conditions import find
+from tightship.kube.kinds import OPTIONAL
 from tightship.kube.store import Object, Store, labels_of
 from tightship.reconcile.queue import PLACEMENT, Key
 from tightship.reconcile.verdict import is_settled
@@ -29,6 +30,8 @@ def keys_for(store: Store, kind: str, before: Object | None, after: Object | Non
         return _lengths(store, versions[-1])
     if kind == "Node":
         return _node(store, before, after, versions[-1]) if _node_matters(before, after) else set()
+    if kind in OPTIONAL and before is not None and after is not None and _same_but_status(before, after):
+        return set()  # others write there what they see of pods, and those tell us themselves
     keys = {key for obj in versions for key in _labelled(obj)}
     if kind == "Job" and (after is None or _finished(after)):
         keys |= _waiting(store)
@@ -140,11 +143,21 @@ def _labelled(obj: Object) -> set[Key]:
     keys = set()
     if labels.PACK in carried:
         keys.add(Key("GPUPack", "", carried[labels.PACK]))
-    if labels.SERVICE in carried:
+    # What a holder says of its device reaches services by the pack's status.
+    if labels.SERVICE in carried and carried.get(labels.COMPONENT) != labels.COMPONENT_HOLDER:
         keys.add(Key("LLMService", carried.get(labels.SERVICE_NAMESPACE, namespace), carried[labels.SERVICE]))
     if labels.PROFILE in carried:
         keys.add(Key("BatchProfile", namespace, carried[labels.PROFILE]))
     return keys
+
+
+def _same_but_status(before: Object, after: Object) -> bool:
+    def ours(obj: Object) -> tuple[object, ...]:
+        metadata = obj["metadata"]
+        marks = (metadata.get("uid"), metadata.get("deletionTimestamp"), metadata.get("ownerReferences"))
+        return obj.get("spec"), labels_of(obj), marks
+
+    return ours(before) == ours(after)
 
 
 def _finished(job: Object) -> bool:

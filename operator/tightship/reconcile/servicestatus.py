@@ -30,6 +30,7 @@ from tightship.api.v1alpha1.llmservice import (
 from tightship.core import advisor, conditions
 from tightship.core.conditions import Condition, find
 from tightship.core.placement import Shortfall
+from tightship.kube.kinds import KINDS, OPTIONAL
 from tightship.kube.store import Object, labels_of
 from tightship.manifests import service as service_manifests
 from tightship.reconcile import extension, podstate
@@ -77,7 +78,7 @@ class View:
 
     `refusals` are what only the apply step could find out (a Service that isn't ours); `packs` are those
     with replicas of it; `sets` and `pods` its StatefulSets and replica pods; `shortfall` what the planner found no place for;
-    `approved` whether the decision may be applied.
+    `approved` whether the decision may be applied; `absent` the optional kinds that the cluster lacks.
     """
 
     obj: Object
@@ -91,6 +92,7 @@ class View:
     shortfall: Shortfall | None
     approved: bool
     divided: tuple[tuple[str, str, str], ...] = ()  # product, node, how its GPUs are divided
+    absent: frozenset[str] = frozenset()
 
     @property
     def generation(self) -> int:
@@ -196,9 +198,19 @@ def _refused(view: View) -> Condition | None:
 
 
 def _valid(view: View) -> Condition:
-    return Condition(
-        names.ACCEPTED, "True", Reason.VALID, "the manifest is valid, and a GPU or CPU of its kind is in the cluster"
-    )
+    text = "the manifest is valid, and a GPU or CPU of its kind is in the cluster"
+    return Condition(names.ACCEPTED, "True", Reason.VALID, "; ".join([text, *_lacking(view)]))
+
+
+def _lacking(view: View) -> list[str]:
+    """What of the manifest this cluster has no kind for."""
+    service = view.verdict.service
+    pooled = service is not None and service.spec.routing.mode == "InferencePool"
+    return [
+        f"this cluster doesn't serve {KINDS[kind].api_version} ({kind}): {OPTIONAL[kind]}"
+        for kind in sorted(view.absent)
+        if pooled or kind != "InferencePool"
+    ]
 
 
 # Profiled
@@ -443,18 +455,22 @@ def _without_gain(decision: advisor.Recommendation) -> str:
 
 
 def _enough_serve(view: View) -> Condition | None:
-    # With more than one replica a roll-out, or a crash, may take one away.
-    least = view.wanted - 1 if view.wanted > 1 else view.wanted
-    if view.verdict.service is None:
-        least = max(1, view.assigned - 1)
-    if view.ready < least:
+    if view.ready < _least(view):
         return None
     text = f"{view.ready} of {view.wanted or view.assigned} replicas serve"
     return Condition(names.AVAILABLE, "True", Reason.MINIMUM_REPLICAS_READY, text)
 
 
+def _least(view: View) -> int:
+    """How many replicas have to serve; of a manifest that can't be read all but one that packs still hold."""
+    service = view.verdict.service
+    if service is None:
+        return max(1, view.assigned - 1)
+    return service.spec.rollout.least_serving(view.wanted)
+
+
 def _too_few_serve(view: View) -> Condition:
-    text = f"{view.ready} of {view.wanted} replicas serve"
+    text = f"{view.ready} of {view.wanted} replicas serve, {_least(view)} have to (spec.rollout.maxUnavailable)"
     causes = [
         f"pack {pack.metadata.name}: {found.reason}: {found.message}"
         for pack in view.packs

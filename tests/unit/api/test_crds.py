@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import celpy
+import jsonschema
 import pytest
 import yaml
 
@@ -186,6 +187,7 @@ ALLOWED = [
     "--enable-prefix-caching",
     "--no-enable-prefix-caching",
 ]
+SPREAD = [{"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}]
 LENGTHS_FROM = {"configMap": {"name": "chat", "key": "lengths.csv"}}
 BAD = [
     ("spec__model__source", "facebook/opt-1.3b"),
@@ -198,6 +200,10 @@ BAD = [
     ("spec__accelerator", {"device": "cpu", "cores": 2, "memory": "8Gi", "coresPerReplica": 3}),
     ("spec__template__spec__engine__env", [{"name": "CUDA_VISIBLE_DEVICES", "value": "1"}]),
     ("spec__template__spec__engine__env", [{"name": "TIGHTSHIP_X", "value": "1"}]),
+    ("spec__template__metadata__labels", {"tightship.dev/pack": "mine"}),
+    ("spec__template__metadata__labels", {"team": "a", "app.kubernetes.io/part-of": "chat"}),
+    ("spec__template__metadata__annotations", {"tightship.dev/gpu": "{}"}),
+    ("spec__routing", {"mode": "InferencePool"}),
     ("spec__workload", {}),
     ("spec__workload", {"inputTokens": 111}),
     ("spec__workload", {"outputTokens": 292}),
@@ -213,6 +219,14 @@ GOOD = [
     ("spec__model__source", "pvc://models/llama/3"),
     ("spec__accelerator", {"device": "cpu", "cores": 4, "memory": "8Gi", "coresPerReplica": 2}),
     ("spec__template__spec__engine__env", [{"name": "HF_HOME", "value": "/models"}]),
+    (
+        "spec__template__metadata__labels",
+        {"team": "a", "example.com/tightship.dev": "b", "app.kubernetes.io/version": "1"},
+    ),
+    ("spec__template__metadata__annotations", {"app.kubernetes.io/name": "chat", "tightship.development/x": "y"}),
+    ("spec__template__spec__topologySpreadConstraints", SPREAD),
+    ("spec__routing", {"mode": "InferencePool", "endpointPicker": {"name": "epp", "failureMode": "FailOpen"}}),
+    ("spec__routing", {"endpointPicker": {"name": "epp"}}),
     ("spec__workload", {"inputTokens": 1, "outputTokens": 2}),
     ("spec__workload", {"lengthsFrom": LENGTHS_FROM}),
     ("metadata__name", "x" * 40),
@@ -234,6 +248,56 @@ def test_both_sides_admit(path: str, value: Any) -> None:
     service = make_service(**{path: value})
     assert admitted(schema_of("llmservices"), service) == []
     validation.parse_service(service)
+
+
+def test_nodes_of_cpu_packs_are_not_the_schedulers_to_choose() -> None:
+    cpu = {"device": "cpu", "cores": 4, "memory": "8Gi"}
+    service = make_service(spec__accelerator=cpu, spec__template__spec__topologySpreadConstraints=SPREAD)
+    (told,) = admitted(schema_of("llmservices"), service)
+    assert "topologySpreadConstraints" in told
+    with pytest.raises(validation.InvalidSpecError, match="topologySpreadConstraints"):
+        validation.parse_service(service)
+    service["spec"]["template"]["spec"]["topologySpreadConstraints"] = []
+    assert admitted(schema_of("llmservices"), service) == []
+    validation.parse_service(service)
+
+
+def test_two_constraints_of_one_kind_and_key_are_refused_where_the_schema_is_not_enforced() -> None:
+    with pytest.raises(validation.InvalidSpecError, match="given 2 times"):
+        validation.parse_service(make_service(spec__template__spec__topologySpreadConstraints=SPREAD * 2))
+
+
+SHARES = [
+    # maxUnavailable, replicas, how many have to serve (None: the value is refused)
+    (1, 4, 3),
+    (1, 1, 1),  # the only replica: nothing is available without it
+    (1, 0, 0),
+    (3, 8, 5),
+    (8, 4, 1),
+    ("25%", 4, 3),
+    ("25%", 5, 3),  # 1.25 rounds up to 2, as a PodDisruptionBudget's percentage does
+    ("1%", 3, 2),
+    ("100%", 3, 1),
+    (0, 4, None),
+    (-1, 4, None),
+    ("0%", 4, None),
+    ("101%", 4, None),
+    ("2", 4, None),
+    ("a%", 4, None),
+]
+
+
+@pytest.mark.parametrize(("share", "replicas", "least"), SHARES)
+def test_max_unavailable(share: int | str, replicas: int, least: int | None) -> None:
+    """What the schema takes is what the operator takes, and at least one of any replicas has to serve."""
+    field = schema_of("llmservices")["properties"]["spec"]["properties"]["rollout"]["properties"]["maxUnavailable"]
+    assert jsonschema.Draft202012Validator(field).is_valid(share) == (least is not None)
+    service = make_service(spec__rollout__maxUnavailable=share)
+    if least is None:
+        with pytest.raises(validation.InvalidSpecError, match=r"rollout\.maxUnavailable"):
+            validation.parse_service(service)
+    else:
+        assert validation.parse_service(service).spec.rollout.least_serving(replicas) == least
 
 
 def make_profile() -> dict[str, Any]:

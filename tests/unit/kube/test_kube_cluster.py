@@ -70,6 +70,16 @@ async def test_applying_twice_writes_once(cluster: Cluster, api: FakeApi, store:
     assert store.get("Service", "a", "opt") == first
 
 
+async def test_what_the_server_serves_is_asked_of_its_discovery(cluster: Cluster, api: FakeApi) -> None:
+    assert await cluster.serves("PodDisruptionBudget")
+    assert await cluster.serves("Pod")
+    api.lacks.add("policy/v1")
+    assert not await cluster.serves("PodDisruptionBudget")
+    api.broken = True
+    with pytest.raises(Unreachable):
+        await cluster.serves("PodDisruptionBudget")
+
+
 async def test_a_changed_wish_is_written(cluster: Cluster, api: FakeApi) -> None:
     await cluster.apply(make_service(80))
     applied = await cluster.apply(make_service(81))

@@ -11,10 +11,13 @@ from tightship.manifests import replicas
 from tightship.manifests.holder import GRACE_SECONDS, holder_access, holder_pod
 from tightship.manifests.podparts import OperatorImage
 
+OPENER = {labels.SERVICE: "opt", labels.SERVICE_NAMESPACE: "team"}
+
 
 def make_pack(**spec):
     fields = {"namespace": "team", "product": "H100", "runAsUser": 1000, **spec}
-    return GPUPack.model_validate({"metadata": {"name": "team-opt-0", "uid": "pack-uid"}, "spec": fields})
+    metadata = {"name": "team-opt-0", "uid": "pack-uid", "labels": {**OPENER, "other": "x"}}
+    return GPUPack.model_validate({"metadata": metadata, "spec": fields})
 
 
 def make_holder(pack=None, node=None, **template):
@@ -87,6 +90,22 @@ def test_it_takes_the_scheduling_of_the_service():
         "nvidia",
         {"zone": "a"},
     )
+
+
+def test_constraints_spread_the_holders_of_one_service():
+    """Replicas have no choice of node, so the GPUs are what spreads: those of this service, not every holder's."""
+    given = {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "DoNotSchedule"}
+    pod = make_holder(topologySpreadConstraints=[given])
+    (made,) = pod["spec"]["topologySpreadConstraints"]
+    assert {name: value for name, value in made.items() if name != "labelSelector"} == given
+    selected = made["labelSelector"]["matchLabels"]
+    assert selected == {labels.COMPONENT: "holder", **OPENER}
+    assert selected.items() <= pod["metadata"]["labels"].items()
+
+
+def test_a_holder_made_anew_goes_to_its_pack_whatever_the_spread():
+    given = {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "DoNotSchedule"}
+    assert "topologySpreadConstraints" not in make_holder(node="n0", topologySpreadConstraints=[given])["spec"]
 
 
 def test_its_token_reaches_its_own_pod_only():

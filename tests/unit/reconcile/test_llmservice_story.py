@@ -259,6 +259,119 @@ async def test_too_few_gpus_are_reported_with_numbers_and_what_fits_is_packed() 
     assert condition(world, "Ready") == ("True", "FullyRealised")
 
 
+async def test_what_evictions_may_take_is_what_may_be_missing() -> None:
+    world = await make_ready(rollout={"maxUnavailable": "50%"})
+    budget = world.get("PodDisruptionBudget", NS, NAME)
+    assert budget["spec"]["maxUnavailable"] == "50%"
+    assert budget["spec"]["selector"] == {"matchLabels": world.get("Service", NS, NAME)["spec"]["selector"]}
+    assert budget["metadata"]["ownerReferences"][0]["uid"] == service(world)["metadata"]["uid"]
+    assert condition(world, "Available") == ("True", "MinimumReplicasReady")
+
+    replicas = [pod for pod in world.all("Pod") if pod["metadata"]["labels"][labels.COMPONENT] == "replica"]
+    for lost, status in zip(replicas, ("True", "True", "False", "False"), strict=True):
+        world.change("Pod", NS, lost["metadata"]["name"], lambda pod: pod["status"].update(conditions=[]))
+        await world.settle()
+        assert condition(world, "Available")[0] == status
+    assert "0 of 4 replicas serve, 2 have to (spec.rollout.maxUnavailable)" in message(world, "Available")
+
+
+async def test_a_service_of_one_replica_is_not_available_without_it() -> None:
+    world = await make_ready(replicas=1)
+    assert world.get("PodDisruptionBudget", NS, NAME)["spec"]["maxUnavailable"] == 1
+    (replica,) = [pod for pod in world.all("Pod") if pod["metadata"]["labels"][labels.COMPONENT] == "replica"]
+    world.change("Pod", NS, replica["metadata"]["name"], lambda pod: pod["status"].update(conditions=[]))
+    await world.settle()
+    assert condition(world, "Available") == ("False", "TooFewReplicas")
+
+
+async def test_a_changed_or_deleted_budget_is_put_right_and_stays_at_no_replicas() -> None:
+    world = await make_ready()
+    world.change("PodDisruptionBudget", NS, NAME, lambda budget: budget["spec"].update(maxUnavailable=4))
+    await world.run()
+    assert world.get("PodDisruptionBudget", NS, NAME)["spec"]["maxUnavailable"] == 1
+    world.remove("PodDisruptionBudget", NS, NAME)
+    await world.run()
+    assert world.get("PodDisruptionBudget", NS, NAME)["spec"]["maxUnavailable"] == 1
+    world.change("LLMService", NS, NAME, lambda obj: obj["spec"].update(replicas=0))
+    await world.run()
+    assert world.get("PodDisruptionBudget", NS, NAME)["spec"]["maxUnavailable"] == 1
+    assert condition(world, "Ready")[0] == "True"
+
+
+async def test_without_policy_v1_no_budget_is_made_and_accepted_says_so() -> None:
+    world = World()
+    world.ctx.absent = frozenset({"PodDisruptionBudget"})
+    world.api.lacks.add("policy/v1")
+    world.put(make_service())
+    await world.settle()
+    world.change("BatchProfile", NS, world.all("BatchProfile")[0]["metadata"]["name"], complete)
+    await world.run()
+    assert condition(world, "Ready")[0] == "True"
+    assert not world.all("PodDisruptionBudget")
+    assert "doesn't serve policy/v1 (PodDisruptionBudget)" in message(world, "Accepted")
+    assert ("PATCH", "PodDisruptionBudget") not in world.api.requests
+
+
+POOLED = {"mode": "InferencePool", "endpointPicker": {"name": "opt-epp"}}
+
+
+async def test_a_pool_comes_and_goes_with_the_mode_and_the_service_stays() -> None:
+    world = await make_ready(routing=POOLED)
+    pool, front = world.get("InferencePool", NS, NAME), world.get("Service", NS, NAME)
+    assert pool["spec"] == {
+        "selector": {"matchLabels": front["spec"]["selector"]},
+        "targetPorts": [{"number": 8000}],
+        "endpointPickerRef": {"name": "opt-epp", "port": {"number": 9002}, "failureMode": "FailClose"},
+    }
+    world.change("LLMService", NS, NAME, lambda obj: obj["spec"].update(routing={"mode": "Service"}))
+    await world.run()
+    assert not world.all("InferencePool")
+    assert world.get("Service", NS, NAME)["spec"] == front["spec"]
+    assert condition(world, "Ready")[0] == "True"
+
+
+async def test_a_pool_that_is_not_ours_is_never_taken_nor_removed() -> None:
+    world = World()
+    theirs = {"apiVersion": "inference.networking.k8s.io/v1", "kind": "InferencePool", "spec": {"targetPorts": []}}
+    world.put(theirs | {"metadata": {"name": NAME, "namespace": NS, "labels": {labels.PART_OF: labels.PRODUCT}}})
+    world.put(make_service())
+    await world.settle()
+    assert condition(world, "Accepted") == ("True", "Valid")
+    world.change("LLMService", NS, NAME, lambda obj: obj["spec"].update(routing=POOLED))
+    await world.settle()
+    assert condition(world, "Accepted") == ("False", "NameConflict")
+    assert world.get("InferencePool", NS, NAME)["spec"] == theirs["spec"]
+
+
+@pytest.mark.parametrize(("routing", "told"), [(POOLED, True), ({"mode": "Service"}, False)])
+async def test_where_the_cluster_has_no_pools_those_who_asked_for_one_are_told(routing: Any, told: bool) -> None:
+    world = World()
+    world.ctx.absent = frozenset({"InferencePool"})
+    world.put(make_service(routing=routing))
+    await world.settle()
+    assert condition(world, "Accepted") == ("True", "Valid")
+    assert ("by the Service alone" in message(world, "Accepted")) == told
+    assert world.get("Service", NS, NAME)
+    assert not world.all("InferencePool")
+
+
+async def test_a_budget_that_is_not_ours_is_left_alone() -> None:
+    world = World()
+    theirs = {"minAvailable": 1, "selector": {"matchLabels": {labels.SERVICE: NAME}}}
+    metadata = {"name": NAME, "namespace": NS}
+    world.put({"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": metadata, "spec": theirs})
+    world.put(make_service())
+    await world.settle()
+    assert condition(world, "Accepted") == ("False", "NameConflict")
+    assert "PodDisruptionBudget 'opt'" in message(world, "Accepted")
+    assert world.get("PodDisruptionBudget", NS, NAME)["spec"] == theirs
+    assert not world.all("BatchProfile")
+    world.remove("PodDisruptionBudget", NS, NAME)
+    world.queue.add(Key("LLMService", NS, NAME))
+    await world.settle()
+    assert condition(world, "Accepted") == ("True", "Valid")
+
+
 async def test_a_service_that_is_not_ours_is_left_alone_and_nothing_is_half_made() -> None:
     world = World()
     theirs = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": NAME, "namespace": NS}, "spec": {"ports": []}}

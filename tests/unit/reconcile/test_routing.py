@@ -64,8 +64,14 @@ HOLDER = make(
     "Pod",
     "holder-x",
     namespace="tightship-system",
-    carried={labels.SERVICE: "opt", labels.SERVICE_NAMESPACE: "team", labels.PACK: "team-opt-0"},
+    carried={
+        labels.SERVICE: "opt",
+        labels.SERVICE_NAMESPACE: "team",
+        labels.PACK: "team-opt-0",
+        labels.COMPONENT: labels.COMPONENT_HOLDER,
+    },
 )
+BUDGET = make("PodDisruptionBudget", "opt", carried={labels.SERVICE: "opt"})
 JOB = make("Job", "opt-123-1", carried={labels.PROFILE: "opt-123"})
 JOB_DONE = {**JOB, "status": {"conditions": [{"type": "Complete", "status": "True"}]}}
 UNFINISHED = {PROFILE, Key("BatchProfile", "team", "waits")}
@@ -88,7 +94,11 @@ UNFINISHED = {PROFILE, Key("BatchProfile", "team", "waits")}
             id="a pack's assignments",
         ),
         pytest.param(None, POD, {SERVICE, PACK}, id="a replica"),
-        pytest.param(None, HOLDER, {SERVICE, PACK}, id="a holder of another namespace"),
+        pytest.param(None, HOLDER, {PACK}, id="a holder, of which services hear by the pack"),
+        pytest.param(None, BUDGET, {SERVICE}, id="a budget"),
+        pytest.param(BUDGET, None, {SERVICE}, id="a budget gone"),
+        pytest.param(BUDGET, BUDGET | {"spec": {"maxUnavailable": 9}}, {SERVICE}, id="a budget that somebody changed"),
+        pytest.param(BUDGET, BUDGET | {"status": {"currentHealthy": 1}}, set(), id="a budget's arithmetic"),
         pytest.param(make_node("1"), make_node("2"), set(), id="a heartbeat"),
         pytest.param(make_node(), make_node(ready="Unknown"), {PLACEMENT, PACK}, id="a node not ready"),
         pytest.param(make_node(), make_node(unschedulable=True), {PLACEMENT, PACK}, id="a node cordoned"),

@@ -7,6 +7,7 @@ that an older operator survives a newer object.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
@@ -18,6 +19,7 @@ DURATION_PATTERN = r"^([0-9]+(\.[0-9]+)?(ns|us|ms|s|m|h))+$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(m|k|K|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
 DECIMAL_PATTERN = r"^[0-9]+(\.[0-9]+)?$"
 RESERVE_PATTERN = r"^([0-9]+(\.[0-9]+)?%|[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?)$"
+PERCENTAGE_PATTERN = r"^([1-9][0-9]?|100)%$"
 DNS_1035_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
 # Structural schemas (Kubernetes) carry these; pydantic passes them through.
@@ -84,6 +86,30 @@ Quantity = Annotated[
     ),
 ]
 """A Kubernetes quantity: `64Gi`, `500Mi`, `2`."""
+
+
+def _check_share(value: int | str) -> int | str:
+    if isinstance(value, str) and not re.match(PERCENTAGE_PATTERN, value):
+        raise ValueError("is neither a whole number nor a percentage from 1% to 100%")
+    if isinstance(value, int) and value < 1:
+        raise ValueError("is below 1")
+    return value
+
+
+Share = Annotated[
+    int | str,
+    AfterValidator(_check_share),
+    WithJsonSchema(
+        {
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "x-kubernetes-int-or-string": True,
+            "pattern": PERCENTAGE_PATTERN,
+            "maxLength": 4,
+            "minimum": 1,
+        }
+    ),
+]
+"""Some of a whole, at least one: a number, or a percentage."""
 
 Decimal = Annotated[str, WithJsonSchema({"type": "string", "pattern": DECIMAL_PATTERN, "maxLength": 32})]
 """A decimal number as a string: the API has no floats."""

@@ -16,8 +16,10 @@ from tightship.api.v1alpha1.common import (
     Model,
     Name,
     Quantity,
+    Share,
     Text,
     list_map,
+    validations,
 )
 from tightship.api.v1alpha1.spec import (
     ACCELERATOR_RULES,
@@ -91,10 +93,70 @@ class PackingSpec(Model):
     ] = "5%"
 
 
+class RolloutSpec(Model):
+    """How much of the service may be missing at a time."""
+
+    max_unavailable: Annotated[
+        Share,
+        Field(
+            description="Replicas that may be missing while the service counts as Available, and that evictions may take: a number, or a "
+            "percentage of spec.replicas, rounded up. Roll-outs replace one serving replica at a time whatever it says."
+        ),
+    ] = 1
+
+    def least_serving(self, replicas: int) -> int:
+        """How many of `replicas` have to serve: all but `maxUnavailable`, and one at the least.
+
+        A percentage is rounded up, as the PodDisruptionBudget's is. One service of one replica is available only with that one.
+        """
+        share = self.max_unavailable
+        missing = share if isinstance(share, int) else -(-replicas * int(share[:-1]) // 100)
+        return min(replicas, max(1, replicas - missing))
+
+
 class ProfileRef(Model):
     """A profile to use, by name."""
 
     name: Annotated[Name, Field(description="A BatchProfile of this namespace; its key must be this service's.")]
+
+
+class EndpointPicker(Model):
+    """The endpoint picker of an InferencePool: a Service of the namespace that a gateway asks where a request should go."""
+
+    name: Annotated[Name, Field(description="The picker's Service.")]
+    port: Annotated[int, Field(ge=1, le=65535, description="The port of that Service.")] = 9002
+    failure_mode: Annotated[
+        Literal["FailOpen", "FailClose"],
+        Field(description="What a gateway does while the picker is silent: choose by itself, or drop the request."),
+    ] = "FailClose"
+
+
+ROUTING_RULE = (
+    "!has(self.mode) || self.mode != 'InferencePool' || has(self.endpointPicker)",
+    "mode InferencePool needs endpointPicker: a gateway asks it where each request should go",
+)
+
+
+class RoutingSpec(Model):
+    """How requests find replicas."""
+
+    mode: Annotated[
+        Literal["Service", "InferencePool"],
+        Field(
+            description="Service: a ClusterIP, which spreads connections. InferencePool: beside it a pool of the Gateway API Inference "
+            "Extension, for gateways that choose by request; where the cluster has none, the Service alone, and Accepted says so."
+        ),
+    ] = "Service"
+    endpoint_picker: Annotated[
+        EndpointPicker | None, Field(description="With mode InferencePool: who chooses the replica of a request.")
+    ] = None
+
+
+SPREAD_RULE = (
+    "self.accelerator.device != 'cpu' || !has(self.template) || !has(self.template.spec) || "
+    "!has(self.template.spec.topologySpreadConstraints) || self.template.spec.topologySpreadConstraints.size() == 0",
+    "device cpu takes no topologySpreadConstraints: Tightship chooses the nodes of CPU packs itself",
+)
 
 
 class LLMServiceSpec(Model):
@@ -119,6 +181,12 @@ class LLMServiceSpec(Model):
     replicas: Annotated[
         int, Field(ge=0, le=1000, description="How many replicas in all; `kubectl scale` writes it.")
     ] = 1
+    routing: Annotated[
+        RoutingSpec, Field(description="How requests find replicas.", json_schema_extra=validations(ROUTING_RULE))
+    ] = Field(default_factory=RoutingSpec)
+    rollout: Annotated[RolloutSpec, Field(description="How much of it may be missing at a time.")] = Field(
+        default_factory=RolloutSpec
+    )
     auto_apply: Annotated[
         bool, Field(description="false stops at the recommendation: nothing is packed until it is true.")
     ] = True
@@ -244,7 +312,9 @@ class LLMService(Model):
     api_version: Literal["tightship.dev/v1alpha1"] = labels.API_VERSION  # type: ignore[assignment]
     kind: Literal["LLMService"] = KIND  # type: ignore[assignment]
     metadata: Metadata = Field(default_factory=Metadata)
-    spec: LLMServiceSpec
+    spec: Annotated[
+        LLMServiceSpec, Field(description="What the user asks for.", json_schema_extra=validations(SPREAD_RULE))
+    ]
     status: LLMServiceStatus = Field(default_factory=LLMServiceStatus)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.common import ATOMIC, PRESERVE_UNKNOWN, Model, Name, Quantity, Text, list_map, validations
 
 RESERVED_ENV = (
@@ -18,6 +19,22 @@ RESERVED_ENV = (
     "VLLM_CPU_OMP_THREADS_BIND",
 )
 """Environment variables (or their prefixes) that Tightship sets itself."""
+
+RESERVED_PREFIX = f"{labels.GROUP}/"
+RESERVED_LABELS = (labels.NAME, labels.INSTANCE, labels.COMPONENT, labels.PART_OF, labels.MANAGED_BY)
+"""Labels that Tightship sets itself, by which it finds its pods: a user's value would be lost, or lose the pod."""
+
+# Of a map's keys the API server knows no greatest length, and counts `matches` on them as too dear: hence no pattern.
+LABELS_RULE = (
+    f"self.all(k, !k.startsWith('{RESERVED_PREFIX}') && "
+    + " && ".join(f"k != '{name}'" for name in RESERVED_LABELS)
+    + ")",
+    f"these labels are set by Tightship itself: {RESERVED_PREFIX}*, {', '.join(RESERVED_LABELS)}",
+)
+ANNOTATIONS_RULE = (
+    f"self.all(k, !k.startsWith('{RESERVED_PREFIX}'))",
+    f"annotations under {RESERVED_PREFIX} are Tightship's own",
+)
 
 
 class EnvVar(Model):
@@ -44,6 +61,20 @@ class Toleration(Model):
         Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None, Field(description="Effect; empty matches all.")
     ] = None
     toleration_seconds: Annotated[int | None, Field(description="How long a NoExecute taint is tolerated.")] = None
+
+
+class TopologySpread(Model):
+    """One topology spread constraint, over the GPUs that a service holds."""
+
+    max_skew: Annotated[int, Field(ge=1, le=1000, description="How many more GPUs one domain may have than another.")]
+    topology_key: Annotated[
+        Text,
+        Field(min_length=1, description="Node label whose values are the domains, such as kubernetes.io/hostname."),
+    ]
+    when_unsatisfiable: Annotated[
+        Literal["DoNotSchedule", "ScheduleAnyway"],
+        Field(description="DoNotSchedule lets the GPU wait for a place that fits, ScheduleAnyway takes the next best."),
+    ]
 
 
 class VolumeMount(Model):
@@ -103,12 +134,22 @@ class EngineContainer(Model):
 class TemplateMetadata(Model):
     """Labels and annotations added to the pods."""
 
-    labels: Annotated[dict[str, Text], Field(max_length=64, description="Labels added to the pods.")] = Field(
-        default_factory=dict
-    )
-    annotations: Annotated[dict[str, str], Field(max_length=64, description="Annotations added to the pods.")] = Field(
-        default_factory=dict
-    )
+    labels: Annotated[
+        dict[str, Text],
+        Field(
+            max_length=64,
+            description="Labels added to the pods. Those that Tightship sets itself are refused.",
+            json_schema_extra=validations(LABELS_RULE),
+        ),
+    ] = Field(default_factory=dict)
+    annotations: Annotated[
+        dict[str, str],
+        Field(
+            max_length=64,
+            description=f"Annotations added to the pods. Those under {RESERVED_PREFIX} are refused.",
+            json_schema_extra=validations(ANNOTATIONS_RULE),
+        ),
+    ] = Field(default_factory=dict)
 
 
 class TemplateSpec(Model):
@@ -123,6 +164,15 @@ class TemplateSpec(Model):
     affinity: Annotated[
         dict[str, Any] | None, Field(description="Affinity, as in a Pod.", json_schema_extra=PRESERVE_UNKNOWN)
     ] = None
+    topology_spread_constraints: Annotated[
+        list[TopologySpread],
+        Field(
+            max_length=8,
+            description="How the GPUs that the service holds spread over nodes or zones. Replicas go where their GPU is. Tightship adds the "
+            "label selector. Not with device cpu, whose nodes Tightship chooses itself.",
+            json_schema_extra=list_map("topologyKey", "whenUnsatisfiable"),
+        ),
+    ] = Field(default_factory=list)
     image_pull_secrets: Annotated[
         list[dict[str, str]],
         Field(max_length=16, description="Secrets for pulling the engine's image.", json_schema_extra=ATOMIC),

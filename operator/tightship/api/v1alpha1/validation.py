@@ -16,7 +16,13 @@ from pydantic import ValidationError
 from tightship.api import units
 from tightship.api.v1alpha1 import common
 from tightship.api.v1alpha1.batchprofile import KeyEngine, KeyModel, KeyWorkload, ProfileKey
-from tightship.api.v1alpha1.llmservice import MAX_NAME_LENGTH, LLMService, LLMServiceSpec
+from tightship.api.v1alpha1.llmservice import (
+    MAX_NAME_LENGTH,
+    ROUTING_RULE,
+    SPREAD_RULE,
+    LLMService,
+    LLMServiceSpec,
+)
 from tightship.api.v1alpha1.spec import (
     PARALLEL_ONE_PATTERN,
     PARALLEL_PATTERN,
@@ -27,7 +33,15 @@ from tightship.api.v1alpha1.spec import (
     AcceleratorSpec,
     Workload,
 )
-from tightship.api.v1alpha1.template import RESERVED_ENV, TemplateSpec
+from tightship.api.v1alpha1.template import (
+    ANNOTATIONS_RULE,
+    LABELS_RULE,
+    RESERVED_ENV,
+    RESERVED_LABELS,
+    RESERVED_PREFIX,
+    TemplateMetadata,
+    TemplateSpec,
+)
 
 HF_SOURCE = re.compile(r"^hf://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")
 PVC_SOURCE = re.compile(r"^pvc://(?P<claim>[a-z0-9][-a-z0-9.]*)/(?P<path>[^/].*)$")
@@ -69,7 +83,11 @@ def service_problems(service: LLMService) -> Iterator[str]:
     yield from engine_arg_problems(spec.engine.args)
     yield from _accelerator_problems(spec.accelerator)
     yield from _workload_problems(spec.workload)
+    yield from _metadata_problems(spec.template.metadata)
     yield from _env_problems(spec.template.spec)
+    yield from _spread_problems(spec)
+    if spec.routing.mode == "InferencePool" and spec.routing.endpoint_picker is None:
+        yield f"spec.routing: {ROUTING_RULE[1]}"
     yield from _number_problems(spec)
     metrics = [objective.metric for objective in spec.slo.objectives]
     for metric in sorted({metric for metric in metrics if metrics.count(metric) > 1}):
@@ -126,6 +144,24 @@ def _env_problems(template: TemplateSpec) -> Iterator[str]:
     for variable in template.engine.env:
         if variable.name.startswith(RESERVED_ENV):
             yield f"spec.template.spec.engine.env: {variable.name} is set by Tightship itself; choose another name or leave it out"
+
+
+def _metadata_problems(metadata: TemplateMetadata) -> Iterator[str]:
+    for name in metadata.labels:
+        if name.startswith(RESERVED_PREFIX) or name in RESERVED_LABELS:
+            yield f"spec.template.metadata.labels: {name}: {LABELS_RULE[1]}"
+    for name in metadata.annotations:
+        if name.startswith(RESERVED_PREFIX):
+            yield f"spec.template.metadata.annotations: {name}: {ANNOTATIONS_RULE[1]}"
+
+
+def _spread_problems(spec: LLMServiceSpec) -> Iterator[str]:
+    spreads = spec.template.spec.topology_spread_constraints
+    if spreads and spec.accelerator.device == "cpu":
+        yield f"spec.template.spec.topologySpreadConstraints: {SPREAD_RULE[1]}"
+    pairs = [(each.topology_key, each.when_unsatisfiable) for each in spreads]
+    for key, what in sorted({pair for pair in pairs if pairs.count(pair) > 1}):
+        yield f"spec.template.spec.topologySpreadConstraints: {key} with {what} is given {pairs.count((key, what))} times"
 
 
 def _number_problems(spec: LLMServiceSpec) -> Iterator[str]:

@@ -329,6 +329,23 @@ def _limits(obj: Obj) -> Causes:
         yield Cause("required", "spec.accessModes")
 
 
+def _budget(obj: Obj) -> Causes:
+    spec = obj["spec"]
+    given = [name for name in ("minAvailable", "maxUnavailable") if spec.get(name) is not None]
+    if len(given) > 1:
+        yield Cause("invalid", "spec", "minAvailable and maxUnavailable cannot be both set", given)
+    for name in given:
+        value = spec[name]
+        if isinstance(value, int):
+            if value < 0:
+                yield Cause("invalid", f"spec.{name}", "must be greater than or equal to 0", value)
+        elif not re.fullmatch(r"[0-9]+%", value):
+            text = "a valid percent string must be a numeric string followed by an ending '%'"
+            yield Cause("invalid", f"spec.{name}", text, value)
+        elif int(value[:-1]) > 100:
+            yield Cause("invalid", f"spec.{name}", "must not be greater than 100%", value)
+
+
 _BY_KIND: dict[str, Callable[[Obj], Causes]] = {
     "Pod": _pod,
     "StatefulSet": _stateful_set,
@@ -337,6 +354,7 @@ _BY_KIND: dict[str, Callable[[Obj], Causes]] = {
     "Job": _job,
     "Service": _service,
     "PersistentVolume": _limits,
+    "PodDisruptionBudget": _budget,
     "ConfigMap": _data,
     "Secret": _data,
     "CustomResourceDefinition": _custom_resource_definition,

@@ -109,6 +109,8 @@ _MESSAGES: dict[str, dict[int, str]] = {
         10: "externalName:string",
     },
     "ServicePort": {1: "name:string", 2: "protocol:string", 3: "port:int", 4: "targetPort:port", 5: "nodePort:int"},
+    "PodDisruptionBudget": {1: "metadata:ObjectMeta", 2: "spec:PodDisruptionBudgetSpec"},
+    "PodDisruptionBudgetSpec": {1: "minAvailable:port", 2: "selector:LabelSelector", 3: "maxUnavailable:port"},
     "PriorityClass": {1: "metadata:ObjectMeta", 2: "value:int", 3: "globalDefault:bool", 4: "description:string"},
     "Role": {1: "metadata:ObjectMeta", 2: "rules:*PolicyRule"},
     "ClusterRole": {1: "metadata:ObjectMeta", 2: "rules:*PolicyRule"},

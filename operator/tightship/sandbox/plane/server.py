@@ -443,25 +443,36 @@ class Server:
         )
 
     def _respect_budgets(self, pod: Obj) -> None:
-        namespace = pod["metadata"]["namespace"]
-        for budget in self.api.store.all(("policy", "poddisruptionbudgets"), namespace):
-            if not matches(budget["spec"].get("selector"), pod["metadata"].get("labels")):
-                continue
-            if dig(budget, "status", "disruptionsAllowed", default=0) < 1:
+        """Raises ApiError 429 where a budget doesn't let a pod go; else takes it off the budget, before the next one asks."""
+        meta = pod["metadata"]
+        if meta.get("deletionTimestamp") or dig(pod, "status", "phase") in ("Pending", "Succeeded", "Failed"):
+            return
+        storage = ("policy", "poddisruptionbudgets")
+        budgets = [
+            budget
+            for budget in self.api.store.all(storage, meta["namespace"])
+            if matches(budget["spec"].get("selector"), meta.get("labels"))
+        ]
+        if len(budgets) > 1:
+            text = "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support."
+            raise ApiError(500, "InternalError", text)
+        for budget in budgets:
+            allowed, name = dig(budget, "status", "disruptionsAllowed", default=0), budget["metadata"]["name"]
+            if allowed < 1:
+                text = f"The disruption budget {name} allows no disruption now"
                 raise ApiError(
                     429,
                     "TooManyRequests",
                     "Cannot evict pod as it would violate the pod's disruption budget.",
-                    {
-                        "causes": [
-                            {
-                                "reason": "DisruptionBudget",
-                                "message": f"The disruption budget {budget['metadata']['name']}"
-                                " allows no disruption now",
-                            }
-                        ]
-                    },
+                    {"causes": [{"reason": "DisruptionBudget", "message": text}]},
                 )
+            self.api.modify(
+                self.api.registry.get(*storage),
+                meta["namespace"],
+                name,
+                lambda target: target["status"].update(disruptionsAllowed=target["status"]["disruptionsAllowed"] - 1),
+                Options("kube-apiserver", subresource="status"),
+            )
 
     # Identities
 

@@ -13,6 +13,7 @@ from tightship.sandbox.plane.selectors import matches
 from tightship.sandbox.plane.store import Change, Key, Storage
 from tightship.sandbox.plane.values import dig, now, parse_time, set_condition
 
+_SCALED = {"StatefulSet": "statefulsets", "ReplicaSet": "replicasets"}
 ROOT_CA = "kube-root-ca.crt"
 
 
@@ -77,7 +78,10 @@ class Budgets(Controller):
         return {("policy", "poddisruptionbudgets"): own_key, ("", "pods"): budgets}
 
     def reconcile(self, key: Key) -> float | None:
-        """Counts the healthy pods and how many may go."""
+        """Counts the healthy pods and how many may go.
+
+        Of `maxUnavailable`, and of percentages, the whole is what the pods' controllers ask for, whether it is there or not.
+        """
         budget = self.find("policy", "poddisruptionbudgets", key)
         if budget is None:
             return None
@@ -87,12 +91,10 @@ class Budgets(Controller):
             for pod in self.all("", "pods", key[0])
             if matches(spec.get("selector"), pod["metadata"].get("labels")) and not is_finished(pod)
         ]
-        total = len(pods)
         healthy = sum(is_ready(pod) and not is_going(pod) for pod in pods)
-        if spec.get("maxUnavailable") is not None:
-            desired = total - _absolute(spec["maxUnavailable"], total)
-        else:
-            desired = _absolute(spec.get("minAvailable", 0), total)
+        least, most = spec.get("minAvailable", 0), spec.get("maxUnavailable")
+        total = len(pods) if most is None and isinstance(least, int) else self._asked_for(pods)
+        desired = _absolute(least, total) if most is None else max(0, total - _absolute(most, total))
         allowed = max(0, healthy - desired)
         counts = {
             "currentHealthy": healthy,
@@ -110,6 +112,17 @@ class Budgets(Controller):
         if any(dig(budget, "status", name) != value for name, value in counts.items()):
             self.set_status("policy", "poddisruptionbudgets", budget, change)
         return None
+
+    def _asked_for(self, pods: list[Obj]) -> int:
+        """Replicas that the controllers of some pods ask for; a pod without one asks for nothing."""
+        owners = {
+            (kind, pod["metadata"]["namespace"], reference["name"])
+            for pod in pods
+            for reference in pod["metadata"].get("ownerReferences") or []
+            if reference.get("controller") and (kind := _SCALED.get(reference["kind"]))
+        }
+        found = [self.find("apps", kind, (namespace, name)) for kind, namespace, name in owners]
+        return sum(int(owner["spec"].get("replicas", 1)) for owner in found if owner is not None)
 
 
 def _absolute(value: int | str, total: int) -> int:

@@ -447,3 +447,38 @@ def waiting_for_approval(sandbox: Sandbox) -> None:
     assert not story.packs(sandbox)
     sandbox.kubectl("patch", "llm/opt", "--type=merge", "-p", '{"spec":{"autoApply":true}}')
     story.wait_ready(sandbox, "opt", 1)
+
+
+@told
+def two_services_share_a_gpu(sandbox: Sandbox) -> None:
+    """Services that allow it run on one GPU under one MPS daemon, started one after the other; who opened the GPU may go, the other stays."""
+    sharing = {"maxReplicasPerGPU": 2, "sharedWith": "SameNamespace"}
+    one = story.make_service("one", replicas=1, packing=sharing)
+    two = story.make_service(
+        "two", replicas=1, packing=sharing, engine__maxModelLen=1024, model__servedName="opt-short"
+    )
+    served = {"one": "opt-1.3b", "two": "opt-short"}
+    story.apply(sandbox, story.make_profile(one, name="first"), story.make_profile(two, name="second"), one, two)
+    for name in served:
+        story.wait_ready(sandbox, name, 1)
+    assert list(story.packs(sandbox).values()) == [2]
+    pods = {name: story.replica_pods(sandbox, name)[0]["metadata"]["uid"] for name in served}
+    story.wait_until(
+        sandbox, "both are attached to one daemon", lambda: story.attached_pods(sandbox) >= set(pods.values())
+    )
+    check_starts(sandbox, 2)
+    for name, model in served.items():
+        assert story.complete(sandbox, name, model)["choices"][0]["text"]
+        assert "that mix was not measured" in story.wait_condition(sandbox, f"llm/{name}", "Packed")["message"]
+    story.check_settled(sandbox)
+
+    (pack,) = story.items(sandbox, "gpupacks")
+    owner = pack["metadata"]["labels"]["tightship.dev/service"]
+    (tenant,) = set(served) - {owner}
+    sandbox.kubectl("delete", f"llm/{owner}")
+    story.wait_until(sandbox, "only the tenant is left", lambda: story.packs(sandbox) == {pack["metadata"]["name"]: 1})
+    story.wait_until(sandbox, "the owner's pod is gone", lambda: not story.replica_pods(sandbox, owner))
+    story.wait_ready(sandbox, tenant, 1)
+    assert story.replica_pods(sandbox, tenant)[0]["metadata"]["uid"] == pods[tenant], "the tenant was left alone"
+    assert story.complete(sandbox, tenant, served[tenant])["choices"][0]["text"]
+    story.check_settled(sandbox)

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "tightship.commands.predict",
         "predict how replicas that share a GPU slow each other down, without a cluster",
     ),
+    "plan": ("tightship.commands.plan", "where replicas would go, from manifests, without a cluster"),
     "inject": ("tightship.inject", "copy what runs in engine images into a directory (used by init containers)"),
     "node": ("tightship.node.main", "hold a GPU and run MPS on it (used by holder pods)"),
     "sandbox": ("tightship.sandbox.cli", "a cluster on this machine, to try and to test the operator"),

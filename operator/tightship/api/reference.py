@@ -37,7 +37,11 @@ def _rows(schema: Mapping[str, Any], path: str) -> Iterator[str]:
         inner, suffix = field, ""
         if field.get("type") == "array":
             inner, suffix = field["items"], "[]"
-        default = "" if field.get("default") in (None, {}) else f"`{field['default']}`".replace("True", "true")
+        default = (
+            ""
+            if field.get("default") in (None, {})
+            else f"`{field['default']}`".replace("True", "true").replace("False", "false")
+        )
         needed = " (required)" if name in required else ""
         yield f"| `{path}.{name}{suffix}`{needed} | {_type(field)} | {default} | {_cell(field)} |"
         yield from _rows(inner, f"{path}.{name}{suffix}")

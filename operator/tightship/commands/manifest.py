@@ -149,7 +149,12 @@ def write(filename: str, text: str) -> None:
         raise InputError(f"{filename} can't be written: {error.strerror or error}") from error
 
 
-def _read(filename: str, kind: str) -> Mapping[str, Any]:
+def read_objects(filename: str, what: str = "manifest") -> list[Mapping[str, Any]]:
+    """Every object in a file of YAML or JSON documents, those of a `List` one by one; `-` is standard input.
+
+    Raises:
+        InputError: the file can't be read, or holds something else; `what` is what was asked for, in words.
+    """
     try:
         text = sys.stdin.read() if filename == "-" else Path(filename).read_text(encoding="utf-8")
         documents = list(yaml.safe_load_all(text))
@@ -159,7 +164,11 @@ def _read(filename: str, kind: str) -> Mapping[str, Any]:
         raise InputError("not a text file in UTF-8") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"not YAML: {' '.join(str(error).split())}") from error
-    objects = list(_objects(documents, kind))
+    return list(_objects(documents, what))
+
+
+def _read(filename: str, kind: str) -> Mapping[str, Any]:
+    objects = read_objects(filename, kind)
     found = [obj for obj in objects if obj.get("kind", kind) == kind]
     if not found:
         kinds = ", ".join(sorted({str(obj["kind"]) for obj in objects})) or "nothing"
@@ -177,8 +186,11 @@ def _objects(documents: list[Any], kind: str) -> Iterator[Mapping[str, Any]]:
         if not isinstance(document, Mapping):
             raise InputError(f"a {kind} is a mapping, not {type(document).__name__}")
         items = document.get("items")
-        if str(document.get("kind", "")).endswith("List") and isinstance(items, list):
-            yield from _objects(items, kind)
+        of = str(document.get("kind", ""))
+        if of.endswith("List") and isinstance(items, list):
+            # The items of a typed list need not repeat their kind.
+            of = of.removesuffix("List")
+            yield from ({"kind": of, **obj} if of else obj for obj in _objects(items, kind))
         else:
             yield document
 

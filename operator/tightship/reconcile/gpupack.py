@@ -8,8 +8,9 @@
 What must always hold: no GPU is taken for replicas that their namespace refuses; no replica is started before the holder has
 said which GPU it holds; a pack never moves to another node or GPU; a holder that leaves gets its replicas drained first; one
 that dies is made anew on the same node, and until its daemon is back the replicas stop by themselves (fencing is theirs); of
-all replicas of a service at most one that serves is being replaced, whatever number of packs they are on; nothing is deleted
-but pods and StatefulSets of this pack, and the pack itself once it is empty.
+all replicas of a service at most one that serves is being replaced, whatever number of packs they are on, and on one pack at most one
+of all services; no service gets memory of a pack that pods of another still hold; nothing is deleted but pods and StatefulSets of
+this pack, and the pack itself once nobody is on it, whoever opened it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ from tightship.reconcile.packview import (
     View,
     current_revision,
     gather,
+    granted_to_others,
     holding,
+    readable,
+    refused,
     replica_pods,
     revision_of,
     rollout_pods,
@@ -108,8 +112,8 @@ async def _hold(ctx: Context, view: View) -> list[Problem]:
         return [Problem(Reason.HOLDER_LOST, text, names.HELD)]
     namespace = ctx.settings.operator_namespace
     holder = holder_manifests.holder_pod(pack, view.opener.spec.template.spec, _image(ctx), namespace, pack.status.node)
-    if (refused := await _unwelcome(ctx, view, holder)) is not None:
-        return [refused]
+    if (problem := await _unwelcome(ctx, view, holder)) is not None:
+        return [problem]
     for obj in holder_manifests.holder_access(pack, namespace):
         await ctx.cluster.apply(obj)
     await ctx.cluster.apply(holder)
@@ -129,7 +133,7 @@ async def _unwelcome(ctx: Context, view: View, holder: dict[str, Any]) -> Proble
     for assignment in view.pack.spec.assignments:
         made = _desired(ctx, view, assignment, Place(view.pack.status.node or "", None, None))
         if made is not None and (words := await admission.refusal(ctx.cluster, replica_manifests.pod_of(made, 0))):
-            text = f"no GPU is taken, since replicas of {assignment.service} are refused: {words}"
+            text = f"no GPU is taken, since {refused(assignment.service)}: {words}"
             return Problem(Reason.SHARING_UNAVAILABLE, text, names.HELD)
     return None
 
@@ -178,7 +182,7 @@ async def _run_service(ctx: Context, view: View, assignment: Assignment) -> list
     setup = _setup(ctx, view, assignment, verdict, holding(view).place)
     if setup is None:
         return await _scale_only(ctx, assignment, live) if live is not None else []
-    capacity = snapshot.capacity_of(view.pack, setup.service.spec.packing.memory_reserve)
+    capacity = _capacity(ctx, view, assignment.service)
     desired = replica_manifests.statefulset(setup, assignment.replicas)
     if live is not None and _same_but_for_us(desired, live):
         # An upgrade of the operator restarts no replica: what it injects stays as it is.
@@ -194,12 +198,20 @@ async def _run_service(ctx: Context, view: View, assignment: Assignment) -> list
     if not step.template:
         return await _scale_only(ctx, assignment, live, step.replicas)
     desired["spec"]["replicas"] = step.replicas
-    refused = await _refused(ctx, view, desired, live)
-    if refused is None or (live is not None and _same_but_for_us(desired, live)):
+    problem = await _refused(ctx, view, desired, live)
+    if problem is None or (live is not None and _same_but_for_us(desired, live)):
         await ctx.cluster.apply(desired)
     elif live is not None:
         await _scale_only(ctx, assignment, live, step.replicas)
-    return [refused] if refused is not None else []
+    return [problem] if problem is not None else []
+
+
+def _capacity(ctx: Context, view: View, service: str) -> int | None:
+    """Bytes that the replicas of one service may use on the pack, beside what others have there now."""
+    found = [ctx.store.get("LLMService", view.pack.spec.namespace, each.service) for each in view.pack.spec.assignments]
+    reserves = [read.spec.packing.memory_reserve for obj in found if (read := readable(obj))]
+    total = snapshot.capacity_of(view.pack, reserves)
+    return None if total is None else max(0, total - granted_to_others(ctx.store, view.pack, service))
 
 
 async def _refused(ctx: Context, view: View, desired: Object, live: Object | None) -> Problem | None:
@@ -214,7 +226,7 @@ async def _refused(ctx: Context, view: View, desired: Object, live: Object | Non
     if words is None:
         return None
     service = labels_of(desired)[labels.SERVICE]
-    return Problem(Reason.SHARING_UNAVAILABLE, f"replicas of {service} are refused: {words}")
+    return Problem(Reason.SHARING_UNAVAILABLE, f"{refused(service)}: {words}")
 
 
 async def _scale_only(
@@ -264,8 +276,10 @@ async def _relieve(ctx: Context, view: View) -> list[Problem]:
 
 
 async def _roll(ctx: Context, view: View) -> list[Problem]:
-    """Replace outdated pods, one at a time over the whole service."""
+    """Replace outdated pods, one at a time over the whole service, and over all services on the pack."""
     for assignment in view.pack.spec.assignments:
+        if _neighbour_moves(view, assignment.service):
+            continue
         live = ctx.store.get(
             "StatefulSet",
             view.pack.spec.namespace,
@@ -280,7 +294,19 @@ async def _roll(ctx: Context, view: View) -> list[Problem]:
         if pod is not None:
             log.info("rolling %s: replacing %s", view.pack.metadata.name, name)
             await ctx.cluster.delete(Ref.of(pod), uid=pod["metadata"]["uid"])
+            break
     return []
+
+
+def _neighbour_moves(view: View, service: str) -> bool:
+    """Whether a replica of another service on the pack is leaving or starting.
+
+    An engine that starts reads how much memory is free, so nobody beside it may release any. One that is in trouble holds nobody up.
+    """
+    others = [pod for pod in replica_pods(view) if labels_of(pod).get(labels.SERVICE) != service]
+    return any(
+        podstate.is_going(pod) or not (podstate.is_ready(pod) or podstate.trouble(pod) is not None) for pod in others
+    )
 
 
 def _others_down(ctx: Context, view: View, assignment: Assignment) -> int:
@@ -297,6 +323,7 @@ def _others_down(ctx: Context, view: View, assignment: Assignment) -> int:
             pod
             for pod in ctx.store.list("Pod", view.pack.spec.namespace, (labels.PACK, pack))
             if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA
+            and labels_of(pod).get(labels.SERVICE) == assignment.service
         ]
         down += max(0, int(found["spec"].get("replicas", 1)) - sum(podstate.is_ready(pod) for pod in pods))
         revision = current_revision(found)

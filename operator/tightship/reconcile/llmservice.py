@@ -55,9 +55,9 @@ async def reconcile(ctx: Context, key: Key) -> Result:
         ctx.queue.add(PLACEMENT)
         _tell_profiles(ctx, key.namespace)
         return Result()
-    refusals = await _apply(ctx, gather(ctx, obj))
+    refusals = await _apply(ctx, gather(ctx.store, obj))
     planned = placement.plan(snapshot.take(ctx.store, ctx.clock.now()))
-    view = gather(ctx, obj, refusals, planned.shortfall_of(ServiceRef(key.namespace, key.name)))
+    view = gather(ctx.store, obj, refusals, planned.shortfall_of(ServiceRef(key.namespace, key.name)))
     if await ctx.report(obj, servicestatus.status(view, ctx.clock.now())):
         # What packs make depends on this manifest, and a roll-out on one waits for replicas on the others.
         for pack in view.packs:
@@ -77,9 +77,9 @@ def _tell_profiles(ctx: Context, namespace: str) -> None:
             ctx.queue.add(Key("BatchProfile", namespace, profile["metadata"]["name"]))
 
 
-def gather(ctx: Context, obj: Object, refusals: Refusals = (), shortfall: Shortfall | None = None) -> View:
+def gather(store: Store, obj: Object, refusals: Refusals = (), shortfall: Shortfall | None = None) -> View:
     """Collect what the service's status speaks of."""
-    store, uid = ctx.store, obj["metadata"]["uid"]
+    uid = obj["metadata"]["uid"]
     namespace, name = obj["metadata"]["namespace"], obj["metadata"]["name"]
     packs = [GPUPack.model_validate(each) for each in store.list("GPUPack")]
     mine = [pack for pack in packs if servicestatus.assigned_to(pack, uid)]

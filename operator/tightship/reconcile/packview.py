@@ -40,7 +40,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class View:
-    """The pack and what belongs to it. `opener` is the service that opened it, as far as its manifest can be read."""
+    """The pack and what belongs to it.
+
+    `opener` is the service whose template its holder gets: the one that opened it, or where that is gone or can't be read, another one on it.
+    """
 
     obj: Object
     pack: GPUPack
@@ -98,6 +101,7 @@ def gather(store: Store, obj: Object) -> View:
     ]
     owner = owner_of(pack)
     name = pack.spec.node or pack.status.node
+    openers = [owner.name, *(each.service for each in pack.spec.assignments)]
     return View(
         obj,
         pack,
@@ -105,7 +109,7 @@ def gather(store: Store, obj: Object) -> View:
         tuple(store.list("StatefulSet", label=mine)),
         tuple(pods),
         store.get("Node", "", name) if name else None,
-        _readable(store.get("LLMService", owner.namespace, owner.name)),
+        next(filter(None, (readable(store.get("LLMService", owner.namespace, name)) for name in openers)), None),
     )
 
 
@@ -133,6 +137,26 @@ def rollout_pods(view: View, service: str, live: Object | None) -> list[Replica]
         for pod in pods_of(view, service)
         if pod["metadata"]["name"].rpartition("-")[2].isdigit()
     ]
+
+
+def granted_to_others(store: Store, pack: GPUPack, service: str) -> int:
+    """Bytes that replicas of other services hold on the pack, those that are going and those about to be made included.
+
+    As in a roll-out of its own, a pod counts at the larger of its own memory and its template's, since it may come back at either.
+    """
+    mine, total = (labels.PACK, pack.metadata.name), 0
+    pods = [
+        pod for pod in store.list("Pod", label=mine) if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA
+    ]
+    sets = {labels_of(found).get(labels.SERVICE): found for found in store.list("StatefulSet", label=mine)}
+    for other in {labels_of(pod).get(labels.SERVICE) for pod in pods} | set(sets):
+        if other == service:
+            continue
+        found, theirs = sets.get(other), [pod for pod in pods if labels_of(pod).get(labels.SERVICE) == other]
+        each = memory_of(found["spec"]["template"]) if found else 0
+        count = int(found["spec"].get("replicas", 1)) if found else 0
+        total += sum(max(memory_of(pod), each) for pod in theirs) + max(0, count - len(theirs)) * each
+    return total
 
 
 def current_revision(live: Object | None) -> str | None:
@@ -243,7 +267,13 @@ def _annotation(holder: Object, name: str) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _readable(obj: Object | None) -> LLMService | None:
+def refused(service: str) -> str:
+    """How a pack's condition begins to tell that admission refuses replicas of one of the services on it."""
+    return f"replicas of {service} are refused"
+
+
+def readable(obj: Object | None) -> LLMService | None:
+    """The service in a manifest; None where there is none, or its schema isn't ours."""
     try:
         return LLMService.model_validate(obj) if obj is not None else None
     except ValidationError:

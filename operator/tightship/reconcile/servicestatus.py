@@ -34,7 +34,7 @@ from tightship.kube.kinds import KINDS, OPTIONAL
 from tightship.kube.store import Object, labels_of
 from tightship.manifests import service as service_manifests
 from tightship.reconcile import extension, podstate
-from tightship.reconcile.packview import current_revision, revision_of
+from tightship.reconcile.packview import current_revision, refused, revision_of
 from tightship.reconcile.snapshot import shape_of
 from tightship.reconcile.verdict import WAITING_REASONS, Verdict, failure_of, is_imported
 
@@ -131,6 +131,12 @@ Check = Callable[[View], "Condition | None"]
 def assigned_to(pack: GPUPack, uid: str) -> int:
     """Replicas of one service on a pack."""
     return sum(each.replicas for each in pack.spec.assignments if each.uid == uid)
+
+
+def neighbours(pack: GPUPack, uid: str) -> str:
+    """What other services have on a pack, in words; "" where it is this service's alone."""
+    others = sorted((each.service, each.replicas) for each in pack.spec.assignments if each.uid != uid)
+    return ", ".join(f"{name} ({count} replica{'s' if count > 1 else ''})" for name, count in others)
 
 
 def status(view: View, now: Any) -> dict[str, Any]:
@@ -360,7 +366,7 @@ def _too_few_gpus(view: View) -> Condition | None:
     device = "cores" if short.device == "cpu" else f"{short.product} GPUs"
     text = (
         f"{missing} of {short.wanted} replicas have no place: they need {short.packs_needed * short.units_per_pack} more {device} "
-        f"({view.verdict.per_device} to a pack of {short.units_per_pack}); of {short.total} that this service may use "
+        f"({short.per_pack} to a pack of {short.units_per_pack}{_spread(view, short.per_pack)}); of {short.total} that this service may use "
         f"{short.free} are free"
     )
     if short.memory_per_pack:
@@ -370,6 +376,11 @@ def _too_few_gpus(view: View) -> Condition | None:
         text += f"; {short.kept} replicas stay where they are until then"
     text += ". Add a node, free a GPU, or lower spec.replicas"
     return Condition(names.PACKED, "False", Reason.INSUFFICIENT_GPUS, text)
+
+
+def _spread(view: View, per_pack: int) -> str:
+    """Why fewer replicas go on one pack than may share one."""
+    return f", where {view.verdict.per_device} fit, for packing.spread" if per_pack < view.verdict.per_device else ""
 
 
 def _unplaced(view: View) -> Condition | None:
@@ -410,7 +421,10 @@ def _not_shared(view: View) -> Condition | None:
 def _refused_pods(view: View) -> Condition | None:
     for pack in view.packs:
         running = _pack_condition(pack, names.REPLICAS_READY)
-        if running is not None and running.status == "False" and running.reason == Reason.SHARING_UNAVAILABLE:
+        if running is None or running.status != "False" or running.reason != Reason.SHARING_UNAVAILABLE:
+            continue
+        # Of a pack that is shared, what admission has against the others is theirs to tell.
+        if not neighbours(pack, view.uid) or refused(view.obj["metadata"]["name"]) in running.message:
             return Condition(
                 names.PACKED, "False", Reason.SHARING_UNAVAILABLE, f"pack {pack.metadata.name}: {running.message}"
             )
@@ -423,8 +437,12 @@ def _packed(view: View) -> Condition:
     if view.packs:
         text += " (" + ", ".join(f"{pack.metadata.name}: {assigned_to(pack, view.uid)}" for pack in view.packs) + ")"
     decision, most = view.verdict.decision, view.verdict.per_device
+    beside = [f"{words} on {pack.metadata.name}" for pack in view.packs if (words := neighbours(pack, view.uid))]
+    if beside:
+        text += f"; shared with {', '.join(beside)}: that mix was not measured, latencies are of this service's replicas alone"
+    spread = view.verdict.service is not None and view.verdict.service.spec.packing.spread
     needed = -(-view.assigned // most) if most else packs
-    if packs > needed:
+    if packs > needed and not beside and not spread:
         text += f"; {most} fit on each, so {needed} would do: replicas that serve are not moved, `kubectl scale` to {needed} and back packs them"
     if decision is None or most != 1:
         return Condition(names.PACKED, "True", Reason.PLACED, text)
@@ -506,7 +524,11 @@ GATES = (ACCEPTED, PROFILED, RECOMMENDED, PACKED, AVAILABLE)
 def _realised(view: View) -> Condition:
     """The last gate of Ready: this generation, all replicas, nothing left over."""
     complete = view.ready == view.existing == len(view.pods) == view.wanted
-    if complete and all(_settled(pack) for pack in view.packs) and all(_taken_up(view, found) for found in view.sets):
+    if (
+        complete
+        and all(_settled(view, pack) for pack in view.packs)
+        and all(_taken_up(view, found) for found in view.sets)
+    ):
         return Condition(names.READY, "True", Reason.FULLY_REALISED, f"{view.ready} replicas serve this manifest")
     causes = [
         f"pack {pack.metadata.name}: {found.message}"
@@ -517,10 +539,21 @@ def _realised(view: View) -> Condition:
     return Condition(names.READY, "False", Reason.PROGRESSING, text)
 
 
-def _settled(pack: GPUPack) -> bool:
+def _settled(view: View, pack: GPUPack) -> bool:
     # Of a pack's gates the sharing counts too: replicas that answer without MPS are not what was measured.
-    ready = _pack_condition(pack, names.READY)
-    return pack.status.observed_generation == pack.metadata.generation and ready is not None and ready.status == "True"
+    if pack.status.observed_generation != pack.metadata.generation:
+        return False
+    if not neighbours(pack, view.uid):
+        return _is(pack, names.READY, "True")
+    # What keeps another service's replicas from being ready, or from being seen under MPS, is not this one's to tell.
+    mine = [each for each in pack.status.replicas if each.service == view.obj["metadata"]["name"]]
+    attached = all(each.attached is not False for each in mine)
+    return attached and _is(pack, names.HELD, "True") and not _is(pack, names.SHARING_READY, "False")
+
+
+def _is(pack: GPUPack, kind: str, status: str) -> bool:
+    found = _pack_condition(pack, kind)
+    return found is not None and found.status == status
 
 
 def _taken_up(view: View, found: Object) -> bool:

@@ -18,7 +18,7 @@ from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.core import placement
 from tightship.core.conditions import find, is_true
 from tightship.core.placement import Demand, Devices, Health, Pack, ServiceRef, Shape, Snapshot
-from tightship.decide import parse_reserve
+from tightship.decide import ledger_from_profile, parse_reserve
 from tightship.kube.clock import parse_timestamp
 from tightship.kube.store import Object, Store, labels_of
 from tightship.reconcile import podstate
@@ -41,7 +41,7 @@ def take(store: Store, now: datetime) -> Snapshot:
     packs = [GPUPack.model_validate(obj) for obj in store.list("GPUPack")]
     return Snapshot(
         demands=tuple(demand_of(obj, verdicts[_ref(obj)], packs, store) for obj in services),
-        packs=tuple(pack_of(pack, verdicts.get(owner_of(pack)), store, now) for pack in packs),
+        packs=tuple(pack_of(pack, store, now) for pack in packs),
         devices=tuple(devices_of(store.list("Node"))),
     )
 
@@ -53,7 +53,7 @@ def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: St
     if service is None:
         # Nobody can tell how many an unreadable manifest wants: nothing is taken away for it.
         return Demand(ref, uid, _UNKNOWN_COUNT, "", "", "", since=since)
-    accelerator = service.spec.accelerator
+    accelerator, packing = service.spec.accelerator, service.spec.packing
     shape = verdict.shape if accepted(obj) and approved(service, verdict, packs) else None
     cpu = accelerator.device == "cpu"
     return Demand(
@@ -69,7 +69,19 @@ def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: St
         frozenset(node["metadata"]["name"] for node in store.list("Node") if _usable(node, service)),
         since,
         memory=units.parse_quantity(accelerator.memory or "0") if cpu else 0,
+        shared=packing.shared_with == "SameNamespace",
+        spread=packing.spread,
+        reserve=parse_reserve(packing.memory_reserve),
+        device_memory=_device_memory(verdict),
     )
+
+
+def _device_memory(verdict: Verdict) -> int | None:
+    """Bytes of a device of the service's product, as its profile has it."""
+    if verdict.profile is None or verdict.shape is None:
+        return None
+    ledger = ledger_from_profile(verdict.profile)
+    return ledger.device_total if ledger is not None else None
 
 
 def accepted(obj: Object) -> bool:
@@ -101,21 +113,19 @@ def owner_of(pack: GPUPack) -> ServiceRef:
     return ServiceRef(pack.spec.namespace, name)
 
 
-def pack_of(pack: GPUPack, verdict: Verdict | None, store: Store, now: datetime) -> Pack:
+def pack_of(pack: GPUPack, store: Store, now: datetime) -> Pack:
     """A pack as the planner sees it."""
     spec, cpu = pack.spec, pack.spec.device == "cpu"
-    owner = owner_of(pack)
-    reserve = verdict.service.spec.packing.memory_reserve if verdict and verdict.service else "0"
     return Pack(
         name=pack.metadata.name,
-        owner=owner,
+        owner=owner_of(pack),
         ordinal=placement.ordinal_of(pack.metadata.name),
         device=spec.device,
         product=CPU_PRODUCT if cpu else spec.product or "",
         mode=_sharing(cpu, spec.run_as_user, spec.memory),
         units=(spec.cores or 1) if cpu else 1,
         node=spec.node if cpu else pack.status.node,
-        capacity=capacity_of(pack, reserve),
+        capacity=memory_of(pack),
         health=health_of(pack, store, now),
         assignments=tuple(
             placement.Assignment(ServiceRef(spec.namespace, each.service), each.uid, each.replicas, shape_of(each))
@@ -123,16 +133,22 @@ def pack_of(pack: GPUPack, verdict: Verdict | None, store: Store, now: datetime)
         ),
         excluded=frozenset(spec.excluded_nodes),
         memory=units.parse_quantity(spec.memory or "0") if cpu else 0,
+        unfit=frozenset(ServiceRef(spec.namespace, name) for name in _homeless(pack, store, now)),
     )
 
 
-def capacity_of(pack: GPUPack, reserve: str) -> int | None:
-    """Bytes that the replicas of a pack may use together; None until its device is known."""
+def memory_of(pack: GPUPack) -> int | None:
+    """Bytes of a pack's whole device; None until it is known."""
     memory = pack.spec.memory if pack.spec.device == "cpu" else pack.status.gpu.memory if pack.status.gpu else None
-    if memory is None:
+    return units.parse_quantity(memory) if memory is not None else None
+
+
+def capacity_of(pack: GPUPack, reserves: Iterable[str]) -> int | None:
+    """Bytes that the replicas of a pack may use together beside the largest of these reserves; None until its device is known."""
+    total = memory_of(pack)
+    if total is None:
         return None
-    total = units.parse_quantity(memory)
-    return max(0, total - parse_reserve(reserve).of(total))
+    return max(0, total - max((parse_reserve(reserve).of(total) for reserve in reserves), default=0))
 
 
 def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
@@ -146,8 +162,8 @@ def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
     held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
     if held is not None and held.status == "False" and held.reason == Reason.GPU_MISMATCH:
         return Health.LOST
-    since = _homeless_since(pack, store)
-    if since is not None and (now - since).total_seconds() >= UNFIT_SECONDS:
+    homeless = _homeless(pack, store, now)
+    if homeless and homeless >= {each.service for each in pack.spec.assignments}:
         return Health.UNFIT
     if node and _cordoned(store.get("Node", "", node)) and _is_down(pack):
         return Health.UNFIT
@@ -191,7 +207,7 @@ def next_look(store: Store, now: datetime) -> float | None:
     waits += [
         (since, UNFIT_SECONDS)
         for pack in map(GPUPack.model_validate, store.list("GPUPack"))
-        if (since := _homeless_since(pack, store))
+        for since in _homeless_since(pack, store).values()
     ]
     left = [limit - (now - since).total_seconds() for since, limit in waits]
     return min((seconds + 1 for seconds in left if seconds > 0), default=None)
@@ -228,16 +244,22 @@ def cores_of(node: Object) -> int:
     return units.parse_cpu(there.get("cpu", "0")) // 1000
 
 
-def _homeless_since(pack: GPUPack, store: Store) -> datetime | None:
-    """Since when a replica of the pack has found no room on the pack's node."""
-    pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
-    waits = [
-        since
-        for pod in pods
-        if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA
-        and (since := podstate.short_of_room_since(pod))
-    ]
-    return min(waits, default=None)
+def _homeless(pack: GPUPack, store: Store, now: datetime) -> frozenset[str]:
+    """The services whose replicas have found no room on the pack's node for too long."""
+    waits = _homeless_since(pack, store).items()
+    return frozenset(service for service, since in waits if (now - since).total_seconds() >= UNFIT_SECONDS)
+
+
+def _homeless_since(pack: GPUPack, store: Store) -> dict[str, datetime]:
+    """Since when replicas of the pack have found no room on the pack's node, by service."""
+    waits: dict[str, datetime] = {}
+    for pod in store.list("Pod", label=(labels.PACK, pack.metadata.name)):
+        carried = labels_of(pod)
+        since = podstate.short_of_room_since(pod)
+        if since is not None and carried.get(labels.COMPONENT) == labels.COMPONENT_REPLICA:
+            service = carried.get(labels.SERVICE, "")
+            waits[service] = min(since, waits.get(service, since))
+    return waits
 
 
 def _usable(node: Object, service: LLMService) -> bool:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tightship.core import placement
+from tightship.core.memory import Reserve
 from tightship.core.placement import (
     Assignment,
     Demand,
@@ -227,6 +228,174 @@ def test_core_sets_of_one_pass_share_a_nodes_memory():
     assert (shortfall.memory_per_pack, shortfall.memory_free) == (20 * GIB, 10 * GIB)
 
 
+BERT = ServiceRef("team", "bert")
+SMALL = Shape("bert-1", batch=32, kv_cache=2 * GIB, memory=10 * GIB)
+
+
+def make_tenant(replicas=1, **more):
+    return make_demand(
+        replicas, **{"service": BERT, "uid": "u2", "shape": SMALL, "shared": True, "since": "2026-02-02", **more}
+    )
+
+
+def places(snapshot, planned=None):
+    """Replicas by pack and service once the plan is written; packs that are given back are left out."""
+    after = apply(snapshot, planned or plan(snapshot))
+    return {
+        pack.name: {each.service.name: each.replicas for each in pack.assignments}
+        for pack in after.packs
+        if pack.assignments
+    }
+
+
+@pytest.mark.parametrize(
+    ("owner", "tenant", "expected"),
+    [
+        ({}, {}, {"team-opt-0": {"opt": 2, "bert": 1}}),
+        ({"shared": False}, {}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
+        ({}, {"shared": False}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
+        ({}, {"mode": "Reservation as 1000"}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
+        ({}, {"shape": replace(SMALL, memory=41 * GIB)}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
+        ({}, {"reserve": Reserve(31 * GIB)}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
+        ({}, {"per_device": 2}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
+        ({"per_device": 2}, {}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
+        ({"shape": None}, {}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
+        ({}, {"nodes": frozenset({"n1"})}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
+    ],
+    ids=[
+        "all fits",
+        "owner no",
+        "tenant no",
+        "user",
+        "memory",
+        "reserve",
+        "limit",
+        "owner's limit",
+        "undecided",
+        "node",
+    ],
+)
+def test_a_replica_takes_free_memory_of_another_service_where_everything_agrees(owner, tenant, expected):
+    demands = (make_demand(2, **{"shared": True, **owner}), make_tenant(**tenant))
+    assert places(Snapshot(demands, (make_pack(0, 2),), make_devices(1, 1))) == expected
+
+
+def test_services_of_different_namespaces_never_share():
+    stranger = make_tenant(service=ServiceRef("other", "bert"))
+    snapshot = Snapshot((make_demand(2, shared=True), stranger), (make_pack(0, 2),), make_devices(2))
+    assert places(snapshot) == {"team-opt-0": {"opt": 2}, "other-bert-0": {"bert": 1}}
+
+
+def test_the_pack_that_is_left_with_the_least_free_memory_is_taken():
+    third, uid = ServiceRef("team", "gpt"), "u3"
+    demands = (
+        make_demand(2, shared=True),
+        make_demand(1, service=third, uid=uid, shared=True, shape=replace(SHAPE, memory=65 * GIB)),
+        make_tenant(),
+    )
+    packs = (
+        make_pack(0, 2),
+        make_pack(0, 1, service=third, uid=uid, shape=replace(SHAPE, memory=65 * GIB)),
+    )
+    assert places(Snapshot(demands, packs, make_devices(2))) == {
+        "team-opt-0": {"opt": 2},
+        "team-gpt-0": {"gpt": 1, "bert": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("replicas", "devices", "expected"),
+    [
+        (3, 3, {"team-opt-0": {"opt": 3, "bert": 1}, "team-bert-0": {"bert": 2}}),
+        # A pack of its own is needed anyway: no mix that spares none.
+        (4, 3, {"team-opt-0": {"opt": 3}, "team-bert-0": {"bert": 2}, "team-bert-1": {"bert": 2}}),
+        (7, 3, {"team-opt-0": {"opt": 3, "bert": 1}, "team-bert-0": {"bert": 2}, "team-bert-1": {"bert": 4}}),
+        (4, 2, {"team-opt-0": {"opt": 3, "bert": 1}, "team-bert-0": {"bert": 2}}),
+    ],
+)
+def test_its_own_packs_come_first_then_those_of_others_where_that_spares_one(replicas, devices, expected):
+    demands = (make_demand(3, shared=True), make_tenant(replicas, per_device=4))
+    packs = (make_pack(0, 3), make_pack(0, 1, service=BERT, uid="u2", shape=SMALL, capacity=20 * GIB))
+    assert places(Snapshot(demands, packs, make_devices(devices))) == expected
+
+
+def test_before_the_device_is_known_its_memory_is_what_the_profile_says():
+    demands = (make_demand(2, shared=True, device_memory=50 * GIB), make_tenant(device_memory=50 * GIB))
+    assert places(Snapshot(demands, (), make_devices(2))) == {"team-opt-0": {"opt": 2, "bert": 1}}
+    larger = (demands[0], replace(demands[1], shape=replace(SMALL, memory=11 * GIB)))
+    assert places(Snapshot(larger, (), make_devices(2))) == {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}
+
+
+def test_a_tenant_stays_when_the_owner_goes_and_may_fill_the_pack():
+    pack = replace(make_pack(0, 2), assignments=(Assignment(BERT, "u2", 1, SMALL), Assignment(OPT, "u1", 2, SHAPE)))
+    snapshot = Snapshot((make_tenant(4),), (pack,), make_devices(1, 1))
+    assert places(snapshot) == {"team-opt-0": {"bert": 4}}
+
+
+def test_who_no_longer_shares_gets_the_tenant_moved_only_to_a_better_place():
+    pack = replace(make_pack(0, 2), assignments=(Assignment(BERT, "u2", 1, SMALL), Assignment(OPT, "u1", 2, SHAPE)))
+    demands = (make_demand(2, shared=False), make_tenant())
+    full = Snapshot(demands, (pack,), make_devices(1))
+    assert plan(full).empty
+    assert plan(full).shortfall_of(BERT).kept == 1
+    assert places(replace(full, devices=make_devices(2))) == {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}
+
+
+def test_an_owner_s_larger_shape_displaces_the_tenant():
+    pack = replace(make_pack(0, 2), assignments=(Assignment(BERT, "u2", 2, SMALL), Assignment(OPT, "u1", 2, SHAPE)))
+    demands = (make_demand(2, shared=True, shape=replace(SHAPE, memory=35 * GIB)), make_tenant(2))
+    assert places(Snapshot(demands, (pack,), make_devices(1, 1))) == {
+        "team-opt-0": {"opt": 2, "bert": 1},
+        "team-bert-0": {"bert": 1},
+    }
+
+
+def test_a_tenant_that_finds_no_room_on_the_node_leaves_and_the_owner_stays():
+    both = (Assignment(BERT, "u2", 1, SMALL), Assignment(OPT, "u1", 2, SHAPE))
+    pack = replace(make_pack(0, 2), assignments=both, unfit=frozenset({BERT}))
+    snapshot = Snapshot((make_demand(2, shared=True), make_tenant()), (pack,), make_devices(2, 1))
+    planned = plan(snapshot)
+    assert places(snapshot, planned) == {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}
+    assert planned.create[0].excluded == {"n0"}
+
+
+def test_memory_that_one_gives_up_serves_another_in_the_same_pass():
+    demands = (make_tenant(2, since="2026-01-01"), make_demand(1, shared=True, since="2026-02-02"))
+    snapshot = Snapshot(demands, (make_pack(0, 4),), make_devices(1))
+    assert places(snapshot) == {"team-opt-0": {"opt": 1, "bert": 2}}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "expected"), [(1, [1]), (2, [1, 1]), (3, [2, 1]), (4, [2, 2]), (5, [3, 2]), (9, [4, 4, 1])]
+)
+def test_spread_puts_at_most_half_on_one_pack(replicas, expected):
+    snapshot = Snapshot((make_demand(replicas, spread=True),), (), make_devices(4))
+    assert list(counts(snapshot, plan(snapshot)).values()) == expected
+
+
+def test_spread_moves_serving_replicas_only_to_a_second_gpu():
+    one = Snapshot((make_demand(4, spread=True),), (make_pack(0, 4),), make_devices(1))
+    assert plan(one).empty
+    shortfall = plan(one).shortfall_of(OPT)
+    assert (shortfall.placed, shortfall.kept, shortfall.per_pack, shortfall.packs_needed) == (2, 2, 2, 1)
+    two = replace(one, devices=make_devices(2))
+    assert counts(two, plan(two)) == {0: 2, 1: 2}
+
+
+def test_spread_and_sharing_use_two_packs_of_others():
+    third = ServiceRef("team", "gpt")
+    demands = (
+        make_demand(2, shared=True),
+        make_demand(2, service=third, uid="u3", shared=True),
+        make_tenant(2, spread=True),
+    )
+    packs = (make_pack(0, 2), make_pack(0, 2, service=third, uid="u3"))
+    assert places(Snapshot(demands, packs, make_devices(3))) == {
+        "team-opt-0": {"opt": 2, "bert": 1},
+        "team-gpt-0": {"gpt": 2, "bert": 1},
+    }
+
+
 @pytest.mark.parametrize(
     ("service", "ordinal", "name"),
     [
@@ -251,8 +420,23 @@ def test_services_whose_names_would_collide_get_different_packs():
     assert [pack.name for pack in planned.create] == ["a-b-c-0", "a-b-c-1"]
 
 
-SERVICES = [ServiceRef("a", "x"), ServiceRef("a", "y"), ServiceRef("b", "x")]
+SERVICES = [ServiceRef("a", "x"), ServiceRef("a", "y"), ServiceRef("a", "z"), ServiceRef("b", "x")]
 shapes = st.builds(Shape, st.sampled_from(["p", "q"]), st.integers(1, 3), st.just(1), st.integers(1, 5))
+
+
+@st.composite
+def assigned(draw, owner, capacity):
+    """What is on a pack, within its ledger: replicas of its owner, and sometimes of others of the namespace."""
+    left, found = 8 if capacity is None else capacity, []
+    for service in SERVICES:
+        if service.namespace != owner.namespace or (service != owner and draw(st.integers(0, 2))):
+            continue
+        shape = draw(shapes)
+        replicas = draw(st.integers(0, min(4, left // shape.memory)))
+        left -= replicas * shape.memory
+        if replicas:
+            found.append(Assignment(service, draw(st.sampled_from(["u1", "u1", "u2"])), replicas, shape))
+    return tuple(draw(st.permutations(found)))
 
 
 @st.composite
@@ -276,15 +460,16 @@ def snapshots(draw):
                     nodes=draw(st.none() | st.frozensets(st.sampled_from(["n0", "n1", "n2"]))),
                     since=draw(st.sampled_from(["", "1", "2"])),
                     memory=0 if device == "cuda" else draw(st.integers(0, 3)),
+                    shared=draw(st.booleans()),
+                    spread=draw(st.booleans()),
+                    reserve=Reserve(draw(st.integers(0, 1))),
+                    device_memory=draw(st.none() | st.integers(4, 12)),
                 )
             )
     packs = []
     for service in SERVICES:
         for ordinal in range(draw(st.integers(0, 3))):
-            shape, capacity = draw(shapes), draw(st.none() | st.integers(1, 12))
-            most = 4 if capacity is None else min(4, capacity // shape.memory)
-            replicas = draw(st.integers(0, most))
-            device = draw(st.sampled_from(["cuda", "cpu"]))
+            capacity, device = draw(st.none() | st.integers(1, 12)), draw(st.sampled_from(["cuda", "cpu"]))
             packs.append(
                 Pack(
                     pack_name(service, ordinal),
@@ -296,11 +481,10 @@ def snapshots(draw):
                     node=draw(st.none() | st.sampled_from(["n0", "n1", "n2", "gone"])),
                     capacity=capacity,
                     health=draw(st.sampled_from(Health)),
-                    assignments=(Assignment(service, draw(st.sampled_from(["u1", "u2"])), replicas, shape),)
-                    if replicas
-                    else (),
+                    assignments=draw(assigned(service, capacity)),
                     excluded=draw(st.frozensets(st.sampled_from(["n0", "n1"]), max_size=1)),
                     memory=0 if device == "cuda" else draw(st.integers(0, 3)),
+                    unfit=draw(st.frozensets(st.sampled_from(SERVICES), max_size=1)),
                 )
             )
     devices = [
@@ -314,11 +498,19 @@ def snapshots(draw):
 @settings(max_examples=300, deadline=None)
 @given(snapshots())
 def test_no_ledger_is_exceeded_and_nobody_gets_more_than_asked(snapshot):
+    demands = {demand.service: demand for demand in snapshot.demands}
     after = apply(snapshot, plan(snapshot))
     for pack in after.packs:
         if pack.capacity is not None:
             assert sum(each.replicas * each.shape.memory for each in pack.assignments) <= pack.capacity
-        assert {each.service for each in pack.assignments} <= {pack.owner}
+        assert {each.service.namespace for each in pack.assignments} <= {pack.owner.namespace}
+        if pack.health is Health.LEAVING or not settled(pack, demands):
+            continue
+        here = [demands[each.service] for each in pack.assignments]
+        assert sum(each.replicas for each in pack.assignments) <= min((each.per_device for each in here), default=0)
+        if pack.capacity is not None and here:
+            free = pack.capacity - sum(each.replicas * each.shape.memory for each in pack.assignments)
+            assert free >= max(each.reserve.amount for each in here)
     for demand in snapshot.demands:
         mine = [each for pack in after.packs for each in pack.assignments if each.service == demand.service]
         assert all(each.uid == demand.uid for each in mine)
@@ -330,8 +522,60 @@ def test_no_ledger_is_exceeded_and_nobody_gets_more_than_asked(snapshot):
             if each.service == demand.service
         )
         assert sum(each.replicas for each in mine) - leaving <= demand.replicas
-        if demand.shape:
-            assert all(each.replicas <= max(demand.per_device, 4) for each in mine)
+
+
+def settled(pack, demands):
+    """Whether all who are on the pack run there as they want to now."""
+    here = [demands[each.service] for each in pack.assignments]
+    return all(each.shape is not None and placement._compatible(pack, each) for each in here)
+
+
+def on(pack, service):
+    return sum(each.replicas for each in pack.assignments if each.service == service)
+
+
+@settings(max_examples=500, deadline=None)
+@given(snapshots())
+def test_replicas_join_others_only_where_everything_agrees(snapshot):
+    demands = {demand.service: demand for demand in snapshot.demands}
+    before = {pack.name: pack for pack in snapshot.packs}
+    for pack in apply(snapshot, plan(snapshot)).packs:
+        for each in pack.assignments:
+            demand = demands[each.service]
+            if each.replicas <= (on(before[pack.name], each.service) if pack.name in before else 0):
+                continue
+            assert placement._compatible(pack, demand)
+            assert pack.health is Health.SOUND
+            assert each.service not in pack.unfit
+            assert each.replicas <= demand.per_pack
+            others = [demands[other.service] for other in pack.assignments if other.service != each.service]
+            assert demand.shared or not others
+            assert all(other.shared and other.shape for other in others)
+            assert settled(pack, demands)
+            joined = pack.owner != each.service and not (pack.name in before and on(before[pack.name], each.service))
+            if joined and pack.node is not None and demand.nodes is not None:
+                assert pack.node in demand.nodes
+
+
+@settings(max_examples=300, deadline=None)
+@given(snapshots())
+def test_nobody_opens_a_pack_who_could_share_one(snapshot):
+    planned = plan(snapshot)
+    after = apply(snapshot, planned)
+    board = placement._Board(after)
+    for demand in snapshot.demands:
+        opened = [pack for pack in planned.create if pack.owner == demand.service]
+        if demand.shape and planned.shortfall_of(demand.service):
+            assert not board.openings(demand)
+        # A pack of its own with room, beside one that was opened, would have been filled first.
+        assert not opened or not any(
+            board.space(pack, demand)
+            for pack in after.packs
+            if pack.owner == demand.service
+            and pack not in opened
+            and pack.health is Health.SOUND
+            and board.good(pack, demand)
+        )
 
 
 @settings(max_examples=300, deadline=None)
@@ -356,9 +600,8 @@ def test_the_order_of_the_parts_does_not_matter(snapshot, random):
 
 @settings(max_examples=300, deadline=None)
 @given(snapshots())
-def test_packs_are_opened_only_when_none_has_room_and_a_device_is_free(snapshot):
+def test_packs_are_opened_only_while_devices_are_free(snapshot):
     planned = plan(snapshot)
-    after = apply(snapshot, planned)
     for product in ("H", "L"):
         opened = [pack for pack in planned.create if (pack.device, pack.product) == ("cuda", product)]
         held = [
@@ -370,15 +613,6 @@ def test_packs_are_opened_only_when_none_has_room_and_a_device_is_free(snapshot)
         ]
         total = sum(each.units for each in snapshot.devices if (each.device, each.product) == ("cuda", product))
         assert not opened or len(opened) + len([p for p in held if p.node is None]) <= total
-    for demand in snapshot.demands:
-        if demand.shape is None or not any(pack.owner == demand.service for pack in planned.create):
-            continue
-        for pack in after.packs:
-            mine = pack.owner == demand.service and pack.health is Health.SOUND and placement._compatible(pack, demand)
-            if mine and pack.name not in {each.name for each in planned.create}:
-                used = sum(each.replicas for each in pack.assignments)
-                fits = demand.per_device if pack.capacity is None else pack.capacity // demand.shape.memory
-                assert used >= min(demand.per_device, fits)
 
 
 @settings(max_examples=300, deadline=None)

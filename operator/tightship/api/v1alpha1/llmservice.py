@@ -91,6 +91,20 @@ class PackingSpec(Model):
             description="Memory of the GPU left free: a percentage or a quantity.",
         ),
     ] = "5%"
+    shared_with: Annotated[
+        Literal["None", "SameNamespace"],
+        Field(
+            description="Whose replicas may be on a GPU beside this service's. SameNamespace: those of services of this namespace that say so "
+            "too, on the same GPU product, in the same mode and as the same user. Latencies are measured without them."
+        ),
+    ] = "None"
+    spread: Annotated[
+        bool,
+        Field(
+            description="true keeps at most half of the replicas (rounded up) on one GPU, so that losing one leaves the others. "
+            "It is a must: what has no second GPU waits for one."
+        ),
+    ] = False
 
 
 class RolloutSpec(Model):
@@ -272,7 +286,7 @@ class PackStatus(Model):
 class GPUCount(Model):
     """GPUs that the service holds, and those it would hold with one replica on each."""
 
-    used: Annotated[int, Field(description="GPUs held.")]
+    used: Annotated[int, Field(description="GPUs with replicas of it, those shared with other services included.")]
     saved: Annotated[int, Field(description="GPUs that one replica per GPU would have taken beyond these.")]
 
 

@@ -102,6 +102,25 @@ def test_stopped_by_ctrl_c_and_gone_on_with(command: Command, tmp_path: Path) ->
     assert "kubectl apply -f opt.yaml" in error
 
 
+def test_readers_that_leave_take_nothing_with_them(command: Command, tmp_path: Path) -> None:
+    """`2>&1 | head -1`, and a `tee` that Ctrl-C ended first."""
+    file = tmp_path / "opt.yaml"
+    first = command(*MODEL, "--itl", "60ms", "--budget", "2m", "-o", "opt.yaml")
+    for stream in (first.stdout, first.stderr):
+        assert stream is not None
+        stream.close()
+    wait_for("points are in the file", lambda: len(batches(file)) > 1, PATIENCE)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(PATIENCE) == profile.INTERRUPTED
+    spent = float(read(file)["spec"]["results"]["gpuSeconds"])
+    second = command("--resume", "-o", "opt.yaml", "--budget", f"{spent + 10:.0f}s")
+    for stream in (second.stdout, second.stderr):
+        assert stream is not None
+        stream.close()
+    assert second.wait(PATIENCE) == profile.MEASURED
+    assert "BudgetExceeded" in file.read_text().splitlines()[0]
+
+
 def test_stopped_before_the_first_point(command: Command, tmp_path: Path) -> None:
     popen = command(*MODEL)
     log = tmp_path / "profile.log"

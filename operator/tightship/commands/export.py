@@ -7,7 +7,6 @@ that gets the manifest takes it from there without measuring. The rest that belo
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1 import labels
 from tightship.commands import manifest
 from tightship.commands.manifest import InputError
+from tightship.commands.output import say
 from tightship.decide import ProfileError, curve_from_profile
 
 EXIT_USAGE: Final = 2
@@ -61,10 +61,7 @@ def run(args: argparse.Namespace) -> int:
             origin = f"BatchProfile {obj['metadata'].get('namespace')}/{args.name}"
         manifest.write(args.to_file, to_text(obj, origin))
     except (InputError, ProfileError) as error:
-        print(
-            f"tightship profile export: {args.name or args.from_file or ''}: {error}".replace(" : ", " "),
-            file=sys.stderr,
-        )
+        say(f"tightship profile export: {args.name or args.from_file or ''}: {error}".replace(" : ", " "))
         return EXIT_USAGE
     return 0
 

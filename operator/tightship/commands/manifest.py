@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1 import labels
+from tightship.commands.output import show
 
 _PROFILE = "BatchProfile"
 _SERVICE = "LLMService"
@@ -128,7 +129,7 @@ def write(filename: str, text: str) -> None:
         InputError: the file can't be written.
     """
     if filename == "-":
-        print(text, end="", flush=True)
+        show([text.removesuffix("\n")])
         return
     path = Path(filename)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 from tightship.api.units import format_duration, format_quantity
 from tightship.commands import options
 from tightship.commands.manifest import read_profile
-from tightship.commands.output import columns, show
+from tightship.commands.output import columns, say, show
 from tightship.core.calibration import calibrate
 from tightship.core.colocation import Prediction, predict
 from tightship.core.curve import Metric, Objective, Statistic, Trial
@@ -117,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
             read_profile(args.filename), args.batch, args.replicas, parse_reserve(args.memory_reserve)
         )
     except ValueError as error:
-        print(f"tightship predict: {args.filename}: {error}", file=sys.stderr)
+        say(f"tightship predict: {args.filename}: {error}")
         return EXIT_USAGE
     show([json.dumps(to_json(answer), indent=2)] if args.output == "json" else to_table(answer))
     return 0 if answer.prediction is not None else EXIT_INSUFFICIENT_MEMORY

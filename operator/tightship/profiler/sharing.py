@@ -165,9 +165,19 @@ class MpsSharing:
             raise
 
     def environment(self, index: int) -> Mapping[str, str | None]:
-        """The pipe directory: what makes a process a client."""
+        """The pipe directory, which makes a process a client, and the GPU as clients count.
+
+        A daemon's clients count its devices anew: "when a client connects to the server it will see the remapped devices", and the
+        daemon's own CUDA_VISIBLE_DEVICES in a client "would lead to an error" (NVIDIA's MPS documentation, Environment Variables). So
+        whatever number or UUID chose the GPU before, to the clients of a daemon with one GPU it is 0. That UUIDs are recommended there
+        is no help: many releases of vLLM read the variable's entries as numbers (vllm-project/vllm issues 13815 and 20939).
+        """
         home = self._opened()
-        return {"CUDA_MPS_PIPE_DIRECTORY": str(home / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(home / "log")}
+        return {
+            "CUDA_MPS_PIPE_DIRECTORY": str(home / "pipe"),
+            "CUDA_MPS_LOG_DIRECTORY": str(home / "log"),
+            "CUDA_VISIBLE_DEVICES": "0",
+        }
 
     async def prove(self, engines: int) -> None:
         """Return once the daemon lists a client for each engine. Raises NotAttachedError after 15 s."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,11 +124,15 @@ async def test_without_the_program_it_is_said_what_to_do(one: Machine, tmp_path:
     assert not homes(tmp_path)
 
 
-async def test_a_daemon_that_ends_at_once_is_no_daemon(one: Machine, tmp_path: Path) -> None:
+async def test_a_daemon_that_ends_at_once_is_no_daemon(
+    one: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     mps = MpsSharing("GPU-nothing", one.environment(ENGINE), SystemClock(), preferred=tmp_path)
     with pytest.raises(SharingError, match="ended with 1"):
         await mps.open()
     assert not homes(tmp_path)
+    assert "nvidia-cuda-mps-control: this stand-in serves exactly one GPU; 0 are visible" in caplog.messages
 
 
 def test_the_way_to_share_fits_the_device() -> None:

@@ -47,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
         profile = read_profile(args.filename)
         settings = options.settings(profile, args)
         answer = settings.decide(profile)
-    except (InputError, ProfileError) as error:
+    except InputError as error:
+        say(f"tightship advise: {error}")
+        return EXIT_USAGE
+    except ProfileError as error:
         say(f"tightship advise: {args.filename}: {error}")
         return EXIT_USAGE
     for remark in options.remark(settings, args):

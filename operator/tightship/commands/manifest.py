@@ -36,7 +36,7 @@ def read_profile(filename: str) -> Mapping[str, Any]:
     """The one BatchProfile in a file of YAML or JSON documents, a `List` included; `-` is standard input.
 
     Raises:
-        InputError: the file can't be read, or holds none or several.
+        InputError: the file can't be read, or holds none or several; the text names it.
     """
     return _read(filename, _PROFILE)
 
@@ -143,6 +143,13 @@ def write(filename: str, text: str) -> None:
 
 
 def _read(filename: str, kind: str) -> Mapping[str, Any]:
+    try:
+        return _the_one(filename, kind)
+    except InputError as error:
+        raise InputError(f"{'standard input' if filename == '-' else filename}: {error}") from error
+
+
+def _the_one(filename: str, kind: str) -> Mapping[str, Any]:
     try:
         text = sys.stdin.read() if filename == "-" else Path(filename).read_text(encoding="utf-8")
         documents = list(yaml.safe_load_all(text))

@@ -93,7 +93,10 @@ def run(args: argparse.Namespace) -> int:
         answer = settings.decide(profile)
         shown = picture(profile, answer, floor=settings.efficiency_floor, reserve=settings.memory_reserve)
         _write(Path(args.output), _render(shown, answer, kind))
-    except (InputError, ProfileError) as error:
+    except InputError as error:
+        say(f"tightship plot: {error}")
+        return EXIT_USAGE
+    except ProfileError as error:
         say(f"tightship plot: {args.filename}: {error}")
         return EXIT_USAGE
     for remark in options.remark(settings, args):

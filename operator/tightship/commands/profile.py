@@ -38,6 +38,7 @@ from tightship.commands import advise, export, manifest, options, subject
 from tightship.commands.manifest import InputError
 from tightship.commands.output import say, show
 from tightship.commands.progress import REDRAW_SECONDS, ProgressBar
+from tightship.core.advisor import Basis, Recommendation
 from tightship.decide import ProfileError
 from tightship.profiler import __main__ as profiler
 from tightship.profiler.clock import SystemClock
@@ -59,6 +60,8 @@ examples:
   tightship profile --model ./opt-1.3b --input-tokens 111 --output-tokens 292 --itl 30ms --budget 10m -o opt.yaml
   tightship profile -f llmservice.yaml -o profile.yaml        the profile that this service would have measured
   tightship profile --resume -o profile.yaml                  go on where it was stopped
+  tightship profile --extend -o profile.yaml --max-replicas-per-gpu 6
+                                                              try a packing that is only estimated, or wasn't allowed
   tightship profile export NAME -n NAMESPACE -o profile.yaml  from a cluster; `tightship profile export --help`
 """
 
@@ -105,6 +108,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     again.add_argument(
         "--resume", action="store_true", help="go on with what -o holds; without -f and --model, with its key"
     )
+    again.add_argument(
+        "--extend",
+        action="store_true",
+        help="have a finished profile's best packing tried, where it is only estimated; --budget is of this trial",
+    )
     again.add_argument("--force", action="store_true", help="overwrite -o")
     commands = parser.add_subparsers(dest="subcommand", metavar="export", title="subcommand")
     export.add_parser(commands)
@@ -142,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
         return export.run(args)
     try:
         plan = make_plan(args, dict(os.environ))
-        if plan.profile.status.outcome is None:
+        if plan.profile.status.outcome is None or plan.profile.spec.measurement.extend is not None:
             return _measure(plan)
         say(f"{plan.output}: finished already: {_how_it_ended(plan.profile.status.outcome)}")
         return _conclude(plan, plan.profile)
@@ -166,16 +174,18 @@ def make_plan(args: argparse.Namespace, environ: dict[str, str]) -> Plan:
     output = args.output or "profile.yaml"
     if output == "-":
         raise InputError("-o -: a measurement that may be stopped needs a file to go on from")
-    path = Path(output)
+    path, going_on = Path(output), "--extend" if args.extend else "--resume" if args.resume else None
     if not path.resolve().parent.is_dir():
         raise InputError(f"-o {output}: there is no directory {path.resolve().parent}")
-    if path.exists() and not (args.resume or args.force):
+    if path.exists() and not (going_on or args.force):
         raise InputError(
             f"{output} exists: go on with it (--resume), overwrite it (--force), or name another file (-o)"
         )
-    if args.resume and not path.exists():
-        raise InputError(f"--resume: there is no {output} to go on with")
-    kept = read_kept(output) if args.resume else None
+    if going_on and not path.exists():
+        raise InputError(f"{going_on}: there is no {output} to go on with")
+    if args.filename is None and args.model is None and not going_on:
+        raise InputError("--model must be given, or -f with an LLMService manifest that says it")
+    kept = read_kept(output) if going_on else None
     version: str | None = None
     if kept is not None and not subject.names_a_key(args):
         profile = _with_options(kept, args)
@@ -191,7 +201,7 @@ def make_plan(args: argparse.Namespace, environ: dict[str, str]) -> Plan:
             profile = _going_on(kept, profile, output)
     version = version or engine_version(args.python, environ)
     plan = Plan(
-        profile=_unfinished(profile),
+        profile=_extended(profile, output) if args.extend else _unfinished(profile),
         output=output,
         log=args.engine_log or path.with_suffix(".log"),
         python=args.python,
@@ -270,15 +280,15 @@ def read_kept(filename: str) -> api.BatchProfile:
         InputError: it can't be read.
     """
     try:
-        obj = dict(manifest.read_profile(filename))
-        noted = json.loads(
-            ((obj.get("metadata") or {}).get("annotations") or {}).get(labels.ANNOTATION_MEASUREMENT) or "{}"
-        )
-        status = {**((obj.get("spec") or {}).get("results") or {}), **noted}
-        return api.BatchProfile.model_validate({**obj, "status": status})
+        # First without what it measured, so that each part is known to be what the API says.
+        obj = {name: value for name, value in manifest.read_profile(filename).items() if name != "status"}
+        read = api.BatchProfile.model_validate(obj)
+        noted = json.loads((read.metadata.annotations or {}).get(labels.ANNOTATION_MEASUREMENT) or "{}")
+        results = {} if read.spec.results is None else read.spec.results.to_dict()
+        return api.BatchProfile.model_validate({**obj, "status": {**results, **noted}})
     except InputError as error:
-        raise InputError(f"--resume: {filename}: {error}") from error
-    except (ValidationError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"--resume: {error}") from error
+    except (ValidationError, ValueError, TypeError) as error:
         raise InputError(
             f"--resume: {filename} is not a profile that can be gone on with: {manifest.first_error(error)}"
         ) from error
@@ -323,6 +333,39 @@ def _unfinished(profile: api.BatchProfile) -> api.BatchProfile:
     if outcome.state == "Failed" or (outcome.state == "BudgetExceeded" and raised):
         return profile.model_copy(update={"status": status.model_copy(update={"outcome": None})})
     return profile
+
+
+def _extended(profile: api.BatchProfile, output: str) -> api.BatchProfile:
+    """A finished profile that asks for the trial of what would be chosen, if that is only estimated.
+
+    Raises:
+        InputError: there is nothing to decide from, or nothing to try.
+    """
+    if profile.status.outcome is None or not profile.status.points or profile.status.outcome.state == "Failed":
+        raise InputError(f"--extend: what {output} holds isn't finished: go on with it with --resume")
+    how = profile.spec.measurement
+    try:
+        answer = options.settings_of(how).decide(profile.to_dict())
+    except ProfileError as error:
+        raise InputError(f"--extend: {output}: {error}") from error
+    pair = _untried(answer)
+    if pair is None:
+        raise InputError(
+            f"--extend: nothing to try in {output}: {answer.message}; another objective or a larger --max-replicas-per-gpu may "
+            "make another packing the best"
+        )
+    batch, replicas = pair
+    # Any text that isn't the last extension's.
+    now = datetime.now(timezone.utc).isoformat()
+    asked = api.Extension(request=now, pairs=[api.Pair(batch=batch, replicas=replicas)], budget=how.budget)
+    return _measured_how(profile, how.model_copy(update={"extend": asked}))
+
+
+def _untried(answer: Recommendation) -> tuple[int, int] | None:
+    """The packing that would be chosen, where it is only estimated."""
+    chosen = answer.chosen
+    estimated = chosen is not None and answer.basis is Basis.ESTIMATED and chosen.replicas > 1
+    return chosen.pair if chosen is not None and estimated else None
 
 
 def _surroundings(plan: Plan, args: argparse.Namespace) -> None:
@@ -551,6 +594,8 @@ class ManifestSink:
 def to_text(profile: api.BatchProfile) -> str:
     """The manifest of a profile measured here, as YAML."""
     obj, status = profile.to_dict(), profile.status
+    # What is asked for here isn't asked of a cluster that gets the file.
+    obj["spec"].get("measurement", {}).pop("extend", None)
     progress = None if status.progress is None else status.progress.model_copy(update={"message": None})
     parts = {"progress": progress, "outcome": status.outcome}
     noted = {name: part.to_dict() for name, part in parts.items() if part is not None}
@@ -567,8 +612,9 @@ def _how_it_ended(outcome: api.Outcome) -> str:
 
 def _measure(plan: Plan) -> int:
     profile = plan.profile
-    key, budget = profile.spec.key, profile.spec.measurement.budget
-    say(f"measuring {key.model.source} on {key.accelerator.product or _cpu(key)} for {budget}")
+    key, budget, asked = profile.spec.key, profile.spec.measurement.budget, profile.spec.measurement.extend
+    pairs = "" if asked is None else ", ".join(f"{each.replicas} x batch {each.batch} of " for each in asked.pairs)
+    say(f"measuring {pairs}{key.model.source} on {key.accelerator.product or _cpu(key)} for {budget}")
     say(f"profile: {plan.output}; the engine's output: {plan.log}; Ctrl-C stops and keeps what is done")
     for note in plan.notes:
         say(f"note: {note}")
@@ -690,8 +736,9 @@ def _say_stopped(plan: Plan, profile: api.BatchProfile) -> None:
     say(f"  {_resume(plan)}")
 
 
-def _resume(plan: Plan) -> str:
-    words = ["tightship", "profile", "--resume", "-o", plan.output]
+def _resume(plan: Plan, how: str | None = None) -> str:
+    how = how or ("--resume" if plan.profile.spec.measurement.extend is None else "--extend")
+    words = ["tightship", "profile", how, "-o", plan.output]
     if plan.python != sys.executable:
         words += ["--python", plan.python]
     for option, value in (("--gpu", plan.gpu), ("--seed", plan.seed)):
@@ -721,9 +768,11 @@ def _conclude(plan: Plan, profile: api.BatchProfile) -> int:
         say(f"tightship profile: {plan.output}: {error}")
         return FAILED
     show(advise.to_table(answer))
-    words = ["tightship advise -f", shlex.quote(plan.output), *options.to_words(chosen, own), "--explain"]
+    file, asked = shlex.quote(plan.output), options.to_words(chosen, own)
     say("\nnext:")
-    say(f"  {' '.join(words)}")
+    say(f"  {' '.join(['tightship advise -f', file, *asked, '--explain'])}")
+    if _untried(answer) is not None:
+        say(f"  {' '.join([_resume(plan, '--extend'), *asked])}")
     say(f"  kubectl apply -f {shlex.quote(plan.output)}")
     if profile.spec.key.model.source.startswith(subject.FILE):
         say(

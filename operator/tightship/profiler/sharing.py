@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -24,11 +25,14 @@ from tightship.profiler.engine import die_with_parent
 from tightship.profiler.errors import ProfilerError
 from tightship.profiler.gpu import DeviceIdentity
 
+log = logging.getLogger(__name__)
+
 PROGRAM: Final = "nvidia-cuda-mps-control"
 ANSWER_SECONDS: Final = 20.0
 START_SECONDS: Final = 20.0
 ATTACH_SECONDS: Final = 15.0
 QUIT_SECONDS: Final = 10.0
+WORDS_SECONDS: Final = 1.0
 POLL_SECONDS: Final = 0.25
 
 
@@ -136,6 +140,7 @@ class MpsSharing:
         self._preferred = preferred
         self._home: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._words: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Start the daemon and wait until it answers. Raises SharingError with the way out."""
@@ -149,9 +154,15 @@ class MpsSharing:
                 PROGRAM,
                 "-f",
                 stdin=asyncio.subprocess.DEVNULL,
+                # Through us into the log: our own output may be a terminal's, or a pipe whose reader has left, and end the daemon.
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
                 env=environ,
+                # A terminal's Ctrl-C is for us to act on: the daemon must outlive its clients.
+                start_new_session=True,
                 preexec_fn=die_with_parent,
             )
+            self._words = asyncio.get_running_loop().create_task(_log_words(self._process))
         except OSError as error:
             await self.close()
             raise SharingError(
@@ -223,6 +234,11 @@ class MpsSharing:
                 if process.returncode is None:
                     await MpsControl(self._daemon_environment(home)).ask("quit")
             await _end(process)
+        words, self._words = self._words, None
+        if words is not None:
+            # Its server may hold the pipe a moment longer, and has nothing to say that is waited for.
+            await asyncio.wait({words}, timeout=WORDS_SECONDS)
+            words.cancel()
         if home is not None:
             shutil.rmtree(home, ignore_errors=True)
 
@@ -325,11 +341,19 @@ def _home(preferred: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="mps-", dir=parent))
 
 
+async def _log_words(process: asyncio.subprocess.Process) -> None:
+    """What a daemon prints, line by line."""
+    assert process.stdout is not None
+    async for line in process.stdout:
+        log.info("%s: %s", PROGRAM, line.decode(errors="replace").rstrip())
+
+
 async def _end(process: asyncio.subprocess.Process) -> None:
+    """Wait for the daemon's end, and help it along, its server with it: to asyncio it has not ended while that holds its output."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(process.wait(), QUIT_SECONDS)
             return
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(number)
+            os.killpg(process.pid, number)
     await process.wait()

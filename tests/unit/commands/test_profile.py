@@ -26,6 +26,7 @@ from tightship.api.v1alpha1.validation import lengths_digest, parse_service, pro
 from tightship.commands import profile
 from tightship.commands.manifest import InputError
 from tightship.commands.progress import ProgressBar, render
+from tightship.profiler import __main__ as profiler
 from tightship.profiler.clock import SystemClock
 from tightship.profiler.errors import ReportError
 from tightship.profiler.gpu import CpuDevice
@@ -253,7 +254,7 @@ OPT = str(SAMPLES / "llmservice-opt.yaml")
         (("-f", OPT), "--device cpu measures vLLM's CPU back end"),
         (("-f", OPT, "--engine-env", "A=1"), "--engine-env A: the manifest says what the engine's environment is"),
         (("-f", OPT, "--lengths", __file__), "--lengths: the manifest's workload has mean lengths"),
-        (("-f", "nothing.yaml"), "No such file"),
+        (("-f", "nothing.yaml"), "nothing.yaml: No such file"),
         (("-f", str(SAMPLES / "batchprofile-imported.yaml")), "holds BatchProfile, no LLMService"),
         (("--model", "a/b", *MEANS, "-o", "no/such/p.yaml"), "there is no directory"),
         (("--model", "a/b", *MEANS, "-o", "-"), "needs a file to go on from"),
@@ -522,10 +523,60 @@ def test_resume_takes_the_gpu_that_was_measured_on(python: str, monkeypatch: pyt
         plan("--resume", "--python", python)
 
 
+def packable(python: str) -> profile.Plan:
+    """A finished profile whose best packing was never tried: until now one replica was all that was allowed."""
+    made = plan("--model", "a/b", *MEANS, "--max-replicas-per-gpu", "1", "--gpu", "0", "--python", python)
+    memory = {
+        "deviceTotal": "80Gi", "replica": "8Gi", "kvCache": "2Gi", "kvCacheTokens": 10_000, "contextMean": "9", "contextStd": "9",
+    }  # fmt: skip
+    points = [{**point, "gpuUtilization": "0.5"} for point in status()["points"]]
+    gpu = {"product": GPU, "memory": "80Gi", "uuid": "GPU-0"}
+    sink = profile.ManifestSink(made.profile, made.output, lambda progress: None)
+    asyncio.run(sink.write(status(gpu=gpu, points=points, memory=memory, outcome=outcome("Completed"))))
+    return made
+
+
+def test_a_finished_profile_is_extended_by_what_is_only_estimated(
+    python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus(monkeypatch, GPU)
+    packable(python)
+    with pytest.raises(InputError, match=r"--extend: nothing to try in profile.yaml: batch 4: 303 tokens/s"):
+        plan("--extend", "--python", python)
+    assert tightship(["profile", "--resume", "--python", python, "--max-replicas-per-gpu", "3"]) == profile.MEASURED
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "--extend" in line]
+    assert said == f"  tightship profile --extend -o profile.yaml --python {python} --max-replicas-per-gpu 3"
+
+    made = plan("--extend", "--python", python, "--max-replicas-per-gpu", "3", "--budget", "5m")
+    asked = made.profile.spec.measurement.extend
+    assert asked is not None
+    assert [(each.batch, each.replicas) for each in asked.pairs] == [(4, 3)]
+    assert asked.budget == "5m"
+    assert profiler.kept(made.profile) is not None, "the profiler has something to do"
+    assert profile._resume(made).startswith("tightship profile --extend ")
+    # The file stays finished, and asks nothing of a cluster.
+    sink = profile.ManifestSink(made.profile, made.output, lambda progress: None)
+    asyncio.run(sink.write(made.profile.status.to_dict()))
+    document = yaml.safe_load(Path("profile.yaml").read_text())
+    assert "extend" not in document["spec"]["measurement"]
+    assert profile.read_kept("profile.yaml").status.outcome is not None
+
+
+def test_only_what_is_finished_is_extended(python: str) -> None:
+    with pytest.raises(InputError, match=r"--extend: there is no profile.yaml to go on with"):
+        plan("--extend", "--python", python)
+    write(python)
+    with pytest.raises(
+        InputError, match=r"--extend: what profile.yaml holds isn't finished: go on with it with --resume"
+    ):
+        plan("--extend", "--python", python)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("a: [", "not YAML"),
+        ("kind: BatchProfile\nmetadata: x\nspec: {}", "that can be gone on with: metadata: "),
         ("kind: BatchProfile\nspec: {}", "can't|that can be gone on with: spec.key: Field required"),
         ("kind: LLMService", "holds LLMService, no BatchProfile"),
     ],

@@ -79,10 +79,12 @@ class Process:
 
 @dataclass
 class Machine:
-    """A device server with one GPU, and processes in containers that see it."""
+    """A device server with one GPU, or several, and processes in containers that see the first."""
 
     directory: Path
     uuid: str = "GPU-11111111-2222-3333-4444-555555555555"
+    others: tuple[str, ...] = ()
+    """UUIDs of further GPUs, which NVML and CUDA count from 1."""
     memory: str = "80Gi"
     time_scale: float = 1.0
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
@@ -92,17 +94,19 @@ class Machine:
         return self.directory / "device.sock"
 
     def start(self) -> None:
-        gpu = f"node=sandbox-0,uuid={self.uuid},product=NVIDIA-H100-80GB-HBM3,memory={self.memory}"
         command = [sys.executable, "-m", "tightship.sandbox.simulation.device", "--socket", str(self.socket)]
-        self._popen([*command, "--gpu", gpu, "--time-scale", str(self.time_scale)], dict(os.environ), "device")
+        for uuid in (self.uuid, *self.others):
+            gpu = f"node=sandbox-0,uuid={uuid},product=NVIDIA-H100-80GB-HBM3,memory={self.memory}"
+            command += ["--gpu", gpu]
+        self._popen([*command, "--time-scale", str(self.time_scale)], dict(os.environ), "device")
         wait_for("the device server listens", self.socket.exists)
 
     def device(self) -> Device:
         return Device(str(self.socket))
 
-    def gpu(self) -> dict[str, Any]:
+    def gpu(self, number: int = 0) -> dict[str, Any]:
         with self.device() as device:
-            found: dict[str, Any] = device.request("gpus")["gpus"][0]
+            found: dict[str, Any] = device.request("gpus")["gpus"][number]
             return found
 
     def control(self, verb: str, **arguments: object) -> dict[str, Any]:

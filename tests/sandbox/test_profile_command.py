@@ -36,6 +36,7 @@ def command(tmp_path: Path) -> Iterator[Command]:
         environ = {
             **os.environ,
             "PYTHONPATH": f"{IMAGE}{os.pathsep}{SOURCE}",
+            "PATH": os.pathsep.join((str(IMAGE / "bin"), str(Path(sys.executable).parent), os.environ["PATH"])),
             "TIGHTSHIP_SIM_SOCKET": str(one.socket),
             "TIGHTSHIP_SIM_NODE": "sandbox-0",
             "TIGHTSHIP_SIM_START_SECONDS": "0.1",
@@ -100,6 +101,46 @@ def test_stopped_by_ctrl_c_and_gone_on_with(command: Command, tmp_path: Path) ->
     assert after["memory"]["replica"]
     assert out.startswith("BATCH   LIMIT")
     assert "kubectl apply -f opt.yaml" in error
+
+
+def test_readers_that_leave_take_nothing_with_them(command: Command, tmp_path: Path) -> None:
+    """`2>&1 | head -1`, and a `tee` that Ctrl-C ended first."""
+    file = tmp_path / "opt.yaml"
+    first = command(*MODEL, "--itl", "60ms", "--budget", "2m", "-o", "opt.yaml")
+    for stream in (first.stdout, first.stderr):
+        assert stream is not None
+        stream.close()
+    wait_for("a point is in the file", lambda: batches(file), PATIENCE)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(PATIENCE) == profile.INTERRUPTED
+    spent = float(read(file)["spec"]["results"]["gpuSeconds"])
+    second = command("--resume", "-o", "opt.yaml", "--budget", f"{spent + 10:.0f}s")
+    for stream in (second.stdout, second.stderr):
+        assert stream is not None
+        stream.close()
+    assert second.wait(PATIENCE) == profile.MEASURED
+    assert "not finished" not in file.read_text().splitlines()[0]
+
+
+def test_a_finished_profile_is_extended_under_mps(command: Command, tmp_path: Path) -> None:
+    """One replica is measured and done with; then the packing that was never tried is, by the engines of a daemon."""
+    file = tmp_path / "opt.yaml"
+    first = command(
+        *MODEL, "--gpu", "0", "--itl", "60ms", "--budget", "1m", "--max-replicas-per-gpu", "1", "-o", "opt.yaml"
+    )
+    _, error = first.communicate(timeout=PATIENCE)
+    assert first.returncode == profile.MEASURED, error
+    before = read(file)["spec"]["results"]
+    assert "trials" not in before
+    more = ("--extend", "-o", "opt.yaml", "--max-replicas-per-gpu", "2", "--budget", "1m")
+    second = command(*more)
+    _, error = second.communicate(timeout=PATIENCE)
+    assert second.returncode == profile.MEASURED, error
+    after = read(file)["spec"]["results"]
+    (trial,) = after["trials"]
+    assert trial["replicas"] == 2
+    assert float(trial["totalTokensPerSecond"]) > 0, error
+    assert after["points"] == before["points"]
 
 
 def test_stopped_before_the_first_point(command: Command, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,35 @@ async def test_engines_are_proven_to_be_clients_and_the_daemon_ends_with_the_tri
     await mps.close()
 
 
+SECOND = "GPU-22222222-2222-3333-4444-555555555555"
+
+
+@pytest.mark.parametrize("visible", ["1", SECOND, f"{SECOND[:12]}"])
+async def test_clients_count_the_daemons_gpu_anew(tmp_path: Path, visible: str) -> None:
+    """On a machine with several GPUs the number or UUID that chose one for the sweep is nothing to the clients of its daemon."""
+    with machine(tmp_path, others=(SECOND,)) as one:
+        chosen = {"NVIDIA_VISIBLE_DEVICES": "all", "CUDA_VISIBLE_DEVICES": visible}
+        idle = one.gpu(1)["used"]
+        environ = one.environment(ENGINE, **chosen)
+        environ.pop("CUDA_MPS_PIPE_DIRECTORY")
+        mps = MpsSharing(SECOND, environ, SystemClock(), preferred=tmp_path)
+        await mps.open()
+        for engines in (1, 2):
+            environment = {name: value or "" for name, value in mps.environment(engines - 1).items()}
+            await asyncio.to_thread(start, one, {**chosen, **environment})
+            await mps.prove(engines)
+        assert one.gpu(1)["used"] > idle + 2 * 10**9
+        assert one.gpu(0)["used"] == idle
+        # What chose the GPU before chooses none of the daemon's.
+        kept = {**chosen, "CUDA_MPS_PIPE_DIRECTORY": environment["CUDA_MPS_PIPE_DIRECTORY"]}
+        lost = one.engine("--gpu-memory-utilization=0.1", **kept)
+        if visible == "1":
+            assert await asyncio.to_thread(lost.wait) == 1
+            assert "Failed to infer device type" in lost.output
+        lost.popen.kill()
+        await mps.close()
+
+
 async def test_an_engine_that_is_no_client_is_found_out(
     one: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,11 +124,15 @@ async def test_without_the_program_it_is_said_what_to_do(one: Machine, tmp_path:
     assert not homes(tmp_path)
 
 
-async def test_a_daemon_that_ends_at_once_is_no_daemon(one: Machine, tmp_path: Path) -> None:
+async def test_a_daemon_that_ends_at_once_is_no_daemon(
+    one: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     mps = MpsSharing("GPU-nothing", one.environment(ENGINE), SystemClock(), preferred=tmp_path)
     with pytest.raises(SharingError, match="ended with 1"):
         await mps.open()
     assert not homes(tmp_path)
+    assert "nvidia-cuda-mps-control: this stand-in serves exactly one GPU; 0 are visible" in caplog.messages
 
 
 def test_the_way_to_share_fits_the_device() -> None:

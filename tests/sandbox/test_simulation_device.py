@@ -147,6 +147,14 @@ def test_a_container_sees_what_its_environment_names(environment: dict[str, str]
 
 
 @pytest.mark.parametrize(
+    ("cuda", "seen"), [(None, ["GPU-b"]), ("0", ["GPU-b"]), ("1", []), ("GPU-b", ["GPU-b"]), ("GPU-a", [])]
+)
+def test_a_client_of_mps_sees_the_daemons_gpu_as_its_first(cuda: str | None, seen: list[str]) -> None:
+    environment = {"NVIDIA_VISIBLE_DEVICES": "all"} | ({} if cuda is None else {"CUDA_VISIBLE_DEVICES": cuda})
+    assert [gpu["uuid"] for gpu in visible(GPUS, environment, served="GPU-b")] == seen
+
+
+@pytest.mark.parametrize(
     "text", ["uuid=GPU-a", "node=n,uuid=u,product=p,memory=80Qi", "node=n,uuid=u,product=p,memory=1Gi,colour=red"]
 )
 def test_a_gpu_that_is_not_described_well_is_refused(text: str) -> None:

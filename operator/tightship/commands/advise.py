@@ -1,5 +1,8 @@
 """`tightship advise`: decide from a BatchProfile manifest, without a cluster.
 
+A profile is decided by what it was measured for (its `spec.measurement`: objectives, floor, reserve, gain, replicas), unless options say
+otherwise. A bound on a latency is of its mean, or of the statistic it names: `--itl 30ms --ttft p95:2s`.
+
 Exit status: 0 with a recommendation; 3 when the profile has none under these objectives (the best achievable latency is
 printed); 2 when the question or the file is wrong, in words and never a traceback.
 """
@@ -8,24 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from tightship.api.units import format_duration, format_quantity
 from tightship.commands import options
 from tightship.commands.manifest import InputError, read_profile
-from tightship.commands.output import columns, show
+from tightship.commands.output import columns, say, show
 from tightship.core.advisor import Basis, Candidate, Recommendation
-from tightship.core.curve import Metric, Objective, Statistic
-from tightship.decide import (
-    DEFAULT_EFFICIENCY_FLOOR,
-    DEFAULT_MAX_REPLICAS,
-    DEFAULT_MEMORY_RESERVE,
-    DEFAULT_MINIMUM_GAIN,
-    ProfileError,
-    decision_from_profile,
-)
+from tightship.decide import ProfileError
 
 EXIT_USAGE = 2
 EXIT_INFEASIBLE = 3
@@ -41,86 +35,31 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.set_defaults(run=run)
     parser.add_argument("-f", "--filename", required=True, metavar="FILE", help="BatchProfile manifest; - reads stdin")
-    add_decision_arguments(parser)
+    options.add_decision_options(parser, "the profile's own")
     parser.add_argument("--explain", action="store_true", help="show every pair looked at, and why it won or fell")
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table", help="default: %(default)s")
     return parser
 
 
-def add_decision_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that a decision depends on, for every command that decides."""
-    parser.add_argument(
-        "--itl", type=options.latency, metavar="DURATION", help="bound on the inter-token latency, e.g. 15ms"
-    )
-    parser.add_argument(
-        "--ttft", type=options.latency, metavar="DURATION", help="bound on the time to first token, unqueued"
-    )
-    parser.add_argument(
-        "--statistic",
-        choices=[statistic.value for statistic in Statistic],
-        default=Statistic.MEAN.value,
-        help="the statistic that the bounds are on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--efficiency-floor",
-        type=options.floor,
-        default=DEFAULT_EFFICIENCY_FLOOR,
-        metavar="SHARE",
-        help="least T(B) / (B T(1)); 0 turns it off (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--memory-reserve",
-        type=options.reserve,
-        default=DEFAULT_MEMORY_RESERVE,
-        metavar="RESERVE",
-        help="device memory left free, a percentage or a quantity (default: 5%%)",
-    )
-    parser.add_argument(
-        "--minimum-gain",
-        type=options.gain,
-        default=DEFAULT_MINIMUM_GAIN,
-        metavar="RATIO",
-        help="least throughput of a packed GPU over one replica's best (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-replicas-per-gpu",
-        type=options.replicas,
-        default=DEFAULT_MAX_REPLICAS,
-        metavar="N",
-        help="most replicas on one GPU (default: %(default)s)",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Read, decide, print; returns the exit status."""
     try:
-        answer = decide(read_profile(args.filename), args)
-    except (InputError, ProfileError) as error:
-        print(f"tightship advise: {args.filename}: {error}", file=sys.stderr)
+        profile = read_profile(args.filename)
+        settings = options.settings(profile, args)
+        answer = settings.decide(profile)
+    except InputError as error:
+        say(f"tightship advise: {error}")
         return EXIT_USAGE
+    except ProfileError as error:
+        say(f"tightship advise: {args.filename}: {error}")
+        return EXIT_USAGE
+    for remark in options.remark(settings, args):
+        say(remark)
     if args.output == "json":
         show([json.dumps(to_json(answer, explain=args.explain), indent=2)])
     else:
         show(to_table(answer, explain=args.explain))
     return 0 if answer.feasible else EXIT_INFEASIBLE
-
-
-def decide(profile: Mapping[str, Any], args: argparse.Namespace) -> Recommendation:
-    """The answer for a profile under the options of `add_decision_arguments`. Raises ProfileError."""
-    return decision_from_profile(
-        profile,
-        _objectives(args),
-        efficiency_floor=args.efficiency_floor,
-        minimum_gain=args.minimum_gain,
-        memory_reserve=args.memory_reserve,
-        max_replicas=args.max_replicas_per_gpu,
-    )
-
-
-def _objectives(args: argparse.Namespace) -> list[Objective]:
-    statistic = Statistic(args.statistic)
-    bounds = ((Metric.INTER_TOKEN_LATENCY, args.itl), (Metric.TIME_TO_FIRST_TOKEN, args.ttft))
-    return [Objective(metric, statistic, maximum) for metric, maximum in bounds if maximum is not None]
 
 
 def to_json(answer: Recommendation, *, explain: bool = False) -> dict[str, Any]:

@@ -7,7 +7,6 @@ that gets the manifest takes it from there without measuring. The rest that belo
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1 import labels
 from tightship.commands import manifest
 from tightship.commands.manifest import InputError
+from tightship.commands.output import say
 from tightship.decide import ProfileError, curve_from_profile
 
 EXIT_USAGE: Final = 2
@@ -53,20 +53,25 @@ def run(args: argparse.Namespace) -> int:
     try:
         if (args.name is None) == (args.from_file is None):
             raise InputError("give either the NAME of a BatchProfile in the cluster, or -f FILE")
-        if args.from_file is not None:
-            obj = manifest.read_profile(args.from_file)
-            origin = "a manifest" if args.from_file == "-" else args.from_file
-        else:
-            obj = fetch(args.name, args.from_namespace, args.kubeconfig, args.context)
-            origin = f"BatchProfile {obj['metadata'].get('namespace')}/{args.name}"
-        manifest.write(args.to_file, to_text(obj, origin))
-    except (InputError, ProfileError) as error:
-        print(
-            f"tightship profile export: {args.name or args.from_file or ''}: {error}".replace(" : ", " "),
-            file=sys.stderr,
-        )
+        manifest.write(args.to_file, _text(args))
+    except InputError as error:
+        say(f"tightship profile export: {error}")
         return EXIT_USAGE
     return 0
+
+
+def _text(args: argparse.Namespace) -> str:
+    """What is to be written; an error names what it is about."""
+    if args.from_file is not None:
+        obj = manifest.read_profile(args.from_file)
+        origin = "a manifest" if args.from_file == "-" else args.from_file
+    try:
+        if args.from_file is None:
+            obj = fetch(args.name, args.from_namespace, args.kubeconfig, args.context)
+            origin = f"BatchProfile {obj['metadata'].get('namespace')}/{args.name}"
+        return to_text(obj, origin)
+    except (InputError, ProfileError) as error:
+        raise InputError(f"{args.name or args.from_file}: {error}") from error
 
 
 def to_text(obj: Mapping[str, Any], origin: str) -> str:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1 import labels
+from tightship.commands.output import show
 
 _PROFILE = "BatchProfile"
 _SERVICE = "LLMService"
@@ -35,7 +36,7 @@ def read_profile(filename: str) -> Mapping[str, Any]:
     """The one BatchProfile in a file of YAML or JSON documents, a `List` included; `-` is standard input.
 
     Raises:
-        InputError: the file can't be read, or holds none or several.
+        InputError: the file can't be read, or holds none or several; the text names it.
     """
     return _read(filename, _PROFILE)
 
@@ -136,7 +137,7 @@ def write(filename: str, text: str) -> None:
         InputError: the file can't be written.
     """
     if filename == "-":
-        print(text, end="", flush=True)
+        show([text.removesuffix("\n")])
         return
     path = Path(filename)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -155,6 +156,13 @@ def read_objects(filename: str, what: str = "manifest") -> list[Mapping[str, Any
     Raises:
         InputError: the file can't be read, or holds something else; `what` is what was asked for, in words.
     """
+    try:
+        return _the_one(filename, kind)
+    except InputError as error:
+        raise InputError(f"{'standard input' if filename == '-' else filename}: {error}") from error
+
+
+def _the_one(filename: str, kind: str) -> Mapping[str, Any]:
     try:
         text = sys.stdin.read() if filename == "-" else Path(filename).read_text(encoding="utf-8")
         documents = list(yaml.safe_load_all(text))

@@ -16,15 +16,15 @@ import argparse
 import html
 import importlib.util
 import io
-import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from tightship.api.units import format_duration
-from tightship.commands import advise, manifest
+from tightship.commands import advise, manifest, options
 from tightship.commands.manifest import InputError
+from tightship.commands.output import say, show
 from tightship.core.advisor import Candidate, Recommendation, allowed_preemptions
 from tightship.core.calibration import calibrate
 from tightship.core.colocation import Prediction, predict
@@ -76,7 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "-o", "--output", default="profile.png", metavar="FILE", help=".png, .svg or .html (default: %(default)s)"
     )
-    advise.add_decision_arguments(parser)
+    options.add_decision_options(parser, "the profile's own")
     return parser
 
 
@@ -89,13 +89,19 @@ def run(args: argparse.Namespace) -> int:
         if importlib.util.find_spec("matplotlib") is None:
             raise InputError(INSTALL)
         profile = manifest.read_profile(args.filename)
-        answer = advise.decide(profile, args)
-        shown = picture(profile, answer, floor=args.efficiency_floor, reserve=args.memory_reserve)
+        settings = options.settings(profile, args)
+        answer = settings.decide(profile)
+        shown = picture(profile, answer, floor=settings.efficiency_floor, reserve=settings.memory_reserve)
         _write(Path(args.output), _render(shown, answer, kind))
-    except (InputError, ProfileError) as error:
-        print(f"tightship plot: {args.filename}: {error}", file=sys.stderr)
+    except InputError as error:
+        say(f"tightship plot: {error}")
         return EXIT_USAGE
-    print(f"{args.output}: {answer.message}")
+    except ProfileError as error:
+        say(f"tightship plot: {args.filename}: {error}")
+        return EXIT_USAGE
+    for remark in options.remark(settings, args):
+        say(remark)
+    show([f"{args.output}: {answer.message}"])
     return 0
 
 

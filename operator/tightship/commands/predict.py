@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tightship.api.units import format_duration, format_quantity
 from tightship.commands import options
-from tightship.commands.manifest import read_profile
-from tightship.commands.output import columns, show
+from tightship.commands.manifest import InputError, read_profile
+from tightship.commands.output import columns, say, show
 from tightship.core.calibration import calibrate
 from tightship.core.colocation import Prediction, predict
 from tightship.core.curve import Metric, Objective, Statistic, Trial
@@ -116,8 +115,11 @@ def run(args: argparse.Namespace) -> int:
         answer = answer_from_profile(
             read_profile(args.filename), args.batch, args.replicas, parse_reserve(args.memory_reserve)
         )
+    except InputError as error:
+        say(f"tightship predict: {error}")
+        return EXIT_USAGE
     except ValueError as error:
-        print(f"tightship predict: {args.filename}: {error}", file=sys.stderr)
+        say(f"tightship predict: {args.filename}: {error}")
         return EXIT_USAGE
     show([json.dumps(to_json(answer), indent=2)] if args.output == "json" else to_table(answer))
     return 0 if answer.prediction is not None else EXIT_INSUFFICIENT_MEMORY
@@ -273,5 +275,5 @@ def _gib(amount: int) -> str:
 
 def _whole(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 1 to 1000000")
     return int(text)

@@ -23,7 +23,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,15 +34,18 @@ from pydantic import ValidationError
 from tightship.api.units import format_quantity, parse_duration, parse_quantity
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1 import labels
-from tightship.commands import advise, export, manifest, subject
+from tightship.commands import advise, export, manifest, options, subject
 from tightship.commands.manifest import InputError
+from tightship.commands.output import say, show
 from tightship.commands.progress import REDRAW_SECONDS, ProgressBar
+from tightship.core.advisor import Basis, Recommendation
 from tightship.decide import ProfileError
 from tightship.profiler import __main__ as profiler
 from tightship.profiler.clock import SystemClock
 from tightship.profiler.engine import MODULE, ProcessLauncher
 from tightship.profiler.errors import ReportError
 from tightship.profiler.gpu import DeviceError, memory_limit, open_nvml
+from tightship.profiler.job import SEED
 from tightship.profiler.model import is_folder
 
 MEASURED, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -57,6 +60,8 @@ examples:
   tightship profile --model ./opt-1.3b --input-tokens 111 --output-tokens 292 --itl 30ms --budget 10m -o opt.yaml
   tightship profile -f llmservice.yaml -o profile.yaml        the profile that this service would have measured
   tightship profile --resume -o profile.yaml                  go on where it was stopped
+  tightship profile --extend -o profile.yaml --max-replicas-per-gpu 6
+                                                              try a packing that is only estimated, or wasn't allowed
   tightship profile export NAME -n NAMESPACE -o profile.yaml  from a cluster; `tightship profile export --help`
 """
 
@@ -83,9 +88,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="interpreter that has vLLM (default: this one, %(default)s)",
     )
     how.add_argument(
-        "--gpu", type=int, metavar="INDEX", help="which GPU, as nvidia-smi counts them (default: the first)"
+        "--gpu",
+        type=int,
+        metavar="INDEX",
+        help="which GPU, as nvidia-smi counts them (default: the first; with --resume, the same)",
     )
-    how.add_argument("--seed", type=int, metavar="N", help="of the load's random numbers: order, ages and token ids")
+    how.add_argument(
+        "--seed",
+        type=_seed_option,
+        metavar="N",
+        help=f"of the load's random numbers: order, ages and token ids (default: {SEED}, or what --resume goes on with)",
+    )
     where = parser.add_argument_group("where it goes")
     where.add_argument(
         "-o", "--output", default=None, metavar="FILE", help="the profile's file (default: profile.yaml)"
@@ -95,10 +108,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     again.add_argument(
         "--resume", action="store_true", help="go on with what -o holds; without -f and --model, with its key"
     )
+    again.add_argument(
+        "--extend",
+        action="store_true",
+        help="have a finished profile's best packing tried, where it is only estimated; --budget is of this trial",
+    )
     again.add_argument("--force", action="store_true", help="overwrite -o")
     commands = parser.add_subparsers(dest="subcommand", metavar="export", title="subcommand")
     export.add_parser(commands)
     return parser
+
+
+def _seed_option(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 0 to {(1 << 31) - 1}")
+    return int(text)
 
 
 @dataclass
@@ -113,6 +137,10 @@ class Plan:
     environ: dict[str, str]
     cores: frozenset[int] | None = None
     """CPU cores of the pack, as far as they are there; None leaves them as they are."""
+    seed: int | None = None
+    """Of the load, where it isn't the usual one."""
+    gpu: int | None = None
+    """The GPU asked for, as NVML counts."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -122,15 +150,15 @@ def run(args: argparse.Namespace) -> int:
         return export.run(args)
     try:
         plan = make_plan(args, dict(os.environ))
-        if plan.profile.status.outcome is None:
+        if plan.profile.status.outcome is None or plan.profile.spec.measurement.extend is not None:
             return _measure(plan)
-        print(f"{plan.output}: finished already: {_how_it_ended(plan.profile.status.outcome)}", file=sys.stderr)
+        say(f"{plan.output}: finished already: {_how_it_ended(plan.profile.status.outcome)}")
         return _conclude(plan, plan.profile)
     except InputError as error:
-        print(f"tightship profile: {error}", file=sys.stderr)
+        say(f"tightship profile: {error}")
         return USAGE
     except KeyboardInterrupt:
-        print("stopped before the measurement began", file=sys.stderr)
+        say("stopped before the measurement began")
         return INTERRUPTED
 
 
@@ -146,17 +174,19 @@ def make_plan(args: argparse.Namespace, environ: dict[str, str]) -> Plan:
     output = args.output or "profile.yaml"
     if output == "-":
         raise InputError("-o -: a measurement that may be stopped needs a file to go on from")
-    path = Path(output)
+    path, going_on = Path(output), "--extend" if args.extend else "--resume" if args.resume else None
     there = manifest.exists(output)
     if not is_folder(path.resolve().parent):
         raise InputError(f"-o {output}: there is no directory {path.resolve().parent}")
-    if there and not (args.resume or args.force):
+    if there and not (going_on or args.force):
         raise InputError(
             f"{output} exists: go on with it (--resume), overwrite it (--force), or name another file (-o)"
         )
-    if args.resume and not there:
-        raise InputError(f"--resume: there is no {output} to go on with")
-    kept = read_kept(output) if args.resume else None
+    if going_on and not there:
+        raise InputError(f"{going_on}: there is no {output} to go on with")
+    if args.filename is None and args.model is None and not going_on:
+        raise InputError("--model must be given, or -f with an LLMService manifest that says it")
+    kept = read_kept(output) if going_on else None
     version: str | None = None
     if kept is not None and not subject.names_a_key(args):
         profile = _with_options(kept, args)
@@ -165,17 +195,20 @@ def make_plan(args: argparse.Namespace, environ: dict[str, str]) -> Plan:
         if args.filename is None:
             # What the manifest doesn't say, this machine does.
             version = engine_version(args.python, environ) if args.image is None else None
-            defaults = _defaults(args, args.device or _device(environ), version, environ)
+            measured_on = None if kept is None else _measured_on(kept)
+            defaults = _defaults(args, args.device or _device(environ), version, environ, measured_on)
         profile = subject.from_arguments(args, defaults).profile(args.name)
         if kept is not None:
             profile = _going_on(kept, profile, output)
     version = version or engine_version(args.python, environ)
     plan = Plan(
-        profile=_unfinished(profile),
+        profile=_extended(profile, output) if args.extend else _unfinished(profile),
         output=output,
         log=args.engine_log or path.with_suffix(".log"),
         python=args.python,
         environ=environ,
+        seed=_seed(args.seed, profile, output),
+        gpu=args.gpu,
         notes=_image_notes(profile, version),
     )
     _surroundings(plan, args)
@@ -213,14 +246,17 @@ def _device(environ: Mapping[str, str]) -> str:
     return "cuda"
 
 
-def _defaults(args: argparse.Namespace, device: str, version: str | None, environ: dict[str, str]) -> dict[str, Any]:
+def _defaults(
+    args: argparse.Namespace, device: str, version: str | None, environ: dict[str, str], measured_on: str | None
+) -> dict[str, Any]:
     """What this machine answers where the options are silent."""
     found: dict[str, Any] = {"device": device}
     if version is not None:
         found["image"] = IMAGES[device].format(version=version.partition("+")[0])
     if device == "cuda":
         try:
-            found["product"] = (open_nvml(_gpu_environ(args.gpu, environ)).identity.product or "").replace(" ", "-")
+            narrowed = _gpu_environ(args.gpu, environ, measured_on)
+            found["product"] = (open_nvml(narrowed).identity.product or "").replace(" ", "-")
         except DeviceError as error:
             raise InputError(f"--device cuda: {error}") from error
         return found
@@ -245,15 +281,15 @@ def read_kept(filename: str) -> api.BatchProfile:
         InputError: it can't be read.
     """
     try:
-        obj = dict(manifest.read_profile(filename))
-        noted = json.loads(
-            ((obj.get("metadata") or {}).get("annotations") or {}).get(labels.ANNOTATION_MEASUREMENT) or "{}"
-        )
-        status = {**((obj.get("spec") or {}).get("results") or {}), **noted}
-        return api.BatchProfile.model_validate({**obj, "status": status})
+        # First without what it measured, so that each part is known to be what the API says.
+        obj = {name: value for name, value in manifest.read_profile(filename).items() if name != "status"}
+        read = api.BatchProfile.model_validate(obj)
+        noted = json.loads((read.metadata.annotations or {}).get(labels.ANNOTATION_MEASUREMENT) or "{}")
+        results = {} if read.spec.results is None else read.spec.results.to_dict()
+        return api.BatchProfile.model_validate({**obj, "status": {**results, **noted}})
     except InputError as error:
-        raise InputError(f"--resume: {filename}: {error}") from error
-    except (ValidationError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"--resume: {error}") from error
+    except (ValidationError, ValueError, TypeError) as error:
         raise InputError(
             f"--resume: {filename} is not a profile that can be gone on with: {manifest.first_error(error)}"
         ) from error
@@ -262,10 +298,9 @@ def read_kept(filename: str) -> api.BatchProfile:
 def _with_options(kept: api.BatchProfile, args: argparse.Namespace) -> api.BatchProfile:
     """What is in the file, with what it is measured for as the options say."""
     how = kept.spec.measurement.to_dict()
-    objectives = subject.objectives(args)
     over = {
         "budget": args.budget,
-        "objectives": objectives or None,
+        "objectives": subject.objectives(args),
         "efficiencyFloor": None if args.efficiency_floor is None else f"{args.efficiency_floor:g}",
         "minimumGain": None if args.minimum_gain is None else f"{args.minimum_gain:g}",
         "memoryReserve": args.memory_reserve,
@@ -301,6 +336,39 @@ def _unfinished(profile: api.BatchProfile) -> api.BatchProfile:
     return profile
 
 
+def _extended(profile: api.BatchProfile, output: str) -> api.BatchProfile:
+    """A finished profile that asks for the trial of what would be chosen, if that is only estimated.
+
+    Raises:
+        InputError: there is nothing to decide from, or nothing to try.
+    """
+    if profile.status.outcome is None or not profile.status.points or profile.status.outcome.state == "Failed":
+        raise InputError(f"--extend: what {output} holds isn't finished: go on with it with --resume")
+    how = profile.spec.measurement
+    try:
+        answer = options.settings_of(how).decide(profile.to_dict())
+    except ProfileError as error:
+        raise InputError(f"--extend: {output}: {error}") from error
+    pair = _untried(answer)
+    if pair is None:
+        raise InputError(
+            f"--extend: nothing to try in {output}: {answer.message}; another objective or a larger --max-replicas-per-gpu may "
+            "make another packing the best"
+        )
+    batch, replicas = pair
+    # Any text that isn't the last extension's.
+    now = datetime.now(timezone.utc).isoformat()
+    asked = api.Extension(request=now, pairs=[api.Pair(batch=batch, replicas=replicas)], budget=how.budget)
+    return _measured_how(profile, how.model_copy(update={"extend": asked}))
+
+
+def _untried(answer: Recommendation) -> tuple[int, int] | None:
+    """The packing that would be chosen, where it is only estimated."""
+    chosen = answer.chosen
+    estimated = chosen is not None and answer.basis is Basis.ESTIMATED and chosen.replicas > 1
+    return chosen.pair if chosen is not None and estimated else None
+
+
 def _surroundings(plan: Plan, args: argparse.Namespace) -> None:
     """The environment of profiler and engine, as a Job's container would have it, and the cores."""
     key, environ = plan.profile.spec.key, plan.environ
@@ -309,16 +377,16 @@ def _surroundings(plan: Plan, args: argparse.Namespace) -> None:
     environ["TIGHTSHIP_MODEL_PATH"] = model_argument(key, args.model)
     for name in ("TIGHTSHIP_LENGTHS_FILE", "TIGHTSHIP_SEED"):
         environ.pop(name, None)
-    if args.seed is not None:
-        environ["TIGHTSHIP_SEED"] = str(args.seed)
+    if plan.seed is not None:
+        environ["TIGHTSHIP_SEED"] = str(plan.seed)
     if key.workload.lengths_digest is not None:
         environ["TIGHTSHIP_LENGTHS_FILE"] = _lengths_file(key, args.lengths)
     if key.accelerator.device == "cpu":
         environ["TIGHTSHIP_DEVICE_MEMORY"] = str(parse_quantity(key.accelerator.memory or "0"))
         plan.cores = _cores(key.accelerator.cores_per_replica or 1, key.accelerator.cores or 1)
         return
-    environ.update(_gpu_environ(args.gpu, environ))
     try:
+        environ.update(_gpu_environ(args.gpu, environ, _measured_on(plan.profile)))
         device = open_nvml(environ)
     except DeviceError as error:
         raise InputError(f"{error}; --device cpu measures vLLM's CPU back end") from error
@@ -392,26 +460,100 @@ def _cores(replica: int, pack: int) -> frozenset[int]:
     return frozenset(there[:pack])
 
 
-def _gpu_environ(index: int | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment, narrowed to one GPU of a machine with several, so that NVML and CUDA mean the same one."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    if index is None and (not visible.isdigit() or environ.get("NVIDIA_VISIBLE_DEVICES", "").startswith("GPU-")):
-        return {**environ, **({"NVIDIA_VISIBLE_DEVICES": visible} if visible.startswith("GPU-") else {})}
-    number = int(visible) if index is None else index
-    nvml = importlib.import_module("pynvml")
-    try:
-        nvml.nvmlInit()
-        uuid = nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(number))
-    except nvml.NVMLError as error:
-        raise InputError(f"there is no GPU {number} here ({error}); nvidia-smi -L lists them") from error
-    uuid = uuid.decode() if isinstance(uuid, bytes) else uuid
-    # NVML counts by PCI bus; CUDA does only when told.
+def _seed(asked: int | None, profile: api.BatchProfile, output: str) -> int | None:
+    """The seed of the load, None for the usual one: that of what is there already, since a curve is of one load.
+
+    Raises:
+        InputError: another one is asked for.
+    """
+    load = profile.status.load if profile.status.points else None
+    if load is None:
+        return asked
+    if asked not in (None, load.seed):
+        raise InputError(
+            f"--seed {asked}: what {output} holds was measured with seed {load.seed}, and a curve is of one load: leave --seed out, or "
+            "measure anew with another -o"
+        )
+    return None if load.seed == SEED else load.seed
+
+
+def _measured_on(profile: api.BatchProfile) -> str | None:
+    """The UUID of the GPU that points in a profile were measured on."""
+    gpu = profile.status.gpu
+    return gpu.uuid if gpu is not None and profile.status.points else None
+
+
+def _gpu_environ(index: int | None, environ: Mapping[str, str], measured_on: str | None) -> dict[str, str]:
+    """The environment, narrowed to one GPU of a machine with several, so that NVML and CUDA mean the same one.
+
+    It is the one that what is there already was measured on; else the one asked for, else the first of CUDA_VISIBLE_DEVICES.
+
+    Raises:
+        DeviceError: NVML can't be asked.
+        InputError: there is no such GPU, or what is asked for is another than the one measured on.
+    """
+    first = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    # Where the container's runtime gave one GPU, NVML sees no other, and CUDA counts what it gave.
+    chosen = first.startswith("GPU-") or (
+        first.isdigit() and not environ.get("NVIDIA_VISIBLE_DEVICES", "").startswith("GPU-")
+    )
+    if index is None and measured_on is None and not chosen:
+        return dict(environ)
+    uuids = _gpus()
+    asked, allowed = _allowed(index, environ if chosen else {}, uuids)
+    if not allowed:
+        raise InputError(f"{asked}: there are {len(uuids)} GPUs here, counted from 0 (nvidia-smi -L)")
+    number = allowed[0]
+    if measured_on is not None:
+        if measured_on not in uuids:
+            raise InputError(
+                f"what is there was measured on GPU {measured_on}, which this machine doesn't have (nvidia-smi -L): go on where it "
+                "is, or measure anew with another -o"
+            )
+        number = uuids.index(measured_on)
+        if number not in allowed:
+            raise InputError(
+                f"{asked}: what is there was measured on GPU {number} ({measured_on}), and a curve is of one GPU: go on there "
+                f"with --gpu {number}, or measure anew with another -o"
+            )
+    # By its number, since many releases of vLLM can't read a UUID here (vllm-project/vllm issues 13815 and 20939). NVML counts by
+    # PCI bus; CUDA does only when told.
     return {
         **environ,
-        "NVIDIA_VISIBLE_DEVICES": uuid,
+        "NVIDIA_VISIBLE_DEVICES": uuids[number],
         "CUDA_VISIBLE_DEVICES": str(number),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     }
+
+
+def _allowed(index: int | None, environ: Mapping[str, str], uuids: Sequence[str]) -> tuple[str, list[int]]:
+    """What says which GPUs may be used, and their numbers: all of them where nothing says it."""
+    if index is not None:
+        return f"--gpu {index}", [index] if 0 <= index < len(uuids) else []
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible:
+        return "", list(range(len(uuids)))
+    numbers = []
+    for name in (text.strip() for text in visible.split(",")):
+        fitting = [
+            n for n, uuid in enumerate(uuids) if name == str(n) or (name.startswith("GPU-") and uuid.startswith(name))
+        ]
+        if not fitting:  # CUDA looks no further than to the first that isn't there
+            break
+        numbers.append(fitting[0])
+    return f"CUDA_VISIBLE_DEVICES={visible}", numbers
+
+
+def _gpus() -> list[str]:
+    """The UUIDs of this machine's GPUs, in NVML's order. Raises DeviceError."""
+    nvml = importlib.import_module("pynvml")
+    try:
+        nvml.nvmlInit()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+        uuids = [nvml.nvmlDeviceGetUUID(handle) for handle in handles]
+    except nvml.NVMLError as error:
+        raise DeviceError(f"NVML can't list the GPUs ({error})") from error
+    return [uuid.decode() if isinstance(uuid, bytes) else uuid for uuid in uuids]
 
 
 # --- measuring ---
@@ -433,13 +575,14 @@ class ManifestSink:
     async def write(self, status: Mapping[str, Any]) -> None:
         """Keep it. Raises ReportError when the file can't be written."""
         self.latest = api.BatchProfile.model_validate({**self._profile.to_dict(), "status": status})
-        if status.get("progress"):
-            self._show(api.Progress.model_validate(status["progress"]))
         if status.get("points"):
             try:
                 manifest.write(self._output, to_text(self.latest))
             except InputError as error:
                 raise ReportError(str(error)) from error
+        # Last: what is kept must not depend on what can be shown.
+        if status.get("progress"):
+            self._show(api.Progress.model_validate(status["progress"]))
 
     async def close(self) -> None:
         """Nothing to let go of."""
@@ -448,6 +591,8 @@ class ManifestSink:
 def to_text(profile: api.BatchProfile) -> str:
     """The manifest of a profile measured here, as YAML."""
     obj, status = profile.to_dict(), profile.status
+    # What is asked for here isn't asked of a cluster that gets the file.
+    obj["spec"].get("measurement", {}).pop("extend", None)
     progress = None if status.progress is None else status.progress.model_copy(update={"message": None})
     parts = {"progress": progress, "outcome": status.outcome}
     noted = {name: part.to_dict() for name, part in parts.items() if part is not None}
@@ -464,13 +609,12 @@ def _how_it_ended(outcome: api.Outcome) -> str:
 
 def _measure(plan: Plan) -> int:
     profile = plan.profile
-    key, budget = profile.spec.key, profile.spec.measurement.budget
-    print(f"measuring {key.model.source} on {key.accelerator.product or _cpu(key)} for {budget}", file=sys.stderr)
-    print(
-        f"profile: {plan.output}; the engine's output: {plan.log}; Ctrl-C stops and keeps what is done", file=sys.stderr
-    )
+    key, budget, asked = profile.spec.key, profile.spec.measurement.budget, profile.spec.measurement.extend
+    pairs = "" if asked is None else ", ".join(f"{each.replicas} x batch {each.batch} of " for each in asked.pairs)
+    say(f"measuring {pairs}{key.model.source} on {key.accelerator.product or _cpu(key)} for {budget}")
+    say(f"profile: {plan.output}; the engine's output: {plan.log}; Ctrl-C stops and keeps what is done")
     for note in plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}")
     bar = ProgressBar(sys.stderr, parse_duration(profile.spec.measurement.budget))
     sink = ManifestSink(profile, plan.output, bar.show)
     try:
@@ -496,10 +640,10 @@ async def _run(plan: Plan, sink: ManifestSink, bar: ProgressBar) -> int:
     stopped: list[int] = []
 
     def stop(number: int) -> None:
-        if not stopped:
-            task.cancel()
-        bar.note("stopping the engine (up to 20 s) ..." if not stopped else "still stopping the engine ...")
         stopped.append(number)
+        if len(stopped) == 1:
+            task.cancel()
+        bar.note("stopping the engine (up to 20 s) ..." if len(stopped) == 1 else "still stopping the engine ...")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
@@ -583,16 +727,19 @@ def _cpu(key: api.ProfileKey) -> str:
 def _say_stopped(plan: Plan, profile: api.BatchProfile) -> None:
     found = len(profile.status.points)
     if not found:
-        print("stopped before the first point: nothing was written", file=sys.stderr)
+        say("stopped before the first point: nothing was written")
         return
-    print(f"stopped; {plan.output} keeps {found} points. Go on with:", file=sys.stderr)
-    print(f"  {_resume(plan)}", file=sys.stderr)
+    say(f"stopped; {plan.output} keeps {found} points. Go on with:")
+    say(f"  {_resume(plan)}")
 
 
-def _resume(plan: Plan) -> str:
-    words = ["tightship", "profile", "--resume", "-o", plan.output]
+def _resume(plan: Plan, how: str | None = None) -> str:
+    how = how or ("--resume" if plan.profile.spec.measurement.extend is None else "--extend")
+    words = ["tightship", "profile", how, "-o", plan.output]
     if plan.python != sys.executable:
         words += ["--python", plan.python]
+    for option, value in (("--gpu", plan.gpu), ("--seed", plan.seed)):
+        words += [] if value is None else [option, str(value)]
     if plan.profile.spec.key.model.source.startswith("pvc://"):
         words += ["--model", plan.environ["TIGHTSHIP_MODEL_PATH"]]
     if "TIGHTSHIP_LENGTHS_FILE" in plan.environ:
@@ -604,28 +751,28 @@ def _conclude(plan: Plan, profile: api.BatchProfile) -> int:
     outcome, found = profile.status.outcome, len(profile.status.points)
     if outcome is None or outcome.state == "Failed":
         words = _how_it_ended(outcome) if outcome else "it ended without an outcome"
-        print(f"tightship profile: {words}", file=sys.stderr)
-        print(f"the engine's output is in {plan.log}", file=sys.stderr)
+        say(f"tightship profile: {words}")
+        say(f"the engine's output is in {plan.log}")
         if found:
-            print(f"{plan.output} keeps {found} points; go on with:\n  {_resume(plan)}", file=sys.stderr)
+            say(f"{plan.output} keeps {found} points; go on with:\n  {_resume(plan)}")
         return FAILED
-    print(f"{_how_it_ended(outcome)}\n", file=sys.stderr)
-    how = profile.spec.measurement
+    say(f"{_how_it_ended(outcome)}\n")
+    chosen = options.settings_of(profile.spec.measurement)
     try:
-        answer = subject.decision(profile.to_dict(), how)
-    except ProfileError as error:
-        print(f"tightship profile: {plan.output}: {error}", file=sys.stderr)
+        answer = chosen.decide(profile.to_dict())
+        own = options.settings_of(options.measured_for(manifest.read_profile(plan.output)))
+    except (InputError, ProfileError) as error:
+        say(f"tightship profile: {plan.output}: {error}")
         return FAILED
-    print("\n".join(advise.to_table(answer)), flush=True)
-    options = " ".join(subject.advise_options(how))
-    print("\nnext:", file=sys.stderr)
-    print(
-        f"  tightship advise -f {shlex.quote(plan.output)} {options} --explain".replace("  --", " --"), file=sys.stderr
-    )
-    print(f"  kubectl apply -f {shlex.quote(plan.output)}", file=sys.stderr)
+    show(advise.to_table(answer))
+    file, asked = shlex.quote(plan.output), options.to_words(chosen, own)
+    say("\nnext:")
+    say(f"  {' '.join(['tightship advise -f', file, *asked, '--explain'])}")
+    if _untried(answer) is not None:
+        say(f"  {' '.join([_resume(plan, '--extend'), *asked])}")
+    say(f"  kubectl apply -f {shlex.quote(plan.output)}")
     if profile.spec.key.model.source.startswith(subject.FILE):
-        print(
-            "note: no service's manifest names a model file://: measure with -f LLMSERVICE.yaml, or --source, to have it used",
-            file=sys.stderr,
+        say(
+            "note: no service's manifest names a model file://: measure with -f LLMSERVICE.yaml, or --source, to have it used"
         )
     return MEASURED

@@ -1,7 +1,7 @@
 """How far a measurement is, on a terminal: one line that is redrawn, or elsewhere a line for every change.
 
 `render` is the line as a pure function; `ProgressBar` is where it goes. Written without a library: the measurement must not
-share its cores with one.
+share its cores with one. What must hold: a stream that nobody reads any more costs what is shown, and never the measurement.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final, TextIO
 
 from tightship.api.units import format_duration, parse_duration
 from tightship.api.v1alpha1.batchprofile import Progress
+from tightship.commands.output import silence
 
 BAR: Final = 24
 REDRAW_SECONDS: Final = 0.5
@@ -68,6 +69,8 @@ class ProgressBar:
         self._seen = 0.0
         self._drawn = False
         self._last = ""
+        self._gone = False
+        """Whether nobody reads the stream any more."""
 
     def show(self, progress: Progress) -> None:
         """Take in where the measurement is now."""
@@ -80,19 +83,15 @@ class ProgressBar:
             return
         line = render(self._progress, self._elapsed(), self._budget, self._columns() if self._live else None)
         if self._live:
-            self._stream.write(f"\r\x1b[K{line}")
             self._drawn = True
+            self._write(f"\r\x1b[K{line}")
         elif (said := self._progress.model_copy(update={"elapsed": None}).model_dump_json()) != self._last:
             self._last = said
-            self._stream.write(line + "\n")
-        self._stream.flush()
+            self._write(line + "\n")
 
     def note(self, text: str) -> None:
         """Print a line of its own."""
-        if self._drawn:
-            self._stream.write("\r\x1b[K")
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        self._write(("\r\x1b[K" if self._drawn else "") + text + "\n")
         if self._drawn:
             self.redraw()
 
@@ -100,9 +99,18 @@ class ProgressBar:
         """Leave the last state standing, and the cursor below it."""
         if self._drawn:
             self.redraw()
-            self._stream.write("\n")
-            self._stream.flush()
+            self._write("\n")
         self._progress, self._drawn = None, False
+
+    def _write(self, text: str) -> None:
+        if self._gone:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._gone = True
+            silence(self._stream)
 
     def _elapsed(self) -> float:
         """Seconds of the budget now: what was reported, and what has passed since, once time counts."""

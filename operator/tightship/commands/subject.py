@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tightship import decide
 from tightship.api.units import format_duration, parse_duration
 from tightship.api.v1alpha1 import labels
-from tightship.api.v1alpha1.batchprofile import BatchProfile, Measurement, ProfileKey
+from tightship.api.v1alpha1.batchprofile import BatchProfile, ProfileKey
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.api.v1alpha1.validation import (
     HF_SOURCE,
@@ -29,10 +28,8 @@ from tightship.api.v1alpha1.validation import (
     parse_service,
     profile_key,
 )
-from tightship.commands import advise
+from tightship.commands import options
 from tightship.commands.manifest import InputError, read_service
-from tightship.core.advisor import Recommendation
-from tightship.decide import decision_from_profile, objectives_from_api
 from tightship.manifests.packs import batch_profile
 from tightship.profiler.lengths import parse_lengths
 from tightship.profiler.model import is_folder
@@ -171,17 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n", "--namespace", type=_dns_label, help="its namespace (default: the manifest's, else none, so kubectl's)"
     )
     decision = parser.add_argument_group("what it is measured for (changed later, nothing is measured again)")
-    _optional(advise.add_decision_arguments, decision)
-
-
-def _optional(add: Any, group: Any) -> None:
-    """Add options whose defaults are told and not set: what isn't given leaves the manifest's word standing."""
-    before = len(group._group_actions)
-    add(group)
-    for action in group._group_actions[before:]:
-        action.help = action.help % {"default": action.default}
-        action.help = action.help.replace("%", "%%")
-        action.default = None
+    options.add_decision_options(decision, "the manifest's")
 
 
 def from_arguments(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> Subject:
@@ -310,7 +297,7 @@ def _parse(obj: Mapping[str, Any], args: argparse.Namespace) -> LLMService:
         name: dict(value) if isinstance(value, Mapping) else value for name, value in (obj.get("spec") or {}).items()
     }
     bounds = objectives(args)
-    if bounds:
+    if bounds is not None:
         spec["slo"] = {"objectives": bounds}
     over: Sequence[tuple[str, str, Any]] = (
         ("advisor", "efficiencyFloor", None if args.efficiency_floor is None else f"{args.efficiency_floor:g}"),
@@ -345,45 +332,19 @@ def _as_option(problem: str) -> str:
     return problem
 
 
-def objectives(args: argparse.Namespace) -> list[dict[str, str]]:
-    """The objectives among the options, as the API writes them."""
-    bounds = (("InterTokenLatency", args.itl), ("TimeToFirstToken", args.ttft))
-    statistic = args.statistic or "mean"
+def objectives(args: argparse.Namespace) -> list[dict[str, str]] | None:
+    """The objectives among the options, as the API writes them; None where there are none, which is not the same as none wanted.
+
+    Raises:
+        InputError: --statistic without a bound that it could be of.
+    """
+    asked = options.objectives(args)
+    if asked is None:
+        return None
     return [
-        {"metric": metric, "statistic": statistic, "max": format_duration(seconds)}
-        for metric, seconds in bounds
-        if seconds is not None
+        {"metric": each.metric.value, "statistic": each.statistic.value, "max": format_duration(each.maximum)}
+        for each in asked
     ]
-
-
-def decision(profile: Mapping[str, Any], how: Measurement) -> Recommendation:
-    """The advisor's answer for a profile, for what it was measured for. Raises ProfileError."""
-    return decision_from_profile(
-        profile,
-        objectives_from_api(how.objectives),
-        efficiency_floor=float(how.efficiency_floor),
-        minimum_gain=float(how.minimum_gain),
-        memory_reserve=how.memory_reserve,
-        max_replicas=how.max_replicas_per_gpu,
-    )
-
-
-def advise_options(how: Measurement) -> list[str]:
-    """The options of `tightship advise` that ask what a profile was measured for, where they differ from its defaults."""
-    options = []
-    for objective in how.objectives:
-        options.append(f"--{'itl' if objective.metric == 'InterTokenLatency' else 'ttft'} {objective.max}")
-        if objective.statistic != "mean":
-            options.append(f"--statistic {objective.statistic}")
-    settings = (
-        ("--efficiency-floor", how.efficiency_floor, decide.DEFAULT_EFFICIENCY_FLOOR),
-        ("--minimum-gain", how.minimum_gain, decide.DEFAULT_MINIMUM_GAIN),
-        ("--max-replicas-per-gpu", how.max_replicas_per_gpu, decide.DEFAULT_MAX_REPLICAS),
-    )
-    options += [f"{option} {value}" for option, value, default in settings if float(value) != float(default)]
-    if decide.parse_reserve(how.memory_reserve) != decide.parse_reserve(decide.DEFAULT_MEMORY_RESERVE):
-        options.append(f"--memory-reserve {how.memory_reserve}")
-    return list(dict.fromkeys(options))
 
 
 def _set(values: Mapping[str, Any]) -> dict[str, Any]:

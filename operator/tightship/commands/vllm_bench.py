@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,9 @@ from typing import Any, Final
 from tightship.api.units import format_duration
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.api.v1alpha1 import labels
-from tightship.commands import advise, manifest, subject
+from tightship.commands import advise, manifest, options, subject
 from tightship.commands.manifest import InputError
+from tightship.commands.output import say, show
 from tightship.decide import ProfileError
 from tightship.profiler.points import decimal
 
@@ -75,12 +75,11 @@ def run(args: argparse.Namespace) -> int:
             args.output, manifest.to_yaml(obj, "\n".join([f"Imported from {len(runs)} runs of vllm bench.", *notes]))
         )
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}")
         if args.output != "-":
-            how = api.Measurement.model_validate(obj["spec"].get("measurement") or {})
-            print("\n".join(advise.to_table(subject.decision(obj, how))), flush=True)
+            show(advise.to_table(options.settings_of(options.measured_for(obj)).decide(obj)))
     except (InputError, ProfileError) as error:
-        print(f"tightship import vllm-bench: {error}", file=sys.stderr)
+        say(f"tightship import vllm-bench: {error}")
         return EXIT_USAGE
     return 0
 

@@ -60,6 +60,8 @@ class EngineSettings:
     capture_sizes: tuple[int, ...] = ()
     environment: Mapping[str, str | None] = field(default_factory=dict)
     """Changes to the inherited environment; None removes a variable."""
+    shares_cores: bool = False
+    """Whether other engines may compute on its cores."""
 
     def arguments(self, port: int) -> list[str]:
         """vLLM's command line after `-m vllm.entrypoints.openai.api_server`."""
@@ -166,7 +168,8 @@ class ProcessLauncher:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=settings.environ(self._environ),
-            preexec_fn=_own_group,
+            start_new_session=not settings.shares_cores,
+            preexec_fn=_own_group if settings.shares_cores else die_with_parent,
         )
         engine = ProcessEngine(process, port, settings, self._clock, self._echo)
         try:
@@ -354,8 +357,8 @@ def _free_port() -> int:
 def _own_group() -> None:
     """In the child: a process group of its own, to be stopped as a whole, in this session.
 
-    A session of its own would be a scheduling group of its own (Linux's autogroup) wherever no container is around. Engines that try to share a
-    core must compete as threads do in one container: between groups, Linux 6.18 let the one wait for minutes that had just been polling.
+    A session of its own would be a scheduling group of its own (Linux's autogroup) wherever no container is around. Engines that share a
+    core have to compete as threads do in one container: between groups, Linux 6.18 let the one wait for a minute that had just been polling.
     """
     os.setpgid(0, 0)
     die_with_parent()

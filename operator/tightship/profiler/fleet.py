@@ -185,7 +185,7 @@ class Fleet:
             )
         environment = {**self._settings.environment, **self._sharing.environment(number - 1)}
         try:
-            engine = await self._launch(replace(self._settings, environment=environment))
+            engine = await self._launch(replace(self._settings, environment=environment, shares_cores=True))
         except EngineError as error:
             raise NotStartedError(
                 number, f"engine {number} did not start beside {number - 1} others: {error}"

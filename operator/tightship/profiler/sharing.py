@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -24,11 +25,14 @@ from tightship.profiler.engine import die_with_parent
 from tightship.profiler.errors import ProfilerError
 from tightship.profiler.gpu import DeviceIdentity
 
+log = logging.getLogger(__name__)
+
 PROGRAM: Final = "nvidia-cuda-mps-control"
 ANSWER_SECONDS: Final = 20.0
 START_SECONDS: Final = 20.0
 ATTACH_SECONDS: Final = 15.0
 QUIT_SECONDS: Final = 10.0
+WORDS_SECONDS: Final = 1.0
 POLL_SECONDS: Final = 0.25
 
 
@@ -136,6 +140,7 @@ class MpsSharing:
         self._preferred = preferred
         self._home: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._words: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Start the daemon and wait until it answers. Raises SharingError with the way out."""
@@ -149,9 +154,15 @@ class MpsSharing:
                 PROGRAM,
                 "-f",
                 stdin=asyncio.subprocess.DEVNULL,
+                # Through us into the log: our own output may be a terminal's, or a pipe whose reader has left, and end the daemon.
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
                 env=environ,
+                # A terminal's Ctrl-C is for us to act on: the daemon must outlive its clients.
+                start_new_session=True,
                 preexec_fn=die_with_parent,
             )
+            self._words = asyncio.get_running_loop().create_task(_log_words(self._process))
         except OSError as error:
             await self.close()
             raise SharingError(
@@ -165,9 +176,19 @@ class MpsSharing:
             raise
 
     def environment(self, index: int) -> Mapping[str, str | None]:
-        """The pipe directory: what makes a process a client."""
+        """The pipe directory, which makes a process a client, and the GPU as clients count.
+
+        A daemon's clients count its devices anew: "when a client connects to the server it will see the remapped devices", and the
+        daemon's own CUDA_VISIBLE_DEVICES in a client "would lead to an error" (NVIDIA's MPS documentation, Environment Variables). So
+        whatever number or UUID chose the GPU before, to the clients of a daemon with one GPU it is 0. That UUIDs are recommended there
+        is no help: many releases of vLLM read the variable's entries as numbers (vllm-project/vllm issues 13815 and 20939).
+        """
         home = self._opened()
-        return {"CUDA_MPS_PIPE_DIRECTORY": str(home / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(home / "log")}
+        return {
+            "CUDA_MPS_PIPE_DIRECTORY": str(home / "pipe"),
+            "CUDA_MPS_LOG_DIRECTORY": str(home / "log"),
+            "CUDA_VISIBLE_DEVICES": "0",
+        }
 
     async def prove(self, engines: int) -> None:
         """Return once the daemon lists a client for each engine. Raises NotAttachedError after 15 s."""
@@ -213,6 +234,11 @@ class MpsSharing:
                 if process.returncode is None:
                     await MpsControl(self._daemon_environment(home)).ask("quit")
             await _end(process)
+        words, self._words = self._words, None
+        if words is not None:
+            # Its server may hold the pipe a moment longer, and has nothing to say that is waited for.
+            await asyncio.wait({words}, timeout=WORDS_SECONDS)
+            words.cancel()
         if home is not None:
             shutil.rmtree(home, ignore_errors=True)
 
@@ -315,11 +341,19 @@ def _home(preferred: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="mps-", dir=parent))
 
 
+async def _log_words(process: asyncio.subprocess.Process) -> None:
+    """What a daemon prints, line by line."""
+    assert process.stdout is not None
+    async for line in process.stdout:
+        log.info("%s: %s", PROGRAM, line.decode(errors="replace").rstrip())
+
+
 async def _end(process: asyncio.subprocess.Process) -> None:
+    """Wait for the daemon's end, and help it along, its server with it: to asyncio it has not ended while that holds its output."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(process.wait(), QUIT_SECONDS)
             return
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(number)
+            os.killpg(process.pid, number)
     await process.wait()

@@ -132,6 +132,79 @@ def test_output_tokens_are_the_throughput_where_totals_are_missing(
     assert float(answer["tokensPerSecond"]) == pytest.approx(9032.8 * 0.7, abs=0.06)
 
 
+def measured_for(**how: Any) -> dict[str, Any]:
+    """A profile whose points have tails, and what it was measured for."""
+    profile = make_profile(make_memory())
+    for point in profile["status"]["points"]:
+        mean = float(point["interTokenLatency"]["mean"][:-2])
+        point["interTokenLatency"]["p95"] = f"{2 * mean}ms"
+        point["timeToFirstToken"] = {"mean": f"{10 * mean}ms", "p95": f"{20 * mean}ms"}
+    return {**profile, "spec": {"measurement": how}}
+
+
+ITL = {"metric": "InterTokenLatency", "max": "20ms"}
+TTFT = {"metric": "TimeToFirstToken", "statistic": "p95", "max": "160ms"}
+
+
+@pytest.mark.parametrize(
+    ("words", "bounds"),
+    [
+        ((), [("InterTokenLatency", "mean", "20ms"), ("TimeToFirstToken", "p95", "160ms")]),
+        (("--itl", "15ms"), [("InterTokenLatency", "mean", "15ms")]),
+        (("--itl", "p95:30ms", "--ttft", "1s"), [("InterTokenLatency", "p95", "30ms"), ("TimeToFirstToken", "mean", "1s")]),
+        (
+            ("--itl", "mean:15ms", "--ttft", "1s", "--statistic", "p95"),
+            [("InterTokenLatency", "mean", "15ms"), ("TimeToFirstToken", "p95", "1s")],
+        ),
+        (("--ttft", "p95:1s", "--itl", "none"), [("TimeToFirstToken", "p95", "1s")]),
+        (("--itl", "none"), []),
+    ],
+)  # fmt: skip
+def test_each_latency_has_a_statistic_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], bounds: list[tuple[str, ...]]
+) -> None:
+    file = write(tmp_path, measured_for(objectives=[ITL, TTFT]))
+    found = ask(capsys, "-f", file, *words)[1]["latencies"]
+    assert [(each["metric"], each["statistic"], each["max"]) for each in found] == bounds
+
+
+def test_what_a_profile_was_measured_for_is_what_it_is_decided_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"efficiencyFloor": 0.4, "maxReplicasPerGPU": 1}
+    file = write(tmp_path, measured_for(objectives=[TTFT], **own))
+    assert tightship(["advise", "-f", file]) == 0
+    said = capsys.readouterr()
+    assert "batch 32: " in said.out, "batch 96 has an efficiency of 0.25, and 160 ms end there too"
+    assert said.err == (
+        "note: decided for what the profile was measured for, p95 TimeToFirstToken 160ms; --itl and --ttft ask for something else\n"
+    )
+    assert ask(capsys, "-f", file, "--efficiency-floor", "0.1", "--itl", "15ms")[1]["batch"] == 96
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("much", "spec.measurement is not a mapping"),
+        ({"objectives": [{"metric": "Speed", "max": "1s"}]}, "spec.measurement: objectives.0.metric"),
+        ({"objectives": [{**ITL, "max": "0s"}]}, "spec.measurement: "),
+        ({"efficiencyFloor": "7"}, "spec.measurement: '7': an efficiency floor is a number from 0 to below 1"),
+        ({"minimumGain": "nan"}, "spec.measurement: 'nan': a minimum gain is a number from 1"),
+        ({"memoryReserve": "some"}, "spec.measurement: "),
+        ({"maxReplicasPerGPU": 0}, "spec.measurement: maxReplicasPerGPU"),
+    ],
+)
+def test_what_it_was_measured_for_can_be_nonsense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: Any, said: str
+) -> None:
+    profile = {**make_profile(), "spec": {"measurement": how}}
+    for command in ("advise", "plot"):
+        assert tightship([command, "-f", write(tmp_path, profile)]) == advise.EXIT_USAGE
+        error = capsys.readouterr().err
+        assert f"profile.yaml: {said}" in error
+        assert len(error.splitlines()) == 1
+
+
 def test_settings_reach_the_advisor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path, make_profile(make_memory()))
     assert ask(capsys, "-f", file, "--efficiency-floor", "0.4")[1]["batch"] == 32

@@ -26,7 +26,11 @@ from tightship.api.v1alpha1.validation import lengths_digest, parse_service, pro
 from tightship.commands import profile
 from tightship.commands.manifest import InputError
 from tightship.commands.progress import ProgressBar, render
+from tightship.profiler import __main__ as profiler
+from tightship.profiler.clock import SystemClock
 from tightship.profiler.errors import ReportError
+from tightship.profiler.gpu import CpuDevice
+from tightship.profiler.job import make_job
 
 SAMPLES = Path(__file__).resolve().parents[3] / "docs" / "samples"
 GPU = "NVIDIA H100 80GB HBM3"
@@ -180,7 +184,13 @@ def test_lengths_are_in_the_key_by_what_is_in_them(python: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("asked", "visible", "number"),
-    [((), None, None), (("--gpu", "1"), None, "1"), ((), "1,0", "1"), ((), "GPU-1", "GPU-1")],
+    [
+        ((), None, None),
+        (("--gpu", "1"), None, "1"),
+        (("--gpu", "1"), "0", "1"),
+        ((), "1,0", "1"),
+        ((), "GPU-1", "1"),  # vLLM reads numbers alone
+    ],
 )
 def test_nvml_and_cuda_mean_the_same_gpu(
     python: str, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], visible: str | None, number: str | None
@@ -192,6 +202,25 @@ def test_nvml_and_cuda_mean_the_same_gpu(
     assert made.profile.spec.key.accelerator.product == ("NVIDIA-A" if number is None else "NVIDIA-H100-80GB-HBM3")
     assert made.environ.get("CUDA_VISIBLE_DEVICES") == number
     assert made.environ.get("NVIDIA_VISIBLE_DEVICES") == (None if number is None else "GPU-1")
+
+
+@pytest.mark.parametrize(
+    ("asked", "visible", "said"),
+    [
+        (("--gpu", "2"), None, "--gpu 2: there are 2 GPUs here, counted from 0"),
+        (("--gpu", "-1"), None, "--gpu -1: there are 2 GPUs here"),
+        ((), "7,1", "CUDA_VISIBLE_DEVICES=7,1: there are 2 GPUs here"),
+        ((), "GPU-9", "CUDA_VISIBLE_DEVICES=GPU-9: there are 2 GPUs here"),
+    ],
+)
+def test_a_gpu_that_is_not_there(
+    python: str, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], visible: str | None, said: str
+) -> None:
+    gpus(monkeypatch, GPU, GPU)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(InputError, match=said):
+        plan("--model", "a/b", *MEANS, "--python", python, *asked)
 
 
 def test_a_gpu_that_others_use_is_mentioned(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,11 +257,13 @@ OPT = str(SAMPLES / "llmservice-opt.yaml")
         (("-f", OPT), "--device cpu measures vLLM's CPU back end"),
         (("-f", OPT, "--engine-env", "A=1"), "--engine-env A: the manifest says what the engine's environment is"),
         (("-f", OPT, "--lengths", __file__), "--lengths: the manifest's workload has mean lengths"),
-        (("-f", "nothing.yaml"), "No such file"),
+        (("-f", "nothing.yaml"), "nothing.yaml: No such file"),
         (("-f", str(SAMPLES / "batchprofile-imported.yaml")), "holds BatchProfile, no LLMService"),
         (("--model", "a/b", *MEANS, "-o", "no/such/p.yaml"), "there is no directory"),
         (("--model", "a/b", *MEANS, "-o", "-"), "needs a file to go on from"),
         (("--resume",), "--resume: there is no profile.yaml to go on with"),
+        (("--model", "a/b", *MEANS, "--statistic", "p95"), "--statistic p95 is of no bound"),
+        (("--model", "a/b", *MEANS, "--statistic", "p95", "--itl", "p50:9ms"), "--statistic p95 is of no bound"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_starts(
@@ -359,6 +390,15 @@ def test_a_file_that_cannot_be_written_ends_the_measurement(python: str) -> None
         asyncio.run(sink.write(status()))
 
 
+def test_what_cannot_be_shown_is_kept_all_the_same(python: str) -> None:
+    made = plan("--model", "a/b", *MEANS, "--python", python)
+    bar = ProgressBar(Closed(), 100)
+    sink = profile.ManifestSink(made.profile, made.output, bar.show)
+    asyncio.run(sink.write(status()))
+    asyncio.run(sink.write(status(outcome=outcome("Completed"))))
+    assert "Completed: so it went" in Path(made.output).read_text()
+
+
 def test_an_existing_file_is_not_overwritten_unasked(python: str) -> None:
     Path("profile.yaml").write_text("precious")
     with pytest.raises(InputError, match=r"profile.yaml exists: go on with it .--resume., overwrite it .--force."):
@@ -416,10 +456,130 @@ def test_a_finished_profile_is_advised_from_again(python: str, capsys: pytest.Ca
     assert "kubectl apply -f profile.yaml" in said.err
 
 
+def test_the_follow_up_asks_what_was_decided(python: str, capsys: pytest.CaptureFixture[str]) -> None:
+    document = yaml.safe_load(Path(OPT).read_text())
+    bounds = [("InterTokenLatency", "mean", "100ms"), ("TimeToFirstToken", "p95", "2s")]
+    document["spec"]["slo"] = {
+        "objectives": [dict(zip(("metric", "statistic", "max"), each, strict=True)) for each in bounds]
+    }
+    document["spec"]["accelerator"] = {"device": "cpu", "cores": 1, "coresPerReplica": 1, "memory": "8Gi"}
+    Path("llm.yaml").write_text(yaml.safe_dump(document))
+    made = plan("-f", "llm.yaml", "--python", python, "--minimum-gain", "1.2")
+    points = status()["points"]
+    for point in points:
+        point["timeToFirstToken"] = {"p95": f"{point['batch']}s"}
+    sink = profile.ManifestSink(made.profile, made.output, lambda progress: None)
+    asyncio.run(sink.write(status(points=points, outcome=outcome("Completed"))))
+    assert tightship(["profile", "--resume", "--python", python]) == profile.MEASURED
+    told = capsys.readouterr()
+    assert "batch 2: " in told.out
+    (line,) = [line.split() for line in told.err.splitlines() if line.startswith("  tightship advise")]
+    assert line[1:] == ["advise", "-f", "profile.yaml", "--itl", "100ms", "--ttft", "p95:2s", "--explain"]
+    # The command that is printed decides the same, and so does none of its options.
+    for words in (line[1:-1], line[1:4]):
+        assert tightship(words) == 0
+        assert capsys.readouterr().out == told.out
+
+    # What is asked of a finished profile is not in its file: then it is in the command.
+    changed = ("--itl", "p50:9ms", "--minimum-gain", "1.05", "--memory-reserve", "1Gi", "--efficiency-floor", "0")
+    tightship(["profile", "--resume", "--python", python, *changed])
+    follow = "--itl p50:9ms --efficiency-floor 0 --minimum-gain 1.05 --memory-reserve 1Gi --explain"
+    assert f"tightship advise -f profile.yaml {follow}" in capsys.readouterr().err
+    tightship(["profile", "--resume", "--python", python, "--itl", "none"])
+    assert "tightship advise -f profile.yaml --itl none --explain" in capsys.readouterr().err
+
+
+def test_resume_takes_the_seed_that_was_measured_with(python: str) -> None:
+    asked = plan("--model", "a/b", *MEANS, "--python", python, "--seed", "7")
+    assert asked.environ["TIGHTSHIP_SEED"] == "7"
+    load = {"basis": "Means", "seed": 7}
+    asyncio.run(profile.ManifestSink(asked.profile, asked.output, lambda progress: None).write(status(load=load)))
+    for words in ((), ("--seed", "7"), ("--model", "a/b", *MEANS)):
+        made = plan("--resume", "--python", python, *words)
+        assert make_job(made.profile, "a/b", CpuDevice(1 << 30, 1, SystemClock()), made.environ).seed == 7
+        assert profile._resume(made).endswith("--resume -o profile.yaml --python " + python + " --seed 7")
+    with pytest.raises(InputError, match=r"--seed 8: what profile.yaml holds was measured with seed 7"):
+        plan("--resume", "--python", python, "--seed", "8")
+
+
+def test_resume_takes_the_gpu_that_was_measured_on(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, GPU, GPU, GPU)
+    asked = plan("--model", "a/b", *MEANS, "--python", python, "--gpu", "2")
+    assert profile._resume(asked).endswith(" --gpu 2")
+    gpu = {"product": GPU, "memory": "80Gi", "uuid": "GPU-2"}
+    asyncio.run(profile.ManifestSink(asked.profile, asked.output, lambda progress: None).write(status(gpu=gpu)))
+    for words in ((), ("--gpu", "2"), ("--model", "a/b", *MEANS)):
+        made = plan("--resume", "--python", python, *words)
+        assert (made.environ["NVIDIA_VISIBLE_DEVICES"], made.environ["CUDA_VISIBLE_DEVICES"]) == ("GPU-2", "2")
+    with pytest.raises(
+        InputError, match=r"--gpu 1: what is there was measured on GPU 2 .GPU-2.*go on there with --gpu 2"
+    ):
+        plan("--resume", "--python", python, "--gpu", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert plan("--resume", "--python", python).environ["CUDA_VISIBLE_DEVICES"] == "2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(InputError, match=r"CUDA_VISIBLE_DEVICES=0,1: what is there was measured on GPU 2"):
+        plan("--resume", "--python", python)
+    gpus(monkeypatch, GPU)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(InputError, match="measured on GPU GPU-2, which this machine doesn't have"):
+        plan("--resume", "--python", python)
+
+
+def packable(python: str) -> profile.Plan:
+    """A finished profile whose best packing was never tried: until now one replica was all that was allowed."""
+    made = plan("--model", "a/b", *MEANS, "--max-replicas-per-gpu", "1", "--gpu", "0", "--python", python)
+    memory = {
+        "deviceTotal": "80Gi", "replica": "8Gi", "kvCache": "2Gi", "kvCacheTokens": 10_000, "contextMean": "9", "contextStd": "9",
+    }  # fmt: skip
+    points = [{**point, "gpuUtilization": "0.5"} for point in status()["points"]]
+    gpu = {"product": GPU, "memory": "80Gi", "uuid": "GPU-0"}
+    sink = profile.ManifestSink(made.profile, made.output, lambda progress: None)
+    asyncio.run(sink.write(status(gpu=gpu, points=points, memory=memory, outcome=outcome("Completed"))))
+    return made
+
+
+def test_a_finished_profile_is_extended_by_what_is_only_estimated(
+    python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus(monkeypatch, GPU)
+    packable(python)
+    with pytest.raises(InputError, match=r"--extend: nothing to try in profile.yaml: batch 4: 303 tokens/s"):
+        plan("--extend", "--python", python)
+    assert tightship(["profile", "--resume", "--python", python, "--max-replicas-per-gpu", "3"]) == profile.MEASURED
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "--extend" in line]
+    assert said == f"  tightship profile --extend -o profile.yaml --python {python} --max-replicas-per-gpu 3"
+
+    made = plan("--extend", "--python", python, "--max-replicas-per-gpu", "3", "--budget", "5m")
+    asked = made.profile.spec.measurement.extend
+    assert asked is not None
+    assert [(each.batch, each.replicas) for each in asked.pairs] == [(4, 3)]
+    assert asked.budget == "5m"
+    assert profiler.kept(made.profile) is not None, "the profiler has something to do"
+    assert profile._resume(made).startswith("tightship profile --extend ")
+    # The file stays finished, and asks nothing of a cluster.
+    sink = profile.ManifestSink(made.profile, made.output, lambda progress: None)
+    asyncio.run(sink.write(made.profile.status.to_dict()))
+    document = yaml.safe_load(Path("profile.yaml").read_text())
+    assert "extend" not in document["spec"]["measurement"]
+    assert profile.read_kept("profile.yaml").status.outcome is not None
+
+
+def test_only_what_is_finished_is_extended(python: str) -> None:
+    with pytest.raises(InputError, match=r"--extend: there is no profile.yaml to go on with"):
+        plan("--extend", "--python", python)
+    write(python)
+    with pytest.raises(
+        InputError, match=r"--extend: what profile.yaml holds isn't finished: go on with it with --resume"
+    ):
+        plan("--extend", "--python", python)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("a: [", "not YAML"),
+        ("kind: BatchProfile\nmetadata: x\nspec: {}", "that can be gone on with: metadata: "),
         ("kind: BatchProfile\nspec: {}", "can't|that can be gone on with: spec.key: Field required"),
         ("kind: LLMService", "holds LLMService, no BatchProfile"),
     ],
@@ -468,6 +628,22 @@ class Terminal(io.StringIO):
         return True
 
 
+class Closed(io.StringIO):
+    """A stream whose reader has left."""
+
+    def __init__(self, terminal: bool = False) -> None:
+        super().__init__()
+        self.tried = 0
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    def write(self, text: str) -> int:
+        self.tried += 1
+        raise BrokenPipeError
+
+
 def bar_story(stream: io.StringIO) -> str:
     time = [0.0]
     bar = ProgressBar(stream, 100, now=lambda: time[0], columns=lambda: 200)
@@ -495,6 +671,13 @@ def test_a_file_gets_a_line_for_every_change() -> None:
     assert [line.partition("] ")[2] or line for line in lines] == [
         "10s of 1m40s  sweep batch 1, 0 points", "note: look", "20s of 1m40s  done, 1 point"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_reader_that_left_is_not_written_to_again(terminal: bool) -> None:
+    stream = Closed(terminal)
+    assert bar_story(stream) == ""
+    assert stream.tried == 1
 
 
 def test_annotations_say_how_far_it_is(python: str) -> None:

@@ -65,23 +65,28 @@ class Device:
         self.close()
 
 
-def visible(gpus: list[dict[str, Any]], environ: Mapping[str, str]) -> list[dict[str, Any]]:
+def visible(gpus: list[dict[str, Any]], environ: Mapping[str, str], served: str | None = None) -> list[dict[str, Any]]:
     """Return the GPUs a container sees: those NVIDIA_VISIBLE_DEVICES names, narrowed by CUDA_VISIBLE_DEVICES.
+
+    A client of MPS sees of them the one that its daemon has (`served`, a UUID), and counts it as its first.
 
     Names are `all`, indices on the node, UUIDs, or CDI names that end in one. As under the container toolkit a container
     without the variable sees none; a name that fits nothing is passed over, and the order is the variable's.
     """
     names = environ.get("NVIDIA_VISIBLE_DEVICES", "")
     seen = [] if names in _NOTHING_VISIBLE else _named(gpus, names)
+    seen = [gpu for gpu in seen if served in (None, gpu["uuid"])]
     narrowed = environ.get("CUDA_VISIBLE_DEVICES")
     if narrowed is None:
         return seen
-    # CUDA counts what the container sees, not what the node has.
+    # CUDA counts what the process sees, not what the node has.
     return _named([{**gpu, "index": number} for number, gpu in enumerate(seen)], narrowed)
 
 
-def list_visible(environ: Mapping[str, str] = os.environ) -> list[dict[str, Any]]:
+def list_visible(environ: Mapping[str, str] = os.environ, served: str | None = None) -> list[dict[str, Any]]:
     """Ask the device server which GPUs this process sees; none without a server, since then there is no driver either.
+
+    `served`: the GPU of the MPS daemon that it is a client of, if it is.
 
     Raises:
         DeviceUnavailableError: there should be a server and isn't.
@@ -91,7 +96,7 @@ def list_visible(environ: Mapping[str, str] = os.environ) -> list[dict[str, Any]
         return []
     with Device(path) as device:
         gpus = device.request("gpus", node=environ.get(NODE_VARIABLE))["gpus"]
-    return visible([gpu for gpu in gpus if not gpu["lost"]], environ)
+    return visible([gpu for gpu in gpus if not gpu["lost"]], environ, served)
 
 
 def _named(gpus: list[dict[str, Any]], names: str) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
 """A stand-in for `nvidia-cuda-mps-control`: the daemon (`-f`), and the commands it takes on standard input.
 
 Semantics kept from NVIDIA's: the daemon owns the pipe directory (CUDA_MPS_PIPE_DIRECTORY); there is no server before the
-first client; a client that finds no daemon silently runs without MPS; a fatal fault takes every client with it, the
-server is then in FAULT and takes no new client until every old one has left; clients of a daemon that dies, die.
+first client; a client that finds no daemon silently runs without MPS, and one that does sees the daemon's GPU alone, as its
+device 0, whatever number it has on the node (the server remaps the devices: NVIDIA's MPS documentation, Environment
+Variables); a fatal fault takes every client with it, the server is then in FAULT and takes no new client until every old one
+has left; clients of a daemon that dies, die.
 
 Clients hold a connection to the socket `control` in the pipe directory while they live; the kernel says who they are.
 """
@@ -140,7 +142,7 @@ class Client(asyncio.Protocol):
             message = json.loads(line)
             if message.get("attach"):
                 refusal = self._state.attach(self)
-                self.send({"error": refusal} if refusal else {"server": self._state.server})
+                self.send({"error": refusal} if refusal else {"server": self._state.server, "uuid": self._state.uuid})
             elif str(message.get("command")).split()[:1] == ["quit"]:
                 self._stop.set()
                 self.send({"output": ""})
@@ -166,8 +168,8 @@ def command(directory: Path, text: str) -> str:
             return str(json.loads(lines.readline())["output"])
 
 
-def probe(environ: Mapping[str, str]) -> bool:
-    """Be a client for a moment; return whether there was a daemon.
+def probe(environ: Mapping[str, str]) -> str | None:
+    """Be a client for a moment; return the UUID of the daemon's GPU, None without a daemon.
 
     Raises:
         MpsRefusedError: it takes no clients.
@@ -180,10 +182,10 @@ def probe(environ: Mapping[str, str]) -> bool:
             with connection.makefile("rb") as lines:
                 answer = json.loads(lines.readline())
         except OSError:
-            return False
+            return None
     if "error" in answer:
         raise MpsRefusedError(answer["error"])
-    return True
+    return str(answer["uuid"])
 
 
 async def run_daemon(directory: Path, environ: Mapping[str, str]) -> int:

@@ -66,8 +66,8 @@ def cuda_probe() -> int:
     Like any process that opens a GPU the probe becomes a client of MPS for a moment, and fails where MPS takes none.
     """
     try:
-        gpus = list_visible()
-        mps = bool(gpus) and probe_mps(os.environ)
+        served = probe_mps(os.environ) if list_visible() else None
+        gpus = list_visible(served=served)
     except DeviceUnavailableError as error:
         print(f"no driver: {error}", file=sys.stderr)
         return 1
@@ -76,7 +76,7 @@ def cuda_probe() -> int:
         return 1
     first = gpus[0] if gpus else {"uuid": None, "product": None, "total": 0, "free": 0}
     figures = {"uuid": first["uuid"], "name": first["product"], "total": first["total"], "free": first["free"]}
-    print(json.dumps({**figures, "mps": mps}))
+    print(json.dumps({**figures, "mps": served is not None}))
     return 0
 
 

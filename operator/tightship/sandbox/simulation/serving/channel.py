@@ -103,8 +103,8 @@ async def open_device(path: str, on_fatal: Callable[[str], None]) -> Channel:
     return channel
 
 
-async def attach_mps(environ: Mapping[str, str], on_fatal: Callable[[str], None]) -> Channel | None:
-    """Become a client of the MPS daemon; None where there is none.
+async def attach_mps(environ: Mapping[str, str], on_fatal: Callable[[str], None]) -> tuple[Channel, str] | None:
+    """Become a client of the MPS daemon; returns the line to it and the UUID of its GPU, or None where there is no daemon.
 
     Raises:
         RefusedError: the daemon takes no clients now.
@@ -115,5 +115,4 @@ async def attach_mps(environ: Mapping[str, str], on_fatal: Callable[[str], None]
         _, channel = await loop.create_unix_connection(lambda: Channel(on_fatal, _MPS_GONE), path)
     except OSError:
         return None
-    await channel.request({"attach": True})
-    return channel
+    return channel, str((await channel.request({"attach": True}))["uuid"])

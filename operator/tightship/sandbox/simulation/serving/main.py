@@ -171,18 +171,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 async def _run(options: Options, model: Model, environ: Mapping[str, str]) -> int:
-    gpus = list_visible(environ)
-    if not gpus:
-        raise StartError(_NO_DEVICE)
-    max_model_len(options, model)
     died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def fatal(message: str) -> None:
         if not died.done():
             died.set_result(message)
 
+    mps, served = await _attached(environ, fatal) or (None, None)
+    gpus = list_visible(environ, served)
+    if not gpus:
+        raise StartError(_NO_DEVICE)
+    max_model_len(options, model)
     _log(f"Resolved architecture: {model.architecture}")
-    mps = await _attached(environ, fatal)
     channel = await open_device(environ[SOCKET_VARIABLE], fatal)
     scale = float((await channel.request({"op": "gpus", "node": environ.get(NODE_VARIABLE)}))["time_scale"])
     seconds = float(environ.get(START_VARIABLE, DEFAULT_START_SECONDS))
@@ -196,7 +196,7 @@ async def _run(options: Options, model: Model, environ: Mapping[str, str]) -> in
     return await Server(options, model, channel, mps, started, scale, died).serve()
 
 
-async def _attached(environ: Mapping[str, str], fatal: Callable[[str], None]) -> Channel | None:
+async def _attached(environ: Mapping[str, str], fatal: Callable[[str], None]) -> tuple[Channel, str] | None:
     try:
         return await attach_mps(environ, fatal)
     except RefusedError as error:

@@ -157,13 +157,6 @@ def read_objects(filename: str, what: str = "manifest") -> list[Mapping[str, Any
         InputError: the file can't be read, or holds something else; `what` is what was asked for, in words.
     """
     try:
-        return _the_one(filename, kind)
-    except InputError as error:
-        raise InputError(f"{'standard input' if filename == '-' else filename}: {error}") from error
-
-
-def _the_one(filename: str, kind: str) -> Mapping[str, Any]:
-    try:
         text = sys.stdin.read() if filename == "-" else Path(filename).read_text(encoding="utf-8")
         documents = list(yaml.safe_load_all(text))
     except OSError as error:
@@ -176,6 +169,13 @@ def _the_one(filename: str, kind: str) -> Mapping[str, Any]:
 
 
 def _read(filename: str, kind: str) -> Mapping[str, Any]:
+    try:
+        return _the_one(filename, kind)
+    except InputError as error:
+        raise InputError(f"{'standard input' if filename == '-' else filename}: {error}") from error
+
+
+def _the_one(filename: str, kind: str) -> Mapping[str, Any]:
     objects = read_objects(filename, kind)
     found = [obj for obj in objects if obj.get("kind", kind) == kind]
     if not found:

@@ -57,7 +57,8 @@ async def reconcile(ctx: Context, key: Key) -> Result:
         return Result()
     refusals = await _apply(ctx, gather(ctx.store, obj))
     planned = placement.plan(snapshot.take(ctx.store, ctx.clock.now()))
-    view = gather(ctx.store, obj, refusals, planned.shortfall_of(ServiceRef(key.namespace, key.name)))
+    shortfall = planned.shortfall_of(ServiceRef(key.namespace, key.name))
+    view = gather(ctx.store, obj, refusals, shortfall, absent=ctx.absent)
     if await ctx.report(obj, servicestatus.status(view, ctx.clock.now())):
         # What packs make depends on this manifest, and a roll-out on one waits for replicas on the others.
         for pack in view.packs:
@@ -77,8 +78,15 @@ def _tell_profiles(ctx: Context, namespace: str) -> None:
             ctx.queue.add(Key("BatchProfile", namespace, profile["metadata"]["name"]))
 
 
-def gather(store: Store, obj: Object, refusals: Refusals = (), shortfall: Shortfall | None = None) -> View:
-    """Collect what the service's status speaks of."""
+def gather(
+    store: Store,
+    obj: Object,
+    refusals: Refusals = (),
+    shortfall: Shortfall | None = None,
+    *,
+    absent: frozenset[str] = frozenset(),
+) -> View:
+    """Collect what the service's status speaks of; `absent`: optional kinds that the cluster lacks."""
     uid = obj["metadata"]["uid"]
     namespace, name = obj["metadata"]["namespace"], obj["metadata"]["name"]
     packs = [GPUPack.model_validate(each) for each in store.list("GPUPack")]
@@ -97,7 +105,7 @@ def gather(store: Store, obj: Object, refusals: Refusals = (), shortfall: Shortf
         packs=tuple(sorted(mine, key=lambda pack: (placement.ordinal_of(pack.metadata.name), pack.metadata.name))),
         pods=tuple(pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA),
         shortfall=shortfall,
-        absent=ctx.absent,
+        absent=absent,
         approved=verdict.service is not None and snapshot.approved(verdict.service, verdict, packs),
     )
 

@@ -37,18 +37,27 @@ def open_device(profile: api.BatchProfile, environ: Mapping[str, str], clock: Cl
 
 
 def kept(profile: api.BatchProfile) -> api.BatchProfileStatus | None:
-    """What an earlier attempt found and this one keeps; None when the profile is finished already.
+    """What an earlier attempt found and this one goes on from; None when the profile is finished already.
 
-    A finished profile that is asked for more trials keeps everything, its outcome included.
+    A finished profile that is asked for more trials keeps everything, its outcome included. One that is asked for again begins anew, or
+    where an attempt for the same text left off.
     """
     outcome, wanted = profile.status.outcome, profile.spec.measurement
     if outcome is None:
         return profile.status
-    if outcome.rerun != wanted.rerun:
-        return api.BatchProfileStatus()
+    if not wanted.is_answered_by(outcome.rerun):
+        return _begun(profile)
     if wanted.extend is not None and wanted.extend.request != outcome.extend:
         return profile.status
     return None
+
+
+def _begun(profile: api.BatchProfile) -> api.BatchProfileStatus:
+    """What was measured for the present `rerun`, while an earlier measurement stood."""
+    begun = profile.status.rerun
+    if begun is None or begun.request != profile.spec.measurement.rerun:
+        return api.BatchProfileStatus()
+    return api.BatchProfileStatus(**{name: getattr(begun, name) for name in api.Measured.model_fields})
 
 
 async def profile(sink: Sink, environ: Mapping[str, str], clock: Clock, launcher: Launcher | None = None) -> int:
@@ -58,7 +67,7 @@ async def profile(sink: Sink, environ: Mapping[str, str], clock: Clock, launcher
     if status is None:
         log.info("the profile is finished already")
         return FINISHED
-    report = Report(sink, status)
+    report = Report(sink, status, standing=subject if subject.standing else None)
     try:
         await _measure(subject, report, environ, clock, launcher or _launcher(clock, environ))
         return FINISHED if await report.flush(FLUSH_SECONDS) else AGAIN

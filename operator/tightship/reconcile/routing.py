@@ -12,6 +12,7 @@ from typing import Any
 from tightship.api.v1alpha1 import conditions, labels
 from tightship.core.conditions import find
 from tightship.kube.store import Object, Store, labels_of
+from tightship.reconcile.jobstate import end_of
 from tightship.reconcile.queue import PLACEMENT, Key
 from tightship.reconcile.verdict import is_settled
 
@@ -30,7 +31,7 @@ def keys_for(store: Store, kind: str, before: Object | None, after: Object | Non
     if kind == "Node":
         return _node(store, before, after, versions[-1]) if _node_matters(before, after) else set()
     keys = {key for obj in versions for key in _labelled(obj)}
-    if kind == "Job" and (after is None or _finished(after)):
+    if kind == "Job" and (after is None or end_of(after) is not None):
         keys |= _waiting(store)
     return keys
 
@@ -145,11 +146,6 @@ def _labelled(obj: Object) -> set[Key]:
     if labels.PROFILE in carried:
         keys.add(Key("BatchProfile", namespace, carried[labels.PROFILE]))
     return keys
-
-
-def _finished(job: Object) -> bool:
-    found = (job.get("status") or {}).get("conditions") or ()
-    return any(c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in found)
 
 
 def _waiting(store: Store) -> set[Key]:

@@ -263,11 +263,13 @@ async def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         ({"state": "Failed", "rerun": "1"}, "1", None),
         ({"state": "Failed", "rerun": "1"}, "2", 0),
         ({"state": "Completed"}, "1", 0),
+        # Where nothing is asked any outcome is an answer.
+        ({"state": "Completed", "rerun": "1"}, "", None),
     ],
 )
 def test_what_a_new_attempt_keeps(outcome: dict[str, str] | None, rerun: str | None, left: int | None) -> None:
     status: dict[str, Any] = {"points": [{"batch": 1}], **({"outcome": outcome} if outcome else {})}
-    found = kept(make_profile(status=status, **({"rerun": rerun} if rerun else {})))
+    found = kept(make_profile(status=status, **({"rerun": rerun} if rerun is not None else {})))
     assert (None if found is None else len(found.points)) == left
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tightship.sandbox.agent import env, quantity, rootfs, status
+from tightship.sandbox.agent import env, rootfs, status
 from tightship.sandbox.agent.devices import Addresses, Grant, Refused, Stock, qos_class
 from tightship.sandbox.agent.proxy import Proxy
 from tightship.sandbox.agent.status import ContainerState, Terminated
@@ -27,20 +26,6 @@ def make_pod(uid: str = "u", *containers: dict[str, Any], **spec: Any) -> dict[s
 def make_container(name: str = "c", requests: dict[str, str] | None = None, **limits: str) -> dict[str, Any]:
     fixed = {key.replace("gpu", "nvidia.com/gpu"): value for key, value in limits.items()}
     return {"name": name, "resources": {"limits": fixed, **({"requests": requests} if requests else {})}}
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("1", 1), ("1500m", Fraction(3, 2)), ("80Gi", 80 * 2**30), ("1k", 1000), (2, 2), ("0.5", Fraction(1, 2))],
-)
-def test_quantities(text: str, number: Fraction) -> None:
-    assert quantity.parse(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "x", "1Xi", "Gi"])
-def test_what_is_no_quantity(text: str) -> None:
-    with pytest.raises(ValueError, match="is no quantity"):
-        quantity.parse(text)
 
 
 @pytest.mark.parametrize(

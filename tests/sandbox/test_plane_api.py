@@ -21,7 +21,7 @@ from plane_world import (
     make_widget,
 )
 from tightship.sandbox.plane import Plane
-from tightship.sandbox.plane.values import dig
+from tightship.sandbox.plane.values import canonical_quantity, dig
 
 MAPS = "/api/v1/namespaces/default/configmaps"
 PODS = "/api/v1/namespaces/default/pods"
@@ -558,3 +558,15 @@ async def test_proxy_says_what_is_missing(api: Client) -> None:
 async def test_paths_that_lead_nowhere(api: Client, path: str) -> None:
     code, answer = await api("GET", path)
     assert (code, answer["kind"], answer["reason"]) == (404, "Status", "NotFound")
+
+
+@pytest.mark.parametrize(
+    ("written", "stored"),
+    [
+        ("1000m", "1"), ("1500m", "1500m"), ("0.5", "500m"), ("1024Mi", "1Gi"), ("1536Mi", "1536Mi"), ("0.5Gi", "512Mi"),
+        ("1000", "1k"), ("1e3", "1k"), (2, "2"), ("0", "0"), ("0Gi", "0"), ("1025", "1025"), ("-2000m", "-2"), ("1n", "1n"),
+        ("0.5n", "1n"), ("1.5Ki", "1536"), ("12E", "12E"),
+    ],
+)  # fmt: skip
+def test_a_quantity_is_stored_in_the_form_that_a_real_server_gives_it(written: str | int, stored: str) -> None:
+    assert canonical_quantity(written) == stored

@@ -1,10 +1,20 @@
 """Durations and quantities: what people write, what we print, and that both agree."""
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tightship.api.units import format_cpu, format_duration, format_quantity, parse_cpu, parse_duration, parse_quantity
+from tightship.api.units import (
+    exact_quantity,
+    format_cpu,
+    format_duration,
+    format_quantity,
+    parse_cpu,
+    parse_duration,
+    parse_quantity,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +65,23 @@ def test_a_printed_duration_reads_back_within_its_digits(seconds: float) -> None
 )  # fmt: skip
 def test_quantities_are_read_exactly_and_rounded_up(text: str | int | float, amount: int) -> None:
     assert parse_quantity(text) == amount
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1", 1), ("1500m", Fraction(3, 2)), ("80Gi", 80 * 2**30), ("1k", 1000), (2, 2), ("0.5", Fraction(1, 2)), ("-1Gi", -(2**30)),
+        (".5", Fraction(1, 2)), ("1.", 1), ("1n", Fraction(1, 10**9)), ("12E", 12 * 10**18), ("1E3", 1000),
+    ],
+)  # fmt: skip
+def test_quantities_are_numbers_of_either_sign(text: str | int, number: Fraction) -> None:
+    assert exact_quantity(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "x", "1Xi", "Gi", " 1", "--1", True])
+def test_what_is_no_number_is_no_quantity(text: str | bool) -> None:
+    with pytest.raises(ValueError, match="is not a quantity"):
+        exact_quantity(text)
 
 
 @pytest.mark.parametrize("text", ["", "Gi", "64 Gi", "64GB", "-1Gi", "1KI", "1e9999", "12E", True, "nan", "1K"])

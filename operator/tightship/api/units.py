@@ -24,10 +24,11 @@ _DURATION_UNITS: Final = {
 _DURATION_PART: Final = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
 
 _QUANTITY: Final = re.compile(r"([+-]?)(\d+\.?\d*|\.\d+)(?:([KMGTPE]i)|([numkMGTPE])|[eE]([+-]?\d{1,3}))?", re.ASCII)
-_BINARY: Final[dict[str, int]] = {
+BINARY_SUFFIXES: Final[dict[str, int]] = {
     suffix: 1024 ** (power + 1) for power, suffix in enumerate(["Ki", "Mi", "Gi", "Ti", "Pi", "Ei"])
 }
-_DECIMAL: Final = {
+"""A quantity's binary suffixes, smallest first, and what they stand for."""
+DECIMAL_SUFFIXES: Final = {
     "n": Fraction(1, 10**9),
     "u": Fraction(1, 10**6),
     "m": Fraction(1, 1000),
@@ -38,6 +39,7 @@ _DECIMAL: Final = {
     "P": Fraction(10**15),
     "E": Fraction(10**18),
 }
+"""Its decimal ones, smallest first."""
 
 
 def parse_duration(text: str) -> float:
@@ -94,7 +96,7 @@ def parse_quantity(quantity: str | int | float) -> int:
     Raises:
         ValueError: the text is no quantity, is negative, or exceeds the 63 bits that Kubernetes counts in.
     """
-    amount = math.ceil(_quantity(quantity))
+    amount = math.ceil(_positive(quantity))
     if amount >= 1 << 63:
         raise ValueError(f"quantity {str(quantity)[:40]} is larger than 2^63")
     return amount
@@ -106,23 +108,33 @@ def parse_cpu(quantity: str | int | float) -> int:
     Raises:
         ValueError: the text is no quantity, or is negative.
     """
-    return math.ceil(_quantity(quantity) * 1000)
+    return math.ceil(_positive(quantity) * 1000)
 
 
-def _quantity(quantity: str | int | float) -> Fraction:
-    match = _QUANTITY.fullmatch(str(quantity).strip()) if not isinstance(quantity, bool) else None
+def _positive(quantity: str | int | float) -> Fraction:
+    number = exact_quantity(quantity.strip() if isinstance(quantity, str) else quantity)
+    if number < 0:
+        raise ValueError(f"quantity {quantity!r} is negative")
+    return number
+
+
+def exact_quantity(quantity: str | int | float) -> Fraction:
+    """The number a Kubernetes quantity stands for (bytes, cores, a count), of either sign and not rounded.
+
+    Raises:
+        ValueError: the text is no quantity.
+    """
+    match = _QUANTITY.fullmatch(str(quantity)) if not isinstance(quantity, bool) else None
     if match is None:
         raise ValueError(
             f"{quantity!r} is not a quantity: write a number and a suffix (Ki Mi Gi Ti, k M G T, m), e.g. 64Gi"
         )
     sign, digits, binary, decimal, exponent = match.groups()
-    if sign == "-":
-        raise ValueError(f"quantity {quantity!r} is negative")
-    number: Fraction = Fraction(digits.rstrip("."))
+    number = Fraction(sign + digits.rstrip("."))
     if binary:
-        return number * _BINARY[binary]
+        return number * BINARY_SUFFIXES[binary]
     if decimal:
-        return number * _DECIMAL[decimal]
+        return number * DECIMAL_SUFFIXES[decimal]
     return number * Fraction(f"1e{exponent}") if exponent else number
 
 
@@ -134,7 +146,7 @@ def format_quantity(amount: int) -> str:
     """
     if amount < 0:
         raise ValueError(f"{amount} is not a quantity of bytes")
-    sizes = {**_BINARY, **{suffix: int(size) for suffix, size in _DECIMAL.items() if size > 1}}
+    sizes = {**BINARY_SUFFIXES, **{suffix: int(size) for suffix, size in DECIMAL_SUFFIXES.items() if size > 1}}
     forms = [f"{amount // size}{suffix}" for suffix, size in sizes.items() if amount and amount % size == 0]
     return min([*forms, str(amount)], key=len)
 

@@ -121,6 +121,14 @@ def _without_empty(value: Any) -> Any:
     return {name: each for name, each in kept.items() if each not in ({}, [])}
 
 
+def exists(filename: str) -> bool:
+    """Whether a file is there. Raises InputError for a name that no file can have."""
+    try:
+        return Path(filename).exists()
+    except OSError as error:
+        raise InputError(f"{filename[:97]}...: {error.strerror or error}") from error
+
+
 def write(filename: str, text: str) -> None:
     """Write to a file, or to standard output for `-`, whole or not at all.
 

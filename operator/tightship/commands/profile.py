@@ -43,7 +43,7 @@ from tightship.profiler.clock import SystemClock
 from tightship.profiler.engine import MODULE, ProcessLauncher
 from tightship.profiler.errors import ReportError
 from tightship.profiler.gpu import DeviceError, memory_limit, open_nvml
-from tightship.profiler.lengths import parse_lengths
+from tightship.profiler.model import is_folder
 
 MEASURED, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 IMPORT_SECONDS: Final = 300.0
@@ -147,13 +147,14 @@ def make_plan(args: argparse.Namespace, environ: dict[str, str]) -> Plan:
     if output == "-":
         raise InputError("-o -: a measurement that may be stopped needs a file to go on from")
     path = Path(output)
-    if not path.resolve().parent.is_dir():
+    there = manifest.exists(output)
+    if not is_folder(path.resolve().parent):
         raise InputError(f"-o {output}: there is no directory {path.resolve().parent}")
-    if path.exists() and not (args.resume or args.force):
+    if there and not (args.resume or args.force):
         raise InputError(
             f"{output} exists: go on with it (--resume), overwrite it (--force), or name another file (-o)"
         )
-    if args.resume and not path.exists():
+    if args.resume and not there:
         raise InputError(f"--resume: there is no {output} to go on with")
     kept = read_kept(output) if args.resume else None
     version: str | None = None
@@ -337,13 +338,13 @@ def _surroundings(plan: Plan, args: argparse.Namespace) -> None:
 
 def model_argument(key: api.ProfileKey, given: str | None) -> str:
     """What the engine gets as --model here. Raises InputError when this machine can't know."""
-    if given is not None and Path(given).is_dir():
+    if given is not None and is_folder(given):
         return str(Path(given).resolve())
     source = key.model.source if given is None else given
     if source.startswith("pvc://"):
         raise InputError(f"the model is {source}, a volume of the cluster: say where it is here with --model DIRECTORY")
     path = source.removeprefix(subject.FILE)
-    if path != source and not Path(path).is_dir():
+    if path != source and not is_folder(path):
         raise InputError(f"the model was in {path}, which is no directory now: say where it is with --model DIRECTORY")
     return path.removeprefix(subject.HF)
 
@@ -379,11 +380,7 @@ def _lengths_file(key: api.ProfileKey, path: Path | None) -> str:
         raise InputError(
             f"--lengths {path}: not the lengths this profile is for (their SHA-256 begins with {digest[:10]}, not {wanted[:10]})"
         )
-    try:
-        # Their form only; what a conversation has in tokens is the profiler's to count, with the model's tokenizer.
-        parse_lengths(path.read_text(encoding="utf-8"), lambda text: 2 + len(text.split()))
-    except ValueError as error:
-        raise InputError(f"--lengths {path}: {error}") from error
+    subject.check_lengths(path)
     return str(path.resolve())
 
 

@@ -34,6 +34,8 @@ from tightship.commands.manifest import InputError, read_service
 from tightship.core.advisor import Recommendation
 from tightship.decide import decision_from_profile, objectives_from_api
 from tightship.manifests.packs import batch_profile
+from tightship.profiler.lengths import parse_lengths
+from tightship.profiler.model import is_folder
 
 HF: Final = "hf://"
 FILE: Final = "file://"
@@ -218,6 +220,18 @@ def digest_of(path: Path) -> str:
     return lengths_digest(_lengths_text(path) or "")
 
 
+def check_lengths(path: Path) -> None:
+    """That a file holds lengths: their form only, for what a conversation has in tokens is the profiler's to count, by the model's tokenizer.
+
+    Raises:
+        InputError: it can't be read, or holds something else.
+    """
+    try:
+        parse_lengths(_lengths_text(path) or "", lambda talk: 2 + len(talk.split()))
+    except ValueError as error:
+        raise InputError(f"--lengths {path}: {error}") from error
+
+
 def names_a_key(args: argparse.Namespace) -> bool:
     """Whether the options say what is measured, beyond where the model lies here."""
     return args.filename is not None or any(getattr(args, name, None) not in (None, []) for name in _KEY_OPTIONS)
@@ -278,7 +292,7 @@ def _manifest(args: argparse.Namespace, defaults: Mapping[str, Any], lengths: st
 def _source(model: str, source: str | None) -> str:
     if source is not None:
         return source
-    if _is_directory(model):
+    if is_folder(model):
         return f"{FILE}{Path(model).resolve()}"
     if HF_SOURCE.match(model):
         return model
@@ -286,7 +300,9 @@ def _source(model: str, source: str | None) -> str:
         return model
     if HF_SOURCE.match(f"{HF}{model}"):
         return f"{HF}{model}"
-    raise InputError(f"--model {model}: neither a directory here nor ORGANISATION/NAME on the hub")
+    raise InputError(
+        f"--model {model if len(model) <= 100 else f'{model[:97]}...'}: neither a directory here nor ORGANISATION/NAME on the hub"
+    )
 
 
 def _parse(obj: Mapping[str, Any], args: argparse.Namespace) -> LLMService:
@@ -373,13 +389,6 @@ def advise_options(how: Measurement) -> list[str]:
 
 def _set(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _is_directory(model: str) -> bool:
-    try:
-        return Path(model).is_dir()
-    except OSError:  # longer than a path can be
-        return False
 
 
 def _variable(text: str) -> tuple[str, str]:

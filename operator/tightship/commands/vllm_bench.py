@@ -64,10 +64,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Read, pool, write, advise; returns the exit status."""
     try:
-        if args.output != "-" and Path(args.output).exists() and not args.force:
+        if args.output != "-" and manifest.exists(args.output) and not args.force:
             raise InputError(f"{args.output} exists: overwrite it with --force, or name another file (-o)")
         runs = read_runs(args.directory)
         made = subject.from_arguments(args, _defaults(args, runs))
+        if args.lengths is not None:
+            subject.check_lengths(args.lengths)
         obj, notes = to_manifest(runs, made.profile(args.name))
         manifest.write(
             args.output, manifest.to_yaml(obj, "\n".join([f"Imported from {len(runs)} runs of vllm bench.", *notes]))
@@ -110,7 +112,7 @@ def read_runs(directory: Path) -> list[Run]:
     Raises:
         InputError: there are none, one can't be used, or they don't belong together.
     """
-    if not directory.exists():
+    if not manifest.exists(str(directory)):
         raise InputError(f"{directory}: no such directory")
     files = [directory] if directory.is_file() else sorted(path for path in directory.rglob("*.json") if _is_run(path))
     found = [_run(path, record) for path in files for record in _records(path)]

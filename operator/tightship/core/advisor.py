@@ -13,7 +13,9 @@ replicas, with T_R and L_R measured with R replicas running, M(B) from the ledge
 
 and R = 1 with the single choice where no pair passes. A pair that has no trial is predicted (`colocation`, corrected by what the
 trials of other pairs showed, `calibration`): it is `Estimated`, must meet the SLO with 10 % to spare, and is not what may run.
-`applied` is: the best among one replica and the pairs that were tried. Ties go to the smaller batch, then to fewer replicas.
+`applied` is: the best among one replica and the pairs that were tried. So is a pair whose trial leaves an objective's statistic open
+and has nothing else against it: that one latency is predicted, the rest is as measured. Ties go to the smaller batch, then to
+fewer replicas.
 
 What must hold: the answer depends on the sets of points and trials only; every pair looked at is in `candidates` with the
 reasons it fell, or none; nothing is relaxed, so an SLO that no batch meets is answered with the smallest latency reached; a pair
@@ -322,8 +324,9 @@ def evaluate(
         assumed_utilization: u to predict with where no point of the curve has it; without it such pairs are left out.
     """
     singles = tuple(_single(question, point) for point in question.curve.points)
-    tried = tuple(_tried(question, trial, singles) for trial in question.trials if trial.replicas > 1)
-    packed = (*tried, *_untried(question, singles, assumed_utilization))
+    outlook = _outlook(question, assumed_utilization)
+    tried = tuple(_tried(question, trial, singles, outlook) for trial in question.trials if trial.replicas > 1)
+    packed = (*tried, *_untried(question, singles, outlook))
     return singles, tuple(sorted(packed, key=lambda candidate: candidate.pair))
 
 
@@ -336,7 +339,7 @@ def _single(question: Question, point: Point) -> Candidate:
     efficiency, memory = question.curve.efficiency(point), question.memory(point.batch)
     latencies = question.latencies(point)
     rejections = [
-        *_check_latencies(question, latencies, margin=1.0),
+        *_check_latencies(question, latencies),
         *_check_efficiency(efficiency, question.efficiency_floor),
         *_check_preemptions(point),
         *_check_memory(question, memory, replicas=1),
@@ -344,13 +347,16 @@ def _single(question: Question, point: Point) -> Candidate:
     return Candidate(point.batch, 1, point.throughput, latencies, efficiency, memory, Basis.MEASURED, tuple(rejections))
 
 
-def _tried(question: Question, trial: Trial, singles: Sequence[Candidate]) -> Candidate:
-    """A pair that was measured as it would run. Its own preemptions count, not those its batch had alone."""
+def _tried(question: Question, trial: Trial, singles: Sequence[Candidate], outlook: _Outlook | None) -> Candidate:
+    """A pair that was measured as it would run. Its own preemptions count, not those its batch had alone.
+
+    Where nothing speaks against it but a latency that its trial left open, that latency is predicted.
+    """
     point, memory = question.curve.at(trial.batch), question.memory(trial.batch)
     efficiency = None if point is None else question.curve.efficiency(point)
     latencies = question.latencies(trial)
-    rejections = [
-        *_check_latencies(question, latencies, margin=1.0),
+    late, basis = list(_check_latencies(question, latencies)), Basis.MEASURED
+    against = [
         *_check_efficiency(efficiency, question.efficiency_floor),
         *_check_preemptions(trial),
         *_check_memory(question, memory, trial.replicas),
@@ -359,46 +365,74 @@ def _tried(question: Question, trial: Trial, singles: Sequence[Candidate]) -> Ca
         *_check_certainty(question, trial, singles),
     ]
     if memory is None:
-        rejections.append(Rejection(Limit.MEMORY, "memory per replica unknown"))
+        against.append(Rejection(Limit.MEMORY, "memory per replica unknown"))
+    expected = outlook.latencies(trial) if outlook is not None else latencies
+    whole = tuple(guess if told is None else told for told, guess in zip(latencies, expected, strict=True))
+    if len(late) == latencies.count(None) > 0 and not against and None not in whole:
+        missing, latencies, basis = tuple(told is None for told in latencies), whole, Basis.ESTIMATED
+        late = [
+            *_check_latencies(question, whole, predicted=missing),
+            *_check_milder_trials(question, *trial.pair),
+        ]
     return Candidate(
-        trial.batch, trial.replicas, trial.throughput, latencies, efficiency, memory, Basis.MEASURED, tuple(rejections)
+        trial.batch, trial.replicas, trial.throughput, latencies, efficiency, memory, basis, (*late, *against)
     )
 
 
-def _untried(question: Question, singles: Sequence[Candidate], assumed: float | None) -> Iterator[Candidate]:
-    """Pairs of two and more replicas that have no trial, of each batch up to the first number that memory refuses."""
+@dataclass(frozen=True)
+class _Outlook:
+    """What predicts pairs: the curve, corrected by the trials."""
+
+    curve: Curve
+    calibration: Calibration
+    utilization: float | None
+
+    def figures(self, batch: int, replicas: int) -> tuple[float, tuple[float | None, ...]]:
+        """Total tokens per second, and seconds of each objective."""
+        return self.calibration.figures(predict(self.curve, batch, replicas, utilization=self.utilization))
+
+    def latencies(self, trial: Trial) -> tuple[float | None, ...]:
+        """Seconds of each objective at a trial's pair; all None outside the curve."""
+        if not self.curve.points[0].batch <= trial.batch <= self.curve.points[-1].batch:
+            return (None,) * len(self.calibration.objectives)
+        return self.figures(trial.batch, trial.replicas)[1]
+
+
+def _outlook(question: Question, assumed: float | None) -> _Outlook | None:
+    """What pairs are predicted by; None where memory or the GPU's utilization isn't known."""
     if question.ledger is None:
-        return
+        return None
     known = any(point.gpu_utilization is not None for point in question.curve.points)
     utilization = 0.0 if question.dedicated else None if known else assumed
     if utilization is None and not known:
-        return
+        return None
     usable = [trial for trial in question.trials if next(_check_preemptions(trial), None) is None]
     calibration = calibrate(question.curve, question.objectives, usable, utilization=utilization)
+    return _Outlook(question.curve, calibration, utilization)
+
+
+def _untried(question: Question, singles: Sequence[Candidate], outlook: _Outlook | None) -> Iterator[Candidate]:
+    """Pairs of two and more replicas that have no trial, of each batch up to the first number that memory refuses."""
+    if outlook is None:
+        return
     tried = {trial.pair for trial in question.trials}
     for single in singles:
         for replicas in range(2, question.max_replicas + 1):
             if (single.batch, replicas) in tried:
                 continue
-            pair = _predicted(question, single, replicas, calibration, utilization, singles)
+            pair = _predicted(question, single, replicas, outlook, singles)
             yield pair
             if Limit.MEMORY in pair.limits:
                 break
 
 
-def _predicted(  # noqa: PLR0917
-    question: Question,
-    single: Candidate,
-    replicas: int,
-    calibration: Calibration,
-    utilization: float | None,
-    singles: Sequence[Candidate],
+def _predicted(
+    question: Question, single: Candidate, replicas: int, outlook: _Outlook, singles: Sequence[Candidate]
 ) -> Candidate:
-    prediction = predict(question.curve, single.batch, replicas, utilization=utilization)
-    total, latencies = calibration.figures(prediction)
+    total, latencies = outlook.figures(single.batch, replicas)
     inherited = [rejection for rejection in single.rejections if rejection.limit in (Limit.EFFICIENCY, Limit.MEMORY)]
     rejections = [
-        *_check_latencies(question, latencies, margin=ESTIMATE_MARGIN),
+        *_check_latencies(question, latencies, predicted=(True,) * len(latencies)),
         *_check_milder_trials(question, single.batch, replicas),
         *inherited,
         *([] if _memory_failed(inherited) else _check_memory(question, single.memory, replicas)),
@@ -414,12 +448,17 @@ def _memory_failed(rejections: Iterable[Rejection]) -> bool:
     return any(rejection.limit is Limit.MEMORY for rejection in rejections)
 
 
-def _check_latencies(question: Question, latencies: Sequence[float | None], *, margin: float) -> Iterator[Rejection]:
-    for objective, latency in zip(question.objectives, latencies, strict=True):
+def _check_latencies(
+    question: Question, latencies: Sequence[float | None], *, predicted: Sequence[bool] | None = None
+) -> Iterator[Rejection]:
+    """`predicted`: for each objective, whether its latency is a prediction; by default none is."""
+    guessed = predicted or (False,) * len(latencies)
+    for objective, latency, guess in zip(question.objectives, latencies, guessed, strict=True):
+        margin = ESTIMATE_MARGIN if guess else 1.0
         if latency is None:
             yield Rejection(Limit.SLO, f"{objective} was not measured", clause=True)
         elif latency > margin * objective.maximum:
-            spare = "" if margin == 1 else f" x {margin:g} (predicted)"
+            spare = f" x {margin:g} (predicted)" if guess else ""
             yield Rejection(Limit.SLO, f"{objective} {_ms(latency)} > {_ms(objective.maximum)}{spare}")
 
 
@@ -541,7 +580,7 @@ def _decided(
         baseline=_baseline(question),
         floor_evaluated=question.curve.at(1) is not None,
         message=_sentence(question, chosen, singles, limit, cause),
-        notes=(*_applied_notes(chosen, applied), *_notes(question, chosen, singles, candidates)),
+        notes=(*_applied_notes(question, chosen, applied), *_notes(question, chosen, singles, candidates)),
         candidates=candidates,
     )
 
@@ -558,12 +597,16 @@ def _kv(question: Question, candidate: Candidate | None) -> tuple[int | None, in
 def _binding(chosen: Candidate, candidates: Sequence[Candidate]) -> tuple[Limit, str]:
     """The limit that kept out the nearest better pair, with the reason.
 
-    Where no better pair was kept out the batch above tells: what it hits, or that it brings nothing (`Efficiency`); and where
-    there is none above, the sweep itself was the limit.
+    Nearest is the next larger batch with as many replicas, whatever a noisy curve has above it; else the pair with the least
+    throughput. Where no better pair was kept out the batch above tells: what it hits, or that it brings nothing (`Efficiency`);
+    and where there is none above, the sweep itself was the limit.
     """
     better = [c for c in candidates if c.limits and c.throughput > chosen.throughput]
     above = [c for c in candidates if c.batch > chosen.batch and c.replicas == chosen.replicas]
-    if better:
+    larger = [c for c in above if c in better]
+    if larger:
+        nearest = min(larger, key=lambda c: c.batch)
+    elif better:
         nearest = min(better, key=lambda c: (c.throughput, c.batch, c.replicas))
     elif not above:
         return Limit.SWEEP, "the largest batch of the sweep was still best"
@@ -593,9 +636,14 @@ def _sentence(question: Question, chosen: Candidate, singles: Sequence[Candidate
     return f"{_pair_name(chosen)}: {verb}{', '.join(figures)}; {limit.value} binds: {cause}"
 
 
-def _applied_notes(chosen: Candidate, applied: Candidate | None) -> Iterator[str]:
+def _applied_notes(question: Question, chosen: Candidate, applied: Candidate | None) -> Iterator[str]:
     if applied is None or applied == chosen:
         return
+    for trial in question.trials:
+        if trial.pair == chosen.pair:
+            told = zip(question.objectives, question.latencies(trial), strict=True)
+            open_ones = " and ".join(str(objective) for objective, latency in told if latency is None)
+            yield f"the trial of {_pair_name(chosen)} did not resolve {open_ones}, which is predicted"
     replicas = "1 replica" if applied.replicas == 1 else f"{applied.replicas} replicas"
     yield (
         f"{_pair_name(chosen)} is not applied until profiling.extend has had it tried; "

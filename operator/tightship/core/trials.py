@@ -117,8 +117,9 @@ def _survey(question: Question) -> _Survey:
 
 def _possible(question: Question, singles: Sequence[Candidate], packed: Sequence[Candidate]) -> Iterator[Candidate]:
     alone = {single.batch for single in singles if single.eligible}
+    done = {*(trial.pair for trial in question.trials), *question.failed}  # also where a trial left a statistic open
     for candidate in packed:
-        if candidate.basis is Basis.MEASURED or candidate.pair in question.failed or candidate.batch not in alone:
+        if candidate.pair in done or candidate.batch not in alone:
             continue
         if Limit.MEMORY not in candidate.limits and missed_by_milder_trial(question, *candidate.pair) is None:
             yield candidate

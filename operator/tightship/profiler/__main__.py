@@ -19,7 +19,7 @@ from tightship.profiler.engine import Launcher, ProcessLauncher
 from tightship.profiler.errors import LengthsError, ProfilerError, ReportError
 from tightship.profiler.gpu import CpuDevice, Device, DeviceError, memory_limit, open_nvml
 from tightship.profiler.profile import Profiler, make_job
-from tightship.profiler.report import ApiSink, Report, Sink
+from tightship.profiler.report import MESSAGE_MOST, ApiSink, Report, Sink, continued
 from tightship.profiler.sharing import open_sharing
 
 log = logging.getLogger("tightship.profiler")
@@ -39,14 +39,15 @@ def open_device(profile: api.BatchProfile, environ: Mapping[str, str], clock: Cl
 def kept(profile: api.BatchProfile) -> api.BatchProfileStatus | None:
     """What an earlier attempt found and this one goes on from; None when the profile is finished already.
 
-    A finished profile that is asked for more trials keeps everything, its outcome included. One that is asked for again begins anew, or
-    where an attempt for the same text left off.
+    Of what was measured for another `rerun` nothing is, finished or not: it stands beside, where it is complete. A finished profile that is
+    asked for more trials keeps everything, its outcome included.
     """
     outcome, wanted = profile.status.outcome, profile.spec.measurement
+    answered = outcome or profile.status.progress
+    if answered is not None and not wanted.is_answered_by(answered.rerun):
+        return _begun(profile)
     if outcome is None:
         return profile.status
-    if not wanted.is_answered_by(outcome.rerun):
-        return _begun(profile)
     if wanted.extend is not None and wanted.extend.request != outcome.extend:
         return profile.status
     return None
@@ -112,10 +113,10 @@ def _not_begun(subject: api.BatchProfile, earlier: api.Outcome | None, error: Pr
     wanted = subject.spec.measurement
     request = wanted.extend.request if wanted.extend is not None else None
     if earlier is not None:
-        message = f"{earlier.message}; the trials asked for failed: {error}" if earlier.message else str(error)
-        return earlier.model_copy(update={"message": message[:8000], "extend": request})
+        message = continued(earlier.message, f"the trials asked for failed: {error}")
+        return earlier.model_copy(update={"message": message, "extend": request})
     return api.Outcome(
-        state="Failed", reason="EngineFailed", message=str(error)[:8000], rerun=wanted.rerun, extend=request
+        state="Failed", reason="EngineFailed", message=str(error)[:MESSAGE_MOST], rerun=wanted.rerun, extend=request
     )
 
 

@@ -33,6 +33,10 @@ class DoesNotFitError(ProfilerError):
         self.replicas = replicas
 
 
+class NotStartedError(DoesNotFitError):
+    """The device has the memory, but the engine ended while it started: that may have been chance."""
+
+
 @dataclass(frozen=True)
 class Group:
     """What engines that are started together can serve."""
@@ -156,7 +160,8 @@ class Fleet:
         """Start engines, one after the other, until there are `count`, and return these.
 
         Raises:
-            DoesNotFitError: the device lacks the memory for the next one, or it did not start; those before it run on.
+            DoesNotFitError: the device lacks the memory for the next one, or (NotStartedError) it did not start; those before it
+                run on.
             NotAttachedError: engines run, but don't share the device as they should.
             EngineError: one that ran before has died.
         """
@@ -178,7 +183,7 @@ class Fleet:
         try:
             engine = await self._launch(replace(self._settings, environment=environment))
         except EngineError as error:
-            raise DoesNotFitError(
+            raise NotStartedError(
                 number, f"engine {number} did not start beside {number - 1} others: {error}"
             ) from error
         self._engines.append(engine)

@@ -43,7 +43,7 @@ def tokenizer(model: str, environ: Mapping[str, str], revision: str | None = Non
     """
     directory, _ = _find(model, revision, environ)
     file = directory / "tokenizer.json"
-    if not directory.is_dir():
+    if not is_folder(directory):
         raise ValueError(
             f"the tokenizer of {model} isn't on this machine ({directory} is no folder): fetch the model first"
         )
@@ -72,9 +72,17 @@ def tokenizer(model: str, environ: Mapping[str, str], revision: str | None = Non
     return lambda text: len(slow.encode(text, add_special_tokens=False))
 
 
+def is_folder(path: str | Path) -> bool:
+    """Whether this is a folder here; what is longer than a path can be is none."""
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        return False
+
+
 def _find(model: str, revision: str | None, environ: Mapping[str, str]) -> tuple[Path, str | None]:
     """The model's folder and commit."""
-    return (Path(model), None) if Path(model).is_dir() else _snapshot(model, revision or "main", environ)
+    return (Path(model), None) if is_folder(model) else _snapshot(model, revision or "main", environ)
 
 
 def _snapshot(model: str, revision: str, environ: Mapping[str, str]) -> tuple[Path, str | None]:
@@ -85,7 +93,7 @@ def _snapshot(model: str, revision: str, environ: Mapping[str, str]) -> tuple[Pa
     except OSError:
         commit = revision
     directory = cached / "snapshots" / commit
-    return directory, commit if directory.is_dir() else None
+    return directory, commit if is_folder(directory) else None
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -31,14 +31,44 @@ async def try_packings(session: Session, sharing: Sharing | None, *, asked_only:
         return [f"no packing was tried: {found}"]
     bench, agenda = found
     with session.cost.in_phase("trials"):
-        verdict = await Trials(bench, agenda, session.report.trials).run()
-    return verdict.notes
+        verdict = await Trials(bench, agenda, session.report.trials, again=_again(session)).run()
+    return [*verdict.notes, *_left_open(session)]
+
+
+def _asked(session: Session) -> tuple[Pair, ...]:
+    extension = session.job.extension
+    return tuple((pair.batch, pair.replicas) for pair in extension.pairs) if extension is not None else ()
+
+
+def _again(session: Session) -> set[Pair]:
+    """The pairs asked for whose trials could not be made, or left a statistic of the objectives open."""
+    trials = session.report.trials
+    return {
+        pair
+        for pair in _asked(session)
+        if pair in trials and (not points.has_figures(trials[pair]) or _open(session, trials[pair]))
+    }
+
+
+def _open(session: Session, trial: api.Trial) -> list[str]:
+    """The objectives' statistics that a trial left open."""
+    return sorted(session.statistics.intersection(trial.unresolved))
+
+
+def _left_open(session: Session) -> list[str]:
+    """What the outcome must say of trials that were asked for."""
+    tried = [session.report.trials[pair] for pair in _asked(session) if pair in session.report.trials]
+    return [
+        f"the trial of {one.replicas} x {one.batch} leaves {' and '.join(names)} unresolved: "
+        f"that takes {session.steps_needed} engine steps and a load that is not late; raise the budget"
+        for one in tried
+        if points.has_figures(one) and (names := _open(session, one))
+    ]
 
 
 def prepare(session: Session, sharing: Sharing | None, asked_only: bool) -> tuple[Bench, Agenda] | str:
     """What trials are made with and which; or why there are none."""
-    job, report = session.job, session.report
-    asked = tuple((pair.batch, pair.replicas) for pair in job.extension.pairs) if job.extension is not None else ()
+    job, report, asked = session.job, session.report, _asked(session)
     if job.max_replicas < 2 and not asked:
         return f"at most {job.max_replicas} replica is allowed (maxReplicasPerGPU, or the cores of a pack)"
     if sharing is None:
@@ -50,9 +80,6 @@ def prepare(session: Session, sharing: Sharing | None, asked_only: bool) -> tupl
         return "the memory of a replica is unknown"
     peaks = {point.batch: point.kv_tokens_peak for point in curve.points}
     sizes = Sizes(ledger, points.reserve(job.memory_reserve), peaks)
-    for pair in asked:  # what could not be made before is asked for again
-        if pair in report.trials and not points.has_figures(report.trials[pair]):
-            del report.trials[pair]
     if not asked and not any(sizes.fits((point.batch, 2)) for point in curve.points):
         return f"the device holds one replica: {sizes.misfit((curve.points[0].batch, 2))}"
     predicted = Predicted(

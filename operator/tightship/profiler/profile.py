@@ -25,7 +25,7 @@ from tightship.profiler.errors import EngineError, LengthsError, LoadError, OutO
 from tightship.profiler.gpu import Device
 from tightship.profiler.job import Job, largest_batch, make_job
 from tightship.profiler.packing import try_packings
-from tightship.profiler.report import Report
+from tightship.profiler.report import MESSAGE_MOST, Report, continued
 from tightship.profiler.session import Session
 from tightship.profiler.sharing import Sharing
 from tightship.profiler.sweep import Ended, Sweep
@@ -67,10 +67,12 @@ class Profiler:
         )
 
     def _make_budget(self, clock: Clock) -> Budget:
-        """The measurement's budget, less what earlier attempts spent; an extension has one of its own."""
-        job = self._job
+        """The measurement's budget, or the extension's own; less what earlier attempts at the same spent."""
+        job, told = self._job, self._report.progress
         if self._earlier is not None and job.extension is not None:
-            return Budget(parse_duration(job.extension.budget), 0.0, clock)
+            begun = told is not None and told.extend == job.extension.request
+            spent = parse_duration(told.elapsed or "0s") if told is not None and begun else 0.0
+            return Budget(parse_duration(job.extension.budget), spent, clock)
         return Budget(job.budget, self._report.gpu_seconds, clock, packing=job.max_replicas > 1)
 
     async def run(self) -> api.Outcome:
@@ -109,8 +111,8 @@ class Profiler:
         except (EngineError, LoadError) as error:
             said = [f"the trials asked for failed: {error}"]
         request = self._job.extension.request if self._job.extension is not None else None
-        message = "; ".join(text for text in (earlier.message, *said, *self._session.notes) if text)
-        return earlier.model_copy(update={"message": message[:8000] or None, "extend": request})
+        message = continued(earlier.message, "; ".join([*said, *self._session.notes]))
+        return earlier.model_copy(update={"message": message or None, "extend": request})
 
     async def _conclude(self, ended: Ended, curve: Curve) -> api.Outcome:
         """All that comes after the sweep."""
@@ -165,7 +167,7 @@ class Profiler:
         return api.Outcome(
             state=state,
             reason=reason,
-            message=message[:8000],
+            message=message[:MESSAGE_MOST],
             rerun=self._job.rerun,
             extend=extension.request if extension is not None else None,
         )

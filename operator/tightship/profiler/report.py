@@ -9,7 +9,6 @@ while the API server is away. A file can take the API server's place.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -35,6 +34,10 @@ RETRY_LEAST: Final = 0.5
 RETRY_MOST: Final = 10.0
 TRIALS_MOST: Final = 256
 """The API's most: a status with more would be refused whole."""
+MESSAGE_MOST: Final = 8000
+"""Characters of an outcome's message."""
+UNEXPECTED_MOST: Final = 5
+"""How often a write may fail for a cause that nobody foresaw before the end of a profile waits for it no longer."""
 
 
 class Sink(Protocol):
@@ -165,6 +168,16 @@ class FileSink:
         """Nothing to let go of."""
 
 
+def continued(earlier: str | None, said: str) -> str:
+    """A message with what was said later: that is there whole, as far as 8,000 characters go, and the earlier one gives way."""
+    said = said[:MESSAGE_MOST]
+    room = MESSAGE_MOST - len(said) - len("...; ")
+    if not earlier or room <= 0:
+        return said
+    kept = earlier if len(earlier) <= room else f"{earlier[:room]}..."
+    return f"{kept}; {said}"
+
+
 class Report:
     """The profiler's part of the status, and its way out."""
 
@@ -195,6 +208,8 @@ class Report:
         self._dirty = asyncio.Event()
         self._clean = asyncio.Event()
         self._clean.set()
+        self._unexpected = 0
+        self._hopeless = asyncio.Event()
         self._error: ReportError | None = None
         self._writer = asyncio.get_running_loop().create_task(self._write_for_ever())
 
@@ -210,13 +225,19 @@ class Report:
         self._dirty.set()
 
     async def flush(self, timeout: float) -> bool:
-        """Wait until all that was saved is written; False when that took too long.
+        """Wait until all that was saved is written; False when that took too long, or fails time and again for no known cause.
 
         Raises:
             ReportError: it was refused.
         """
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._clean.wait(), timeout)
+        self._unexpected = 0
+        self._hopeless.clear()
+        waiting = [asyncio.ensure_future(event.wait()) for event in (self._clean, self._hopeless)]
+        try:
+            await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waiting:
+                each.cancel()
         if self._error is not None:
             raise self._error
         return self._clean.is_set()
@@ -269,19 +290,28 @@ class Report:
             self._dirty.clear()
             try:
                 await self._sink.write(self.status())
-            except Away as away:
-                log.warning("reporting: %s; trying again in %.1f s", away, delay)
-                self._dirty.set()
-                await asyncio.sleep(delay)
-                delay = min(RETRY_MOST, 2 * delay)
-                continue
             except ReportError as error:
                 self._error = error
                 self._clean.set()
                 return
+            except Exception as error:  # whatever it is: a writer that ended unheard would cost the whole measurement
+                self._tell(error, delay)
+                self._dirty.set()
+                await asyncio.sleep(delay)
+                delay = min(RETRY_MOST, 2 * delay)
+                continue
             delay = RETRY_LEAST
             if not self._dirty.is_set():
                 self._clean.set()
+
+    def _tell(self, error: Exception, delay: float) -> None:
+        if isinstance(error, Away):
+            log.warning("reporting: %s; trying again in %.1f s", error, delay)
+            return
+        log.error("reporting failed, which nobody foresaw; trying again in %.1f s", delay, exc_info=error)
+        self._unexpected += 1
+        if self._unexpected >= UNEXPECTED_MOST:
+            self._hopeless.set()
 
 
 def _present(**parts: Model | None) -> dict[str, Any]:
@@ -294,7 +324,7 @@ def _in_vain(standing: api.Outcome, failed: api.Outcome) -> api.Outcome:
         f"the measurement that rerun {failed.rerun} asked for failed ({failed.reason}): {failed.message}; "
         "what was measured before stands, and a new text in profiling.rerun tries again"
     )
-    message = "; ".join(text for text in (standing.message, said) if text)[:8000]
+    message = continued(standing.message, said)
     return standing.model_copy(update={"reason": standing.state, "message": message, "rerun": failed.rerun})
 
 

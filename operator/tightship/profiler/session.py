@@ -65,6 +65,7 @@ class Session:
         """The context in flight of what is really put on the engine."""
         self.notes: list[str] = []
         """What the outcome must say besides."""
+        self._extends = job.extension.request if job.extension is not None and report.outcome is not None else None
         self._gpu_seconds = report.gpu_seconds
         self._settle_lengths()
 
@@ -95,10 +96,16 @@ class Session:
         return Meter(engine, load, self.device, self.clock, input_per_output=ratio, steps_needed=self.steps_needed)
 
     @property
+    def statistics(self) -> frozenset[str]:
+        """The statistics that the objectives are of, those of an extension included."""
+        extension = self.job.extension
+        asked = {one.statistic for one in extension.objectives} if extension is not None else set()
+        return frozenset({one.statistic.value for one in self.job.objectives} | asked)
+
+    @property
     def steps_needed(self) -> int:
         """Engine steps that the objectives' statistics want, of either latency; 0 for means."""
-        statistics = {one.statistic.value for one in self.job.objectives}
-        return max((needed for name, needed in points.STEPS_NEEDED.items() if name in statistics), default=0)
+        return max((needed for name, needed in points.STEPS_NEEDED.items() if name in self.statistics), default=0)
 
     @property
     def context(self) -> Context:
@@ -168,7 +175,9 @@ class Session:
             batch=batch,
             replicas=replicas,
             points=len(self.report.points),
-            elapsed=format_duration(round(self.budget.spent, 1)),
+            elapsed=self._elapsed(),
+            rerun=self.job.rerun,
+            extend=self._extends,
             message=message[:1024],
         )
         self.report.save()
@@ -177,6 +186,11 @@ class Session:
         """Bring the reported time up to date."""
         self.report.gpu_seconds = self._gpu_seconds + self.budget.spent_now
         self.report.cost = self.cost.report()
+        if self.report.progress is not None:
+            self.report.progress = self.report.progress.model_copy(update={"elapsed": self._elapsed()})
+
+    def _elapsed(self) -> str:
+        return format_duration(round(self.budget.spent, 1))
 
 
 def _remembered(report: Report) -> EngineInfo:

@@ -1,10 +1,12 @@
 """Packing trials: which pairs of batch and replicas are run together on the device, in which order, until when.
 
 Engines are started once for as many pairs as they can serve, and only as many as the next pair needs, so that a small budget still
-yields a first trial; pairs then differ in nothing but which engines are loaded and with how much. What must hold: a trial is kept as
-soon as it is measured, and never made twice; no figure is kept that was not measured with all its engines loaded and proven to
-share the device; whatever fails is kept as a trial without figures, so that the pair isn't advised as an estimate later, costs one pair
-(or those with as many engines), and never the profile; at the end no engine and no daemon is left.
+yields a first trial; pairs then differ in nothing but which engines are loaded and with how much. An engine that does not start
+beside others is started once more before so many are ruled out. What must hold: a trial is kept as soon as it is measured, and never
+made twice, unless that is asked for since it left a statistic open, and then the better measured one stays; no figure is kept that
+was not measured with all its engines loaded and proven to share the device; whatever fails is kept as a trial without figures, so that
+the pair isn't advised as an estimate later, costs one pair (or those with as many engines), and never the profile; at the end no
+engine and no daemon is left.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from tightship.profiler import confirm, points
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine, EngineInfo, EngineSettings
 from tightship.profiler.errors import EngineError, LoadError, ProfilerError
-from tightship.profiler.fleet import DoesNotFitError, Fleet, Pair, Sizes, packed_settings
+from tightship.profiler.fleet import DoesNotFitError, Fleet, NotStartedError, Pair, Sizes, packed_settings
 from tightship.profiler.gpu import Device
 from tightship.profiler.lengths import Lengths
 from tightship.profiler.load import ClosedLoop
@@ -166,13 +168,31 @@ class Verdict:
 class Trials:
     """Makes the trials of one profile."""
 
-    def __init__(self, bench: Bench, agenda: Agenda, trials: MutableMapping[Pair, api.Trial]) -> None:
-        """`trials`: those there are, without figures where they could not be made; new ones are added to it."""
+    def __init__(
+        self,
+        bench: Bench,
+        agenda: Agenda,
+        trials: MutableMapping[Pair, api.Trial],
+        again: Collection[Pair] = (),
+    ) -> None:
+        """Trials beside those there are.
+
+        Args:
+            bench: what they are made with.
+            agenda: which ones.
+            trials: those there are, without figures where they could not be made; new ones are added to it.
+            again: those of them that count as not made.
+        """
         self._bench = bench
         self._agenda = agenda
         self._trials = trials
-        self._failed: set[Pair] = {pair for pair, trial in trials.items() if not points.has_figures(trial)}
+        self._again = set(again)
+        self._failed: set[Pair] = {
+            pair for pair, trial in trials.items() if not points.has_figures(trial)
+        } - self._again
         self._late: set[Pair] = set()
+        self._not_started: set[int] = set()
+        """The engines, by their number, that once did not start."""
         self._fleet: Fleet | None = None
         self._open = False
         self._recoveries = 0
@@ -191,7 +211,7 @@ class Trials:
 
     async def _run(self) -> str:
         while True:
-            choice = self._agenda.next(self._measured, self._failed)
+            choice = self._agenda.next(self._done, self._failed)
             if choice.pair is None:
                 return choice.reason
             batch, replicas = choice.pair
@@ -218,6 +238,8 @@ class Trials:
             return self._cut(str(error))
         except SharingError as error:
             return str(error)
+        except NotStartedError as error:
+            await self._not_up(pair, error)
         except DoesNotFitError as error:
             self._give_up(pair, error)
         except LateLoadError as error:
@@ -243,7 +265,7 @@ class Trials:
         if self._fleet is None:
             # What ran before, the confirmation run's engine at first, may have ended a moment before its memory is free.
             await confirm.released(bench.device, bench.clock)
-            group = bench.sizes.group(pair, self._agenda.wanted(self._measured, self._failed))
+            group = bench.sizes.group(pair, self._agenda.wanted(self._done, self._failed))
             settings = packed_settings(bench.settings, bench.info, group, bench.device)
             self._fleet = Fleet(group, settings, launch=self._launch, device=bench.device, sharing=bench.sharing)
         return await self._fleet.grow(replicas)
@@ -289,7 +311,8 @@ class Trials:
         trial = reading.trial.model_copy(
             update={"kv_cache": format_quantity(self._fleet.group.kv_bytes), "message": doubts[:1024] or None}
         )
-        self._trials[pair] = trial
+        self._trials[pair] = better(trial, self._trials.get(pair))
+        self._again.discard(pair)
         bench.keep(trial)
         log.info(
             "%d x %d: %.1f tokens/s together +- %.1f %%, ITL %.2f ms",
@@ -311,9 +334,18 @@ class Trials:
                     break
                 await self._bench.clock.sleep(POLL_SECONDS)
 
+    async def _not_up(self, pair: Pair, error: NotStartedError) -> None:
+        """An engine did not start: once more, if the budget has the time, then nothing with as many is tried."""
+        if error.replicas in self._not_started:
+            self._give_up(pair, error)
+            return
+        self._not_started.add(error.replicas)
+        self._note(f"{error}, at the first try")
+        await confirm.released(self._bench.device, self._bench.clock)
+
     def _give_up(self, pair: Pair, error: DoesNotFitError) -> None:
         """Nothing with as many engines is tried again; those that run serve the rest."""
-        wanted = {*self._agenda.wanted(self._measured, self._failed), pair}
+        wanted = {*self._agenda.wanted(self._done, self._failed), pair}
         text = f"no trial with {error.replicas} replicas or more: {error}"
         for batch, count in sorted(wanted):
             if count >= error.replicas > 1:  # an engine that doesn't start alone says nothing of packing
@@ -329,14 +361,21 @@ class Trials:
         self._note(text)
 
     def _record(self, pair: Pair, why: str) -> None:
-        """Keep that a pair could not be tried."""
-        self._trials[pair] = api.Trial(batch=pair[0], replicas=pair[1], message=why[:1024])
+        """Keep that a pair could not be tried; what was measured of it before stands."""
+        if pair not in self._measured:
+            self._trials[pair] = api.Trial(batch=pair[0], replicas=pair[1], message=why[:1024])
+        self._again.discard(pair)
         self._bench.progress(pair, why)
 
     @property
     def _measured(self) -> Mapping[Pair, api.Trial]:
         """The trials that have figures."""
         return {pair: trial for pair, trial in self._trials.items() if points.has_figures(trial)}
+
+    @property
+    def _done(self) -> Mapping[Pair, api.Trial]:
+        """Those of them that are not to be made again."""
+        return {pair: trial for pair, trial in self._measured.items() if pair not in self._again}
 
     async def _recover(self, pair: Pair, error: EngineError) -> str | None:
         """An engine died under load, perhaps all of them: start anew, once."""
@@ -384,6 +423,13 @@ class Trials:
         best = max(made.values(), key=lambda trial: (_total(trial), -trial.batch))
         count = f"{len(made)} packing{'s were' if len(made) > 1 else ' was'} tried"
         return f"{count}, the fastest {best.replicas} x {best.batch} with {_total(best):.0f} tokens/s"
+
+
+def better(new: api.Trial, old: api.Trial | None) -> api.Trial:
+    """Of two trials of one pair the one that resolves more statistics, then the more precise one."""
+    if old is None or not points.has_figures(old):
+        return new
+    return min(new, old, key=lambda trial: (len(trial.unresolved), float(trial.half_width or 1)))
 
 
 def _total(trial: api.Trial) -> float:

@@ -238,9 +238,9 @@ def _for_extension(seen: Observed, pods: Sequence[Object]) -> Observed:
 def _is_outdated(seen: Observed, job: Object, pods: Sequence[Object]) -> bool:
     """Whether an active Job has yet to run an engine, and would be made otherwise now."""
     made = (job["metadata"].get("annotations") or {}).get(labels.ANNOTATION_TEMPLATE)
-    if seen.profile is None or seen.problems or made in (None, fingerprint(seen.profile)) or end_of(job) is not None:
+    if seen.profile is None or seen.problems or made is None or end_of(job) is not None or has_begun(job, pods):
         return False
-    return not has_begun(job, pods)
+    return bool(made != fingerprint(seen.profile))
 
 
 def read(obj: Object) -> tuple[BatchProfile | None, tuple[str, ...]]:
@@ -646,7 +646,7 @@ def _starting(pods: Sequence[Object]) -> str:
 
 def _progress(seen: Observed) -> str:
     progress = seen.profile.status.progress if seen.profile else None
-    if progress is None:
+    if progress is None or not _answers(seen.profile, progress.rerun):
         return ""
     parts = [f"{progress.points} points so far", progress.message or progress.stage]
     if progress.elapsed:

@@ -16,7 +16,7 @@ from tightship.reconcile.verdict import Verdict, asked_again, is_imported, pendi
 
 
 def untried(verdict: Verdict) -> Pair | None:
-    """The recommended packing, where it is only estimated."""
+    """The recommended packing, where it is only estimated: untried, or tried without a statistic that an objective is of."""
     decision = verdict.decision
     if decision is None or decision.chosen is None or decision.basis is not Basis.ESTIMATED:
         return None
@@ -41,7 +41,12 @@ def request(verdict: Verdict) -> Extension | None:
     if service is None or pair is None:
         return None
     name, profiling = service.metadata.name, service.spec.profiling
-    return Extension(request=f"{name}/{profiling.extend}", pairs=[pair], budget=profiling.budget)
+    return Extension(
+        request=f"{name}/{profiling.extend}",
+        pairs=[pair],
+        budget=profiling.budget,
+        objectives=service.spec.slo.objectives,
+    )
 
 
 def words(verdict: Verdict) -> str | None:

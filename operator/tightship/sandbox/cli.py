@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tightship.sandbox.agent import quantity
+from tightship.api.units import parse_quantity
 from tightship.sandbox.cluster import Sandbox, SandboxError
 from tightship.sandbox.network import NamespaceError
 from tightship.sandbox.real import AssetsError
@@ -89,7 +89,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "cpus": args.cpus,
         "gpus_per_node": args.gpus_per_node,
         "product": args.product,
-        "gpu_memory": int(quantity.parse(args.gpu_memory)),
+        "gpu_memory": parse_quantity(args.gpu_memory),
         "engine_cores": [int(core) for core in args.engine_cores.split(",") if core],
         "engine_python": args.engine_python,
         "models": None if args.models is None else str(args.models.absolute()),

@@ -14,8 +14,9 @@ from tightship.__main__ import main as tightship
 from tightship.api import crds
 from tightship.api.units import parse_duration
 from tightship.api.v1alpha1 import labels
-from tightship.api.v1alpha1.validation import parse_service, profile_key
-from tightship.commands import vllm_bench
+from tightship.api.v1alpha1.validation import lengths_digest, parse_service, profile_key
+from tightship.commands import subject, vllm_bench
+from tightship.commands.manifest import InputError
 from tightship.core.curve import Metric, Objective, Statistic
 from tightship.decide import decision_from_profile
 
@@ -206,6 +207,37 @@ def test_a_broken_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "a.json").write_text(text)
     assert tightship(["import", "vllm-bench", str(tmp_path), *KEY]) == vllm_bench.EXIT_USAGE
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1,2\n3,x\n", "is no number of tokens"),
+        ("[[1, 2], [3]]", "is no request"),
+        ("{\n", "is no JSON"),
+        ("", "there is no request in it"),
+    ],
+)
+def test_lengths_that_could_not_be_measured_with_are_refused_in_the_same_words(
+    results: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    file = results.parent / "lengths"
+    file.write_text(text)
+    words = ["--lengths", str(file), *KEY]
+    assert tightship(["import", "vllm-bench", str(results), *words]) == vllm_bench.EXIT_USAGE
+    error = capsys.readouterr().err
+    with pytest.raises(InputError) as refused:
+        subject.check_lengths(file)
+    assert error == f"tightship import vllm-bench: {refused.value}\n"
+    assert f"--lengths {file}: " in error
+    assert said in error
+
+
+def test_lengths_of_the_runs_are_in_the_key_by_what_is_in_them(results: Path) -> None:
+    file = results.parent / "lengths"
+    file.write_text("100,200\n")
+    document = imported(results, "--lengths", str(file), *KEY)
+    assert document["spec"]["key"]["workload"] == {"lengthsDigest": lengths_digest("100,200\n")}
 
 
 def test_a_directory_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

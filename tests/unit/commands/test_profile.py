@@ -208,6 +208,9 @@ OPT = str(SAMPLES / "llmservice-opt.yaml")
     ("words", "said"),
     [
         (MEANS, "--model must be given, or -f with an LLMService manifest"),
+        (("--model", "a/" * 3000, *MEANS), r"--model (a/)+a?\.\.\.: neither a directory here nor ORGANISATION/NAME"),
+        (("-f", OPT, "--model", "a" * 5000), "--device cpu measures vLLM's CPU back end"),
+        (("--model", "a/b", *MEANS, "-o", "a" * 300), r"a\.\.\.: File name too long"),
         (("--model", "a/b/c", *MEANS), "--model a/b/c: neither a directory here nor ORGANISATION/NAME"),
         (("--model", "a/b"), "--input-tokens, --output-tokens or --lengths: give both"),
         (("--model", "a/b", *MEANS, "--lengths", "x.csv"), "--lengths x.csv: No such file"),

@@ -208,6 +208,13 @@ def test_a_gpu_too_small_is_named_with_numbers() -> None:
     assert "4.4Gi per replica > 3.0Gi" in answer.message
 
 
+def test_the_next_batch_binds_whatever_noise_has_above_it() -> None:
+    noisy = [*OPT[:4], (112, 9550.0, 15.6, 0.55, 0), (128, 9506.9, 17.35, 0.536, 0)]
+    answer = advise(make_curve(noisy), make_slo(15))
+    assert (answer.batch, answer.binding_limit) == (96, Limit.SLO)
+    assert "batch 112 has" in answer.message
+
+
 def test_memory_binds_where_the_next_batch_does_not_fit() -> None:
     answer = advise(make_curve(OPT), ledger=make_ledger(total=15), max_replicas=1)
     assert (answer.batch, answer.binding_limit) == (96, Limit.MEMORY)
@@ -345,6 +352,65 @@ def test_an_untried_best_waits_for_its_trial() -> None:
     )
 
 
+def with_p95(rows: Any, factor: float = 1.2) -> Curve:
+    """The curve with a p95 that is so many times the mean."""
+    return Curve(
+        dataclasses.replace(
+            point, inter_token_latency=Latency(mean=(mean := point.inter_token_latency.mean), p95=factor * (mean or 0))
+        )
+        for point in make_curve(rows).points
+    )
+
+
+@pytest.mark.parametrize(
+    ("slo", "changes", "basis", "words"),
+    [
+        pytest.param(make_slo(19), {}, Basis.MEASURED, None, id="its mean is known"),
+        pytest.param(make_slo(40, Statistic.P95), {}, Basis.ESTIMATED, None, id="its p95 is open"),
+        pytest.param(
+            make_slo(20, Statistic.P95), {}, Basis.ESTIMATED, "20ms x 0.9 (predicted)", id="predicted to miss"
+        ),
+        pytest.param(
+            [*make_slo(18), Objective(Metric.TIME_TO_FIRST_TOKEN, Statistic.MEAN, 1.0)],
+            {},
+            Basis.MEASURED,
+            "mean InterTokenLatency 18.98ms > 18ms",
+            id="what it tells misses",
+        ),
+        pytest.param(
+            make_slo(40, Statistic.P95), {"preemptions": 900}, Basis.MEASURED, "900 preemptions", id="it preempted"
+        ),
+        pytest.param(
+            make_slo(40, Statistic.P99),
+            {},
+            Basis.MEASURED,
+            "p99 InterTokenLatency was not measured",
+            id="known nowhere",
+        ),
+    ],
+)
+def test_a_trial_that_leaves_an_objective_open_is_an_estimate(
+    slo: list[Objective], changes: dict[str, Any], basis: Basis, words: str | None
+) -> None:
+    trial = dataclasses.replace(make_trial(96, 2, 12_313.9, 18.98), **changes)
+    answer = advise(with_p95(OPT), slo, ledger=make_ledger(), max_replicas=2, trials=[trial])
+    found = candidate(answer, 96, 2)
+    assert (found.basis, found.throughput) == (basis, 12_313.9)
+    assert found.eligible is (words is None)
+    assert words is None or any(words in rejection.text for rejection in found.rejections), found.rejections
+
+
+def test_an_estimate_of_a_trial_is_not_what_may_run_and_says_what_is_open() -> None:
+    trial = make_trial(96, 2, 20_000, 18.98)
+    answer = advise(with_p95(OPT), make_slo(40, Statistic.P95), ledger=make_ledger(), max_replicas=2, trials=[trial])
+    assert (answer.batch, answer.replicas, answer.basis) == (96, 2, Basis.ESTIMATED)
+    assert answer.applied_replicas == 1
+    assert (
+        "the trial of batch 96 with 2 replicas did not resolve p95 InterTokenLatency, which is predicted"
+        in answer.notes
+    )
+
+
 def test_predictions_are_corrected_by_trials_of_as_many_replicas_else_of_all() -> None:
     plain = advise(make_curve(OPT), make_slo(1000), ledger=make_ledger())
     two = make_trial(96, 2, 0.9 * candidate(plain, 96, 2).throughput, 20)
@@ -377,7 +443,8 @@ def test_what_a_milder_trial_missed_is_not_predicted_to_hold() -> None:
 
 def test_a_limit_that_is_a_sentence_of_its_own_is_not_said_to_be_had() -> None:
     unknown = Trial(256, 2, 10_900, Latency(p95=0.037))
-    answer = advise(without_utilization(), make_slo(40), ledger=make_ledger(), trials=[unknown])
+    curve = Curve(without_utilization().points[:6])
+    answer = advise(curve, make_slo(40), ledger=make_ledger(), trials=[unknown])
     assert answer.message.endswith("; SLO binds: batch 256 with 2 replicas: mean InterTokenLatency was not measured")
 
 

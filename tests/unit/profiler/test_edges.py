@@ -23,8 +23,8 @@ from tightship.profiler.engine import EngineSettings, ProcessLauncher
 from tightship.profiler.errors import EngineError, OutOfMemory, ReportError
 from tightship.profiler.gpu import GIB, CpuDevice, DeviceError, NvmlDevice, memory_limit
 from tightship.profiler.model import read_model
-from tightship.profiler.report import ApiSink, FileSink, Report
-from unit.profiler.fakes import FakeDevice, MemorySink, make_profile
+from tightship.profiler.report import ApiSink, FileSink, Report, continued
+from unit.profiler.fakes import FakeDevice, MemorySink, in_virtual_time, make_profile
 
 # --- NVML ---
 
@@ -232,6 +232,60 @@ async def test_a_report_that_is_refused_ends_the_profile(tmp_path: Path) -> None
         await report.close()
 
 
+def test_what_nobody_foresaw_costs_no_point_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    sink = MemorySink(make_profile())
+    sink.errors = [TypeError("not serializable"), json.JSONDecodeError("Expecting value", "<html>", 0)]
+
+    async def story() -> bool:
+        report = Report(sink, api.BatchProfileStatus())
+        report.points[1] = api.Point(batch=1, total_tokens_per_second="10")
+        report.save()
+        try:
+            return await report.flush(60)
+        finally:
+            await report.close()
+
+    assert in_virtual_time(story)
+    assert [point["batch"] for point in sink.written[-1]["points"]] == [1]
+    assert "not serializable" in caplog.text
+
+
+def test_what_never_ends_failing_keeps_the_end_waiting_no_longer_than_a_few_tries() -> None:
+    sink = MemorySink(make_profile())
+    sink.errors = [TypeError("not serializable")] * 50
+
+    async def story() -> float:
+        report = Report(sink, api.BatchProfileStatus())
+        began = asyncio.get_running_loop().time()
+        try:
+            for _ in range(2):  # the end is given tries of its own
+                report.save()
+                assert not await report.flush(600)
+            return asyncio.get_running_loop().time() - began
+        finally:
+            await report.close()
+
+    assert 15 < in_virtual_time(story) < 90
+    assert 50 - len(sink.errors) == 10
+
+
+@pytest.mark.parametrize(
+    ("earlier", "said", "expected"),
+    [
+        (None, "new", "new"),
+        ("old", "new", "old; new"),
+        ("o" * 9000, "new", "o" * 7992 + "...; new"),
+        ("old", "n" * 9000, "n" * 8000),
+        ("o" * 5000, "n" * 5000, "o" * 2995 + "...; " + "n" * 5000),
+    ],
+    ids=["first", "short", "long before", "long", "both long"],
+)
+def test_what_is_said_last_is_there_whole(earlier: str | None, said: str, expected: str) -> None:
+    message = continued(earlier, said)
+    assert message == expected
+    assert len(message) <= 8000
+
+
 def test_a_job_without_its_environment_says_which_variable() -> None:
     with pytest.raises(ReportError, match="TIGHTSHIP_PROFILE_NAMESPACE"):
         ApiSink.from_environment({})
@@ -256,19 +310,26 @@ async def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "rerun", "left"),
+    ("told", "rerun", "left"),
     [
-        (None, None, 1),
-        ({"state": "Completed"}, None, None),
-        ({"state": "Failed", "rerun": "1"}, "1", None),
-        ({"state": "Failed", "rerun": "1"}, "2", 0),
-        ({"state": "Completed"}, "1", 0),
+        ({}, None, 1),
+        ({"progress": {"stage": "Sweeping"}}, None, 1),
+        ({"progress": {"stage": "Sweeping", "rerun": "1"}}, "1", 1),
+        ({"progress": {"stage": "Sweeping", "rerun": "1"}}, "2", 0),
+        ({"progress": {"stage": "Sweeping"}}, "1", 0),
+        ({"progress": {"stage": "Trying"}, "outcome": {"state": "Completed"}}, None, None),
+        ({"outcome": {"state": "Completed"}}, None, None),
+        ({"outcome": {"state": "Failed", "rerun": "1"}}, "1", None),
+        ({"outcome": {"state": "Failed", "rerun": "1"}}, "2", 0),
+        ({"outcome": {"state": "Completed"}}, "1", 0),
         # Where nothing is asked any outcome is an answer.
-        ({"state": "Completed", "rerun": "1"}, "", None),
+        ({"outcome": {"state": "Completed", "rerun": "1"}}, "", None),
+        ({"progress": {"stage": "Sweeping", "rerun": "1"}}, "", 1),
     ],
 )
-def test_what_a_new_attempt_keeps(outcome: dict[str, str] | None, rerun: str | None, left: int | None) -> None:
-    status: dict[str, Any] = {"points": [{"batch": 1}], **({"outcome": outcome} if outcome else {})}
+def test_what_a_new_attempt_keeps(told: dict[str, Any], rerun: str | None, left: int | None) -> None:
+    """Also of a measurement that still runs, or was stopped, when `rerun` gets its new text."""
+    status: dict[str, Any] = {"points": [{"batch": 1}], **told}
     found = kept(make_profile(status=status, **({"rerun": rerun} if rerun is not None else {})))
     assert (None if found is None else len(found.points)) == left
 

@@ -278,7 +278,7 @@ def test_the_api_server_is_away_while_points_are_reported() -> None:
 
 
 def test_stopping_in_the_middle_keeps_the_points_and_stops_the_engine() -> None:
-    run = Run()
+    run = Run(rerun="first")
 
     async def story() -> None:
         profile, clock = await run.sink.read(), VirtualClock()
@@ -301,6 +301,8 @@ def test_stopping_in_the_middle_keeps_the_points_and_stops_the_engine() -> None:
     assert run.status.outcome is None
     assert float(run.status.gpu_seconds or 0) > 5
     assert run.device.stopped == 1
+    # Which `rerun` the points are of is in what was written, for whoever goes on or begins anew.
+    assert {status["progress"].get("rerun") for status in run.sink.written} == {"first"}
 
     # The next pod goes on from what was written, and measures nothing twice.
     written = run.sink.written[-1]

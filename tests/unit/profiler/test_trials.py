@@ -22,7 +22,7 @@ from tightship.profiler.lengths import Lengths, Prompts
 from tightship.profiler.load import ClosedLoop
 from tightship.profiler.packed import PackedMeter
 from tightship.profiler.sharing import CoreSharing, NotAttachedError, SharingError, engine_cores
-from tightship.profiler.trials import Agenda, Bench, Given, Predicted, Trials, Verdict
+from tightship.profiler.trials import Agenda, Bench, Given, Predicted, Trials, Verdict, better
 from tightship.sandbox.virtual.clock import VirtualClock, in_virtual_time
 from tightship.sandbox.virtual.disturbance import Faults
 from tightship.sandbox.virtual.engine import VirtualEngine
@@ -479,14 +479,40 @@ def test_an_engine_that_does_not_start_as_the_third_leaves_the_pairs_with_two() 
     story = Story(
         PAYS,
         pairs=((64, 3), (32, 4), (64, 2)),
-        faults=[Faults(), Faults(), Faults(start_fails="RuntimeError: no room")],
+        faults=[Faults(), Faults(), *[Faults(start_fails="RuntimeError: no room")] * 2],
     )
     verdict = story.run()
     assert story.kept == [(64, 2)]
-    assert len(story.launcher.launched) == 3
+    assert len(story.launcher.launched) == 4, "the third is started twice"
     assert any("no trial with 3 replicas or more: engine 3 did not start" in note for note in verdict.notes)
     assert any("RuntimeError: no room" in note for note in verdict.notes)
     assert story.used_after == story.idle
+
+
+def test_an_engine_that_did_not_start_by_chance_rules_nothing_out() -> None:
+    story = Story(
+        PAYS,
+        pairs=((64, 3), (32, 4)),
+        faults=[Faults(), Faults(), Faults(start_fails="RuntimeError: chance"), Faults()],
+    )
+    verdict = story.run()
+    assert story.kept == [(64, 3), (32, 4)]
+    assert len(story.launcher.launched) == 5
+    assert any("engine 3 did not start" in note and note.endswith("at the first try") for note in verdict.notes)
+    assert story.used_after == story.idle
+
+
+def test_without_the_time_for_another_start_nothing_is_ruled_out() -> None:
+    story = Story(
+        PAYS,
+        pairs=((64, 3),),
+        faults=[Faults(), Faults(), Faults(start_fails="RuntimeError: chance"), Faults()],
+        budget=147.0,
+    )
+    verdict = story.run()
+    assert story.trials == {}
+    assert verdict.exceeded
+    assert len(story.launcher.launched) == 3
 
 
 def test_engines_that_die_under_load_are_started_anew_once() -> None:
@@ -623,7 +649,7 @@ def test_a_device_that_holds_one_replica_gets_no_trial_and_the_numbers() -> None
 
 
 def test_an_engine_that_never_starts_beside_another_leaves_a_complete_profile() -> None:
-    faults = [Faults(), Faults(), Faults(), Faults(start_fails="RuntimeError: no room")]
+    faults = [Faults(), Faults(), Faults(), *[Faults(start_fails="RuntimeError: no room")] * 2]
     done = profile(OPT, objectives=[PAYS.slo], budget=1200.0, faults=faults)
     assert done.status.outcome is not None
     assert done.status.outcome.state == "Completed"
@@ -672,13 +698,100 @@ def test_an_extension_tries_the_pairs_asked_for_and_nothing_else() -> None:
 
 def test_an_extension_that_fails_says_so_and_keeps_what_there_was() -> None:
     earlier = single_replica()
-    status = extend(earlier, faults=[Faults(start_fails="RuntimeError: broken")])
+    status = extend(earlier, faults=[Faults(start_fails="RuntimeError: broken")] * 2)
     assert status.outcome is not None
     assert status.outcome.extend == "more"
     assert "engine 1 did not start beside 0 others" in message(status)
     assert status.trials == []
     assert status.points == earlier.points
     assert status.memory == earlier.memory
+
+
+def test_an_extension_that_is_restarted_has_what_is_left_of_its_budget() -> None:
+    earlier = single_replica()
+    asked = {"request": "more", "pairs": [{"batch": 64, "replicas": 2}, {"batch": 32, "replicas": 4}], "budget": "200s"}
+    whole = profile(OPT, objectives=[PAYS.slo], budget=1200.0, status=earlier, extend=asked)
+    assert sorted(pairs_of(whole.status)) == [(32, 4), (64, 2)]
+    # The pod was killed as the first of its trials was done; the first engine's start was free.
+    cut = next(written for _, written in whole.written if written.get("trials"))
+    assert cut["progress"]["extend"] == "more"
+    killed = api.BatchProfileStatus.model_validate(cut)
+    spent = float(killed.gpu_seconds or 0) - float(earlier.gpu_seconds or 0)
+    assert 45 < spent < 100
+
+    def again(request: str) -> tuple[api.BatchProfileStatus, float]:
+        extension = asked | {"request": request}
+        done = profile(OPT, objectives=[PAYS.slo], budget=1200.0, status=killed, extend=extension).status
+        return done, float(done.gpu_seconds or 0) - float(killed.gpu_seconds or 0)
+
+    done, more = again("more")
+    assert spent + more <= 200 + 5
+    assert "the budget ended the trials" in message(done)
+    done, more = again("another")
+    assert spent + more > 200 + 5
+    assert sorted(pairs_of(done)) == [(32, 4), (64, 2)]
+
+
+P95 = [{"metric": "InterTokenLatency", "statistic": "p95", "max": "40ms"}]
+
+
+@functools.cache
+def hasty() -> api.BatchProfileStatus:
+    """A finished profile with one trial, which left its p95 and p99 open."""
+    status = extend(single_replica())
+    trials = [
+        trial.model_copy(update={"unresolved": ["p95", "p99"], "half_width": "0.05", "message": "the first"})
+        for trial in status.trials
+        if (trial.batch, trial.replicas) == (64, 2)
+    ]
+    return status.model_copy(update={"trials": trials})
+
+
+@pytest.mark.parametrize(
+    ("objectives", "faults", "made"),
+    [
+        pytest.param([], [], False, id="no objective is of it"),
+        pytest.param(P95, [], True, id="it was left open"),
+        pytest.param(
+            P95, [Faults(), *[Faults(start_fails="RuntimeError: no")] * 2], False, id="it can't be made again"
+        ),
+    ],
+)
+def test_a_trial_is_made_again_for_a_statistic_that_it_left_open(
+    objectives: list[dict[str, str]], faults: list[Faults], made: bool
+) -> None:
+    pairs = [{"batch": 64, "replicas": 2}]
+    asked = {"request": "again", "pairs": pairs, "budget": "10m", "objectives": objectives}
+    done = profile(OPT, objectives=[PAYS.slo], budget=1200.0, status=hasty(), faults=faults, extend=asked)
+    (trial,) = done.status.trials
+    assert bool(total(trial)) is True, "what was measured stands, whatever becomes of the next one"
+    assert ("p95" not in trial.unresolved) is made
+    assert (trial.message != "the first") is made
+    assert done.starts == (2 if made else 3 if faults else 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "stays"),
+    [
+        ((["p99"], "0.01"), ([], "0.05"), "after"),
+        ((["p95", "p99"], "0.01"), (["p99"], "0.05"), "after"),
+        ((["p99"], "0.02"), (["p99"], "0.01"), "after"),
+        ((["p99"], "0.01"), (["p99"], "0.02"), "before"),
+        (([], "0.05"), (["p99"], "0.01"), "before"),
+    ],
+)
+def test_the_better_measured_trial_stays(
+    before: tuple[list[str], str], after: tuple[list[str], str], stays: str
+) -> None:
+    old, new = (
+        api.Trial(
+            batch=1, replicas=2, total_tokens_per_second="1", unresolved=unresolved, half_width=width, message=name
+        )
+        for name, (unresolved, width) in (("before", before), ("after", after))
+    )
+    assert better(new, old).message == stays
+    assert better(new, None) is new
+    assert better(new, api.Trial(batch=1, replicas=2, message="failed")) is new
 
 
 def test_the_first_measurement_answers_an_extension_too() -> None:

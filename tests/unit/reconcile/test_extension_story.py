@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from pack_world import TRIALS, World, measured, trial
+from pack_world import TRIALS, World, curve, measured, trial
 from story import make_profile, make_service
 from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.batchprofile import BatchProfile, BatchProfileStatus
+from tightship.profiler.__main__ import kept
 
 NS = "default"
 ESTIMATED = {"batch": 96, "replicas": 2}
@@ -94,7 +96,13 @@ async def test_a_text_has_it_tried_while_the_service_serves_and_then_it_is_packe
     pods = {pod["metadata"]["uid"] for pod in world.all("Pod")}
     ask(world, "please")
     await world.settle()
-    assert extend(world) == {"request": "opt/please", "pairs": [ESTIMATED], "budget": "45s"}
+    objective = {"metric": "InterTokenLatency", "statistic": "mean", "max": "30ms"}
+    assert extend(world) == {
+        "request": "opt/please",
+        "pairs": [ESTIMATED],
+        "budget": "45s",
+        "objectives": [objective],
+    }
     assert jobs(world) == ["1", "2"]
     job = world.all("Job")[-1]
     assert job["metadata"]["annotations"][labels.ANNOTATION_EXTEND] == "opt/please"
@@ -207,6 +215,54 @@ async def test_nobody_left_to_want_the_trials_gives_the_gpu_back() -> None:
     world.put(make_service())
     await world.run()
     assert jobs(world) == ["1", "3"]
+
+
+def with_p95(rows: Any, factor: float = 1.2) -> list[dict[str, Any]]:
+    """Points or trials with a p95 that is so many times the mean."""
+
+    def text(row: dict[str, Any]) -> str:
+        return f"{factor * float(row['interTokenLatency']['mean'].removesuffix('ms')):.2f}ms"
+
+    return [row | {"interTokenLatency": row["interTokenLatency"] | {"p95": text(row)}} for row in rows]
+
+
+async def test_a_trial_that_left_the_objectives_percentile_open_is_made_again() -> None:
+    objective = {"metric": "InterTokenLatency", "statistic": "p95", "max": "30ms"}
+    hasty = [trial | {"unresolved": ["p95", "p99"]} for trial in with_p95(TRIALS)]
+    world = await make_world(make_service(slo__objectives=[objective]), points=with_p95(curve()), trials=hasty)
+    advice = recommendation(world)
+    assert (advice["basis"], advice["batch"], advice["replicasPerGPU"]) == ("Estimated", 96, 2)
+    assert advice["applied"]["replicasPerGPU"] == 1
+    assert per_pack(world) == {(96, 1)}
+    ask(world, "to p95")
+    await world.settle()
+    assert extend(world) == {
+        "request": "opt/to p95",
+        "pairs": [ESTIMATED],
+        "budget": "45s",
+        "objectives": [objective],
+    }
+    found = measured(profile(world), points=with_p95(curve()), trials=with_p95(TRIALS))
+    world.report(name_of(world), found)
+    end_jobs(world)
+    await world.run(rounds=20)
+    assert recommendation(world)["basis"] == "Measured"
+    assert recommendation(world)["replicasPerGPU"] == 2
+
+
+async def test_a_rerun_during_the_first_measurement_begins_from_nothing() -> None:
+    world = World(gpus=(4, 4), profiling=True)
+    world.put(make_service())
+    await world.settle()
+    begun = {"stage": "Sweeping", "points": 3, "message": "measuring batch 8"}
+    world.report(name_of(world), {"points": curve()[:3], "progress": begun})
+    await world.settle()
+    assert kept(BatchProfile.model_validate(profile(world))) == BatchProfile.model_validate(profile(world)).status
+    world.change("LLMService", NS, "opt", lambda obj: obj["spec"]["profiling"].update(rerun="new driver"))
+    await world.run()
+    assert jobs(world) == ["2"]
+    assert profile(world)["status"]["points"], "nobody has measured anew yet"
+    assert kept(BatchProfile.model_validate(profile(world))) == BatchProfileStatus()
 
 
 async def test_a_rerun_during_an_extension_takes_its_place() -> None:

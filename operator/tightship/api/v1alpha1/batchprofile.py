@@ -113,6 +113,14 @@ class Extension(Model):
         Field(min_length=1, max_length=16, description="What to try.", json_schema_extra=list_map("batch", "replicas")),
     ]
     budget: Annotated[Duration, Field(description="Time for these trials, from the first healthy engine.")] = "20m"
+    objectives: Annotated[
+        list[Objective],
+        Field(
+            max_length=2,
+            description="Objectives whose statistics the trials must resolve, beside measurement.objectives; what left one open is made again.",
+            json_schema_extra=list_map("metric"),
+        ),
+    ] = Field(default_factory=list)
 
 
 class Measurement(Model):
@@ -290,7 +298,14 @@ class Progress(Model):
     batch: Annotated[int | None, Field(description="The batch being measured.")] = None
     replicas: Annotated[int | None, Field(description="The replicas it is measured with, in a trial.")] = None
     points: Annotated[int, Field(description="Points measured so far.")] = 0
-    elapsed: Annotated[Duration | None, Field(description="Time since the first healthy engine.")] = None
+    elapsed: Annotated[
+        Duration | None,
+        Field(description="Time since the first healthy engine, of all attempts at what is being done."),
+    ] = None
+    rerun: Annotated[Text | None, Field(description="The spec.measurement.rerun that is being answered.")] = None
+    extend: Annotated[
+        Text | None, Field(description="The spec.measurement.extend.request that is being answered, while it is one.")
+    ] = None
     message: Annotated[str | None, Field(max_length=1024, description="The same in words.")] = None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from tightship.sandbox.agent import quantity
+from tightship.api.units import exact_quantity
 
 GPU = "nvidia.com/gpu"
 Object = Mapping[str, Any]
@@ -64,7 +64,7 @@ def requests(container: Object, resource: str) -> Fraction:
     """What a container requests of a resource; a limit alone counts as its request."""
     resources = container.get("resources") or {}
     value = (resources.get("requests") or {}).get(resource, (resources.get("limits") or {}).get(resource, 0))
-    return quantity.parse(value)
+    return exact_quantity(value)
 
 
 def qos_class(pod: Object) -> str:
@@ -77,7 +77,7 @@ def qos_class(pod: Object) -> str:
         for resource in ("cpu", "memory"):
             request = requests(container, resource)
             any_set = any_set or request > 0 or resource in limits
-            if resource not in limits or quantity.parse(limits[resource]) != request or request == 0:
+            if resource not in limits or exact_quantity(limits[resource]) != request or request == 0:
                 guaranteed = False
     if guaranteed:
         return "Guaranteed"

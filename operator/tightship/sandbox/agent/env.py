@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tightship.sandbox.agent import quantity
+from tightship.api.units import exact_quantity
 
 Object = Mapping[str, Any]
 Lookup = Callable[[str, str], "dict[str, str] | None"]
@@ -72,7 +73,8 @@ def resource_value(pod: Object, container: Object, reference: Object, allocatabl
     value = (resources.get(section) or {}).get(resource)
     if value is None:
         value = allocatable.get(resource, "0") if section == "limits" else "0"
-    return str(quantity.divide(value, str(reference.get("divisor") or "1")))
+    unit = exact_quantity(reference.get("divisor") or "1") or 1  # "0" means 1
+    return str(math.ceil(exact_quantity(value) / unit))
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator
 
+from tightship.api.units import exact_quantity
 from tightship.sandbox.plane.errors import Cause, Obj
 from tightship.sandbox.plane.schema import Node
 from tightship.sandbox.plane.selectors import matches
-from tightship.sandbox.plane.values import dig, parse_quantity
+from tightship.sandbox.plane.values import dig
 
 _SUBDOMAIN = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$")
 _LABEL_1123 = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
@@ -172,7 +173,7 @@ def _container(container: Obj, path: str, volumes: set[str | None]) -> Causes:
     requests = dig(container, "resources", "requests", default={})
     for name, amount in requests.items():
         limit = limits.get(name)
-        if limit is not None and parse_quantity(amount) > parse_quantity(limit):
+        if limit is not None and exact_quantity(amount) > exact_quantity(limit):
             yield Cause(
                 "invalid",
                 f"{path}.resources.requests",
@@ -181,7 +182,7 @@ def _container(container: Obj, path: str, volumes: set[str | None]) -> Causes:
             )
         if _is_extended(name) and limit is None:
             yield Cause("required", f"{path}.resources.limits", "Limit must be set for non overcommitable resources")
-        if _is_extended(name) and limit is not None and parse_quantity(amount) != parse_quantity(limit):
+        if _is_extended(name) and limit is not None and exact_quantity(amount) != exact_quantity(limit):
             yield Cause("invalid", f"{path}.resources.requests", f"must be equal to {name} limit of {limit}", amount)
     for index, port in enumerate(container.get("ports") or []):
         if not 0 < (port.get("containerPort") or 0) < 65536:

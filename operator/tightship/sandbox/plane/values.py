@@ -5,33 +5,19 @@ Invariant: stored objects are never changed in place; whoever wants to change on
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from datetime import datetime, timedelta, timezone
-from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from typing import Any
 
+from tightship.api.units import BINARY_SUFFIXES, DECIMAL_SUFFIXES, exact_quantity
 from tightship.sandbox.plane.errors import Obj
 
-_SUFFIXES = {
-    "n": Decimal("1e-9"),
-    "u": Decimal("1e-6"),
-    "m": Decimal("1e-3"),
-    "": Decimal(1),
-    "k": Decimal(10**3),
-    "M": Decimal(10**6),
-    "G": Decimal(10**9),
-    "T": Decimal(10**12),
-    "P": Decimal(10**15),
-    "E": Decimal(10**18),
-    "Ki": Decimal(2**10),
-    "Mi": Decimal(2**20),
-    "Gi": Decimal(2**30),
-    "Ti": Decimal(2**40),
-    "Pi": Decimal(2**50),
-    "Ei": Decimal(2**60),
-}
-_QUANTITY = re.compile(r"^([+-]?[0-9]*\.?[0-9]+\.?)((?:[eE][+-]?[0-9]+)|[numkMGTPE]|[KMGTPE]i)?$")
+_BINARY = {"": Fraction(1), **{suffix: Fraction(size) for suffix, size in BINARY_SUFFIXES.items()}}
+# What would need n is rounded up to it.
+_DECIMAL = {"": Fraction(1), **{suffix: size for suffix, size in DECIMAL_SUFFIXES.items() if suffix != "n"}}
 # The alphabet of generated names in Kubernetes: no vowels, so no words.
 _ALPHABET = "bcdfghjklmnpqrstvwxz2456789"
 
@@ -86,41 +72,19 @@ def parse_time(text: str) -> datetime:
     return at
 
 
-def parse_quantity(text: str | int | float) -> Decimal:
-    """A quantity (``500m``, ``2Gi``, ``1e3``) as a number. Raises ValueError."""
-    if isinstance(text, bool):
-        raise ValueError("a boolean is no quantity")
-    match = _QUANTITY.match(str(text))
-    if not match:
-        raise ValueError(f"{text!r} is no quantity")
-    digits, suffix = match.group(1), match.group(2) or ""
-    try:
-        if suffix[:1] in ("e", "E") and len(suffix) > 1:
-            return Decimal(digits + suffix)
-        return Decimal(digits) * _SUFFIXES[suffix]
-    except InvalidOperation as error:
-        raise ValueError(f"{text!r} is no quantity") from error
-
-
 def canonical_quantity(text: str | int | float) -> str:
     """The form in which the server stores a quantity: no fractions, the largest suffix that fits.
 
     The suffix family (binary or decimal) is the one that was written. Raises ValueError.
     """
-    number = parse_quantity(text)
-    written = _QUANTITY.match(str(text))
-    suffix = (written.group(2) or "") if written else ""
+    number = exact_quantity(text)
     if number == 0:
         return "0"
-    if suffix.endswith("i") and number == number.to_integral_value():
-        for name in ("Ei", "Pi", "Ti", "Gi", "Mi", "Ki"):
-            if number % _SUFFIXES[name] == 0:
-                return f"{int(number / _SUFFIXES[name])}{name}"
-        return str(int(number))
-    for name in ("E", "P", "T", "G", "M", "k", "", "m", "u"):
-        if number % _SUFFIXES[name] == 0:
-            return f"{int(number / _SUFFIXES[name])}{name}"
-    return f"{int((number / _SUFFIXES['n']).to_integral_value())}n"
+    sizes = _BINARY if str(text).endswith("i") and number.denominator == 1 else _DECIMAL
+    for suffix in sorted(sizes, key=lambda each: sizes[each], reverse=True):
+        if number % sizes[suffix] == 0:
+            return f"{number // sizes[suffix]}{suffix}"
+    return f"{math.ceil(number / DECIMAL_SUFFIXES['n'])}n"
 
 
 def random_suffix(length: int = 5) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from decimal import Decimal
+from fractions import Fraction
 
+from tightship.api.units import exact_quantity
 from tightship.sandbox.plane.errors import Obj
-from tightship.sandbox.plane.values import condition, copy, dig, owner_reference, parse_quantity, safe_encode
+from tightship.sandbox.plane.values import condition, copy, dig, owner_reference, safe_encode
 
 
 def is_ready(pod: Obj) -> bool:
@@ -45,17 +46,17 @@ def from_template(owner: Obj, template: Obj, name: str = "", generate: str = "")
     return {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": copy(template["spec"])}
 
 
-def requests_of(pod: Obj) -> dict[str, Decimal]:
+def requests_of(pod: Obj) -> dict[str, Fraction]:
     """What a pod asks a node for: the larger of its containers together and any init container, plus overhead."""
-    total: dict[str, Decimal] = {"pods": Decimal(1)}
+    total: dict[str, Fraction] = {"pods": Fraction(1)}
     for container in pod["spec"].get("containers") or []:
         for name, amount in dig(container, "resources", "requests", default={}).items():
-            total[name] = total.get(name, Decimal(0)) + parse_quantity(amount)
+            total[name] = total.get(name, Fraction(0)) + exact_quantity(amount)
     for container in pod["spec"].get("initContainers") or []:
         for name, amount in dig(container, "resources", "requests", default={}).items():
-            total[name] = max(total.get(name, Decimal(0)), parse_quantity(amount))
+            total[name] = max(total.get(name, Fraction(0)), exact_quantity(amount))
     for name, amount in (pod["spec"].get("overhead") or {}).items():
-        total[name] = total.get(name, Decimal(0)) + parse_quantity(amount)
+        total[name] = total.get(name, Fraction(0)) + exact_quantity(amount)
     return total
 
 

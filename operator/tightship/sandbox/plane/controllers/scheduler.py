@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from decimal import Decimal
+from fractions import Fraction
 
+from tightship.api.units import exact_quantity
 from tightship.sandbox.plane.api import Options
 from tightship.sandbox.plane.controllers.base import Controller, Mapper
 from tightship.sandbox.plane.controllers.pods import is_finished, requests_of, tolerates
 from tightship.sandbox.plane.errors import Obj
 from tightship.sandbox.plane.selectors import expression_holds, matches
 from tightship.sandbox.plane.store import Change, Key, Storage
-from tightship.sandbox.plane.values import condition, dig, key_of, parse_quantity, set_condition
+from tightship.sandbox.plane.values import condition, dig, key_of, set_condition
 
 _PASS: list[Key] = [("", "pass")]
 
@@ -26,12 +27,12 @@ class _Place:
     """A node with what is left of it."""
 
     node: Obj
-    free: dict[str, Decimal]
+    free: dict[str, Fraction]
     pods: list[Obj] = field(default_factory=list)
 
     def take(self, pod: Obj) -> None:
         for name, amount in requests_of(pod).items():
-            self.free[name] = self.free.get(name, Decimal(0)) - amount
+            self.free[name] = self.free.get(name, Fraction(0)) - amount
         self.pods.append(pod)
 
 
@@ -120,8 +121,8 @@ class Scheduler(Controller):
         places = {}
         for node in self.all("", "nodes"):
             amounts = dig(node, "status", "allocatable", default={})
-            free = {name: parse_quantity(amount) for name, amount in amounts.items()}
-            free.setdefault("pods", Decimal(110))
+            free = {name: exact_quantity(amount) for name, amount in amounts.items()}
+            free.setdefault("pods", Fraction(110))
             places[node["metadata"]["name"]] = _Place(node, free)
         for pod in pods:
             place = places.get(pod["spec"].get("nodeName") or "")
@@ -160,7 +161,7 @@ class Scheduler(Controller):
             return ["node(s) didn't match Pod's node affinity/selector"]
         if self._ports(pod) & {port for other in place.pods for port in self._ports(other)}:
             return ["node(s) didn't have free ports for the requested pod ports"]
-        short = [name for name, amount in requests_of(pod).items() if amount > place.free.get(name, Decimal(0))]
+        short = [name for name, amount in requests_of(pod).items() if amount > place.free.get(name, Fraction(0))]
         if short:
             return ["Too many pods" if name == "pods" else f"Insufficient {name}" for name in short]
         if not self._volumes_reach(pod, node):

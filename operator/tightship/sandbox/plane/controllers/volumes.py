@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from tightship.api.units import exact_quantity
 from tightship.sandbox.plane.controllers.base import Controller, Mapper
 from tightship.sandbox.plane.errors import Obj
 from tightship.sandbox.plane.selectors import matches
 from tightship.sandbox.plane.store import Change, Key, Storage
-from tightship.sandbox.plane.values import copy, dig, key_of, parse_quantity
+from tightship.sandbox.plane.values import copy, dig, key_of
 
 _PASS: list[Key] = [("", "pass")]
 
@@ -53,7 +54,7 @@ class Volumes(Controller):
         fitting = [volume for volume in self.all("", "persistentvolumes") if self._fits(volume, claim)]
         if not fitting:
             return
-        volume = min(fitting, key=lambda entry: parse_quantity(entry["spec"]["capacity"]["storage"]))
+        volume = min(fitting, key=lambda entry: exact_quantity(entry["spec"]["capacity"]["storage"]))
         meta = claim["metadata"]
 
         def take(target: Obj) -> None:
@@ -94,4 +95,4 @@ class Volumes(Controller):
         if wanted.get("selector") and not matches(wanted["selector"], volume["metadata"].get("labels")):
             return False
         asked = dig(wanted, "resources", "requests", "storage", default="0")
-        return parse_quantity(spec["capacity"]["storage"]) >= parse_quantity(asked)
+        return exact_quantity(spec["capacity"]["storage"]) >= exact_quantity(asked)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
@@ -20,7 +18,7 @@ from tightship.api.v1alpha1.validation import profile_key
 from tightship.kube.clock import SystemClock
 from tightship.manifests.packs import batch_profile
 from tightship.profiler.__main__ import kept
-from tightship.profiler.report import ApiSink, Report
+from tightship.profiler.report import FIELD_MANAGER, Report
 from tightship.reconcile.batchprofile import Observed, beside, decide, read, status
 from tightship.sandbox.plane import Plane
 
@@ -29,11 +27,30 @@ PROFILES = f"/apis/{labels.API_VERSION}/namespaces/default/{api.PLURAL}"
 
 
 class Shared:
-    """One profile on a plane, and its two writers."""
+    """One profile on a plane, and its two writers. It is the profiler's sink too: without a token, which this plane would not know."""
 
-    def __init__(self, url: str, client: Client, token: Path, name: str) -> None:
+    def __init__(self, client: Client, name: str) -> None:
         self.client, self.name = client, name
-        self.sink = ApiSink(url, "default", name, token, None)
+
+    async def read(self) -> api.BatchProfile:
+        return api.BatchProfile.model_validate(await self.get())
+
+    async def write(self, told: Mapping[str, Any]) -> None:
+        await self.apply(told, FIELD_MANAGER)
+
+    async def close(self) -> None:
+        """Nothing to let go of between two attempts."""
+
+    async def apply(self, told: Mapping[str, Any], manager: str) -> None:
+        """Server-side apply of one writer's part of the status."""
+        body = {
+            "apiVersion": labels.API_VERSION,
+            "kind": api.KIND,
+            "metadata": {"name": self.name},
+            "status": dict(told),
+        }
+        query = {"fieldManager": manager, "force": "true"}
+        await self.client.good("PATCH", f"{PROFILES}/{self.name}/status", body, APPLY, **query)
 
     async def get(self) -> dict[str, Any]:
         return await self.client.good("GET", f"{PROFILES}/{self.name}")
@@ -44,16 +61,15 @@ class Shared:
 
     async def profiler(self, *batches: int, outcome: api.Outcome | None = None) -> None:
         """An attempt that finds some points and then ends, or is stopped."""
-        subject = await self.sink.read()
+        subject = await self.read()
         found = kept(subject)
         assert found is not None
-        report = Report(self.sink, found, standing=subject if subject.standing else None)
+        report = Report(self, found, standing=subject if subject.standing else None)
         report.points |= {batch: api.Point(batch=batch, total_tokens_per_second="1000") for batch in batches}
         report.outcome = outcome or report.outcome
         report.save()
         assert await report.flush(10)
-        report._writer.cancel()
-        await asyncio.gather(report._writer, return_exceptions=True)
+        await report.close()
 
     async def operator(self, jobs: tuple[Any, ...] = ()) -> None:
         """One look; `jobs` are those for what is asked now."""
@@ -76,14 +92,7 @@ class Shared:
             products=(),
             now=SystemClock().now(),
         )
-        body = {
-            "apiVersion": labels.API_VERSION,
-            "kind": api.KIND,
-            "metadata": {"name": self.name},
-            "status": status(seen, beside(seen, decide(seen))),
-        }
-        query = {"fieldManager": labels.STATUS_FIELD_MANAGER, "force": "true"}
-        await self.client.good("PATCH", f"{PROFILES}/{self.name}/status", body, APPLY, **query)
+        await self.apply(status(seen, beside(seen, decide(seen))), labels.STATUS_FIELD_MANAGER)
 
     async def told(self) -> tuple[list[int], dict[str, Any], str]:
         """The batches that stand, the outcome, and whether the profile is complete."""
@@ -93,18 +102,14 @@ class Shared:
 
 
 @pytest.fixture
-async def shared(tmp_path: Path) -> AsyncIterator[Shared]:
+async def shared() -> AsyncIterator[Shared]:
     service = LLMService.model_validate(make_service())
     made = batch_profile(service, profile_key(service.spec))
-    token = tmp_path / "token"
-    token.write_text("t")
     async with Plane(controllers=False) as plane:
         client = Client(plane.url)
         await client.good("POST", DEFINITIONS, crds.definitions()["batchprofiles"])
         await client.good("POST", PROFILES, made)
-        both = Shared(plane.url, client, token, made["metadata"]["name"])
-        yield both
-        await both.sink.close()
+        yield Shared(client, made["metadata"]["name"])
         await client.close()
 
 

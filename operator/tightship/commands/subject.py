@@ -102,6 +102,7 @@ class Subject:
                 "name": name or made.metadata.name,
                 "namespace": self.service.metadata.namespace,
                 "labels": {labels.PROFILE_KEY: labels.key_value(self.key.hash)},
+                "annotations": {},
             }
         )
         return made.model_copy(

@@ -24,8 +24,29 @@ def profile_name(key: ProfileKey) -> str:
 
 def batch_profile(service: LLMService, key: ProfileKey) -> dict[str, Any]:
     """The BatchProfile of a service's key: without an owner, since a measurement outlives the service that asked for it."""
-    spec, name = service.spec, profile_name(key)
-    measurement = {
+    name, rerun = profile_name(key), service.spec.profiling.rerun
+    metadata: dict[str, Any] = {
+        "name": name,
+        "namespace": service.metadata.namespace,
+        "labels": labels.common(name, labels.COMPONENT_PROFILER, {labels.PROFILE_KEY: labels.key_value(key.hash)}),
+        "annotations": {labels.ANNOTATION_ASKED_BY: service.metadata.name},
+    }
+    how = measurement(service)
+    if rerun is not None:
+        how["rerun"] = rerun
+        metadata["annotations"][labels.rerun_annotation(service.metadata.name)] = rerun
+    return {
+        "apiVersion": labels.API_VERSION,
+        "kind": "BatchProfile",
+        "metadata": metadata,
+        "spec": {"key": key.to_dict(), "measurement": how},
+    }
+
+
+def measurement(service: LLMService) -> dict[str, Any]:
+    """How a service has its key measured: all of `spec.measurement` but what is asked for (`rerun`, `extend`)."""
+    spec = service.spec
+    made = {
         "budget": spec.profiling.budget,
         "objectives": [each.to_dict() for each in spec.slo.objectives],
         "efficiencyFloor": spec.advisor.efficiency_floor,
@@ -35,21 +56,10 @@ def batch_profile(service: LLMService, key: ProfileKey) -> dict[str, Any]:
         "template": spec.template.to_dict(),
     }
     if spec.model.cache:
-        measurement["cache"] = spec.model.cache.to_dict()
+        made["cache"] = spec.model.cache.to_dict()
     if spec.workload.lengths_from:
-        measurement["lengthsFrom"] = spec.workload.lengths_from.to_dict()
-    if spec.profiling.rerun is not None:
-        measurement["rerun"] = spec.profiling.rerun
-    return {
-        "apiVersion": labels.API_VERSION,
-        "kind": "BatchProfile",
-        "metadata": {
-            "name": name,
-            "namespace": service.metadata.namespace,
-            "labels": labels.common(name, labels.COMPONENT_PROFILER, {labels.PROFILE_KEY: labels.key_value(key.hash)}),
-        },
-        "spec": {"key": key.to_dict(), "measurement": measurement},
-    }
+        made["lengthsFrom"] = spec.workload.lengths_from.to_dict()
+    return made
 
 
 def assignments(planned: Iterable[placement.Assignment]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ pod's own, so it gets CPU and memory for them, a place for the daemon's pipe and
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -114,11 +115,9 @@ def profile_job(profile: BatchProfile, attempt: int, image: OperatorImage, room:
     answers = {
         labels.ANNOTATION_RERUN: measurement.rerun,
         labels.ANNOTATION_EXTEND: measurement.extend.request if measurement.extend else None,
+        labels.ANNOTATION_TEMPLATE: fingerprint(profile),
     }
-    annotations = {name: value for name, value in answers.items() if value}
-    pod_metadata: dict[str, Any] = {"labels": {**measurement.template.metadata.labels, **_labels(profile)}}
-    if measurement.template.metadata.annotations:
-        pod_metadata["annotations"] = dict(measurement.template.metadata.annotations)
+    annotations = {name: value for name, value in answers.items() if value is not None}
     name = job_name(profile.metadata.name, attempt)
     return {
         "apiVersion": "batch/v1",
@@ -127,9 +126,15 @@ def profile_job(profile: BatchProfile, attempt: int, image: OperatorImage, room:
         "spec": {
             "backoffLimit": BACKOFF_LIMIT,
             "ttlSecondsAfterFinished": FINISHED_TTL_SECONDS,
-            "template": {"metadata": pod_metadata, "spec": _pod_spec(profile, image, room)},
+            "template": _pod_template(profile, image, room),
         },
     }
+
+
+def fingerprint(profile: BatchProfile) -> str:
+    """Of all that a profile's pod is made from but the operator's image and the nodes' room: another one, and it would run otherwise."""
+    text = json.dumps(_pod_template(profile, OperatorImage(""), None), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def pod_deadline(profile: BatchProfile) -> int:
@@ -174,6 +179,14 @@ def _labels(profile: BatchProfile) -> dict[str, str]:
 def _model(profile: BatchProfile) -> ModelSpec:
     key = profile.spec.key.model
     return ModelSpec(source=key.source, revision=key.revision, cache=profile.spec.measurement.cache)
+
+
+def _pod_template(profile: BatchProfile, image: OperatorImage, room: int | None) -> dict[str, Any]:
+    user = profile.spec.measurement.template.metadata
+    metadata: dict[str, Any] = {"labels": {**user.labels, **_labels(profile)}}
+    if user.annotations:
+        metadata["annotations"] = dict(user.annotations)
+    return {"metadata": metadata, "spec": _pod_spec(profile, image, room)}
 
 
 def _pod_spec(profile: BatchProfile, image: OperatorImage, room: int | None) -> dict[str, Any]:

@@ -39,20 +39,28 @@ def open_device(profile: api.BatchProfile, environ: Mapping[str, str], clock: Cl
 
 
 def kept(profile: api.BatchProfile) -> api.BatchProfileStatus | None:
-    """What an earlier attempt found and this one keeps; None when the profile is finished already.
+    """What an earlier attempt found and this one goes on from; None when the profile is finished already.
 
-    Nothing of another `rerun` is kept, finished or not. A finished profile that is asked for more trials keeps everything, its outcome
-    included.
+    Of what was measured for another `rerun` nothing is, finished or not: it stands beside, where it is complete. A finished profile that is
+    asked for more trials keeps everything, its outcome included.
     """
     outcome, wanted = profile.status.outcome, profile.spec.measurement
     answered = outcome or profile.status.progress
-    if answered is not None and answered.rerun != wanted.rerun:
-        return api.BatchProfileStatus()
+    if answered is not None and not wanted.is_answered_by(answered.rerun):
+        return _begun(profile)
     if outcome is None:
         return profile.status
     if wanted.extend is not None and wanted.extend.request != outcome.extend:
         return profile.status
     return None
+
+
+def _begun(profile: api.BatchProfile) -> api.BatchProfileStatus:
+    """What was measured for the present `rerun`, while an earlier measurement stood."""
+    begun = profile.status.rerun
+    if begun is None or begun.request != profile.spec.measurement.rerun:
+        return api.BatchProfileStatus()
+    return api.BatchProfileStatus(**{name: getattr(begun, name) for name in api.Measured.model_fields})
 
 
 async def profile(sink: Sink, environ: Mapping[str, str], clock: Clock, launcher: Launcher | None = None) -> int:
@@ -62,7 +70,7 @@ async def profile(sink: Sink, environ: Mapping[str, str], clock: Clock, launcher
     if status is None:
         log.info("the profile is finished already")
         return FINISHED
-    report = Report(sink, status)
+    report = Report(sink, status, standing=subject if subject.standing else None)
     try:
         await _measure(subject, report, environ, clock, launcher or _launcher(clock, environ))
         return FINISHED if await report.flush(FLUSH_SECONDS) else AGAIN

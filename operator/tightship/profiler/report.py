@@ -1,8 +1,9 @@
 """What is reported, and where to: the profile's status, whole at every write, saved at once and never lost to an API server's absence.
 
-Server-side apply takes back what its manager leaves out, so each write carries everything the profiler has found. Writes
-happen in the background, the latest state only, and are repeated until they succeed: measuring goes on while the API server is away. A file
-can take the API server's place.
+Server-side apply takes back what its manager leaves out, so each write carries everything the profiler has found. What a complete profile
+holds stands while it is measured again (`measurement.rerun`): the new figures are kept beside it and take its place at the end, unless the
+new measurement failed. Writes happen in the background, the latest state only, and are repeated until they succeed: measuring goes on
+while the API server is away. A file can take the API server's place.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Final, Protocol
 import httpx
 
 from tightship.api.v1alpha1 import batchprofile as api
+from tightship.api.v1alpha1.common import Model
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.labels import API_VERSION
 from tightship.profiler import points
@@ -179,9 +181,16 @@ def continued(earlier: str | None, said: str) -> str:
 class Report:
     """The profiler's part of the status, and its way out."""
 
-    def __init__(self, sink: Sink, status: api.BatchProfileStatus) -> None:
-        """`status`: what earlier attempts reported, and this one keeps."""
+    def __init__(self, sink: Sink, status: api.BatchProfileStatus, *, standing: api.BatchProfile | None = None) -> None:
+        """What is to be reported.
+
+        Args:
+            sink: where it goes.
+            status: what earlier attempts reported, and this one keeps.
+            standing: the profile, where it is complete and measured again.
+        """
         self._sink = sink
+        self._standing = standing
         self.points: dict[int, api.Point] = {point.batch: point for point in status.points}
         self.gpu: api.ProfileGPU | None = status.gpu
         self.engine: api.ProfileEngine | None = status.engine
@@ -241,18 +250,28 @@ class Report:
 
     def status(self) -> dict[str, Any]:
         """The profiler's part of the status, as it is written."""
-        parts = {
-            "gpu": self.gpu,
-            "engine": self.engine,
-            "progress": self.progress,
-            "memory": self.memory,
-            "confirmation": self.confirmation,
-            "load": self.load,
-            "baseline": self.baseline,
-            "cost": self.cost,
-            "outcome": self.outcome,
-        }
-        status: dict[str, Any] = {name: part.to_dict() for name, part in parts.items() if part is not None}
+        earlier = self._standing.standing if self._standing is not None else None
+        if self._standing is None or earlier is None or (self.outcome is not None and self.outcome.state != "Failed"):
+            return self._found() | _present(progress=self.progress, outcome=self.outcome)
+        status = self._standing.status
+        stands = api.Measured.model_validate(status.to_dict()).to_dict()
+        if self.outcome is None:
+            found = {"request": self._standing.spec.measurement.rerun, **self._found()}
+            return stands | _present(progress=self.progress, outcome=_taken_back(earlier)) | {"rerun": found}
+        progress = self.progress and self.progress.model_copy(update={"points": len(status.points)})
+        return stands | _present(progress=progress, outcome=_in_vain(earlier, self.outcome))
+
+    def _found(self) -> dict[str, Any]:
+        """What this measurement has found."""
+        status = _present(
+            gpu=self.gpu,
+            engine=self.engine,
+            memory=self.memory,
+            confirmation=self.confirmation,
+            load=self.load,
+            baseline=self.baseline,
+            cost=self.cost,
+        )
         status["points"] = [self.points[batch].to_dict() for batch in sorted(self.points)]
         if self.trials:
             status["trials"] = [self.trials[pair].to_dict() for pair in sorted(self._trials_kept())]
@@ -301,8 +320,22 @@ class Report:
             self._hopeless.set()
 
 
+def _present(**parts: Model | None) -> dict[str, Any]:
+    return {name: part.to_dict() for name, part in parts.items() if part is not None}
+
+
+def _in_vain(standing: api.Outcome, failed: api.Outcome) -> api.Outcome:
+    """The outcome of what stands, once the measurement that was to take its place has failed."""
+    said = (
+        f"the measurement that rerun {failed.rerun} asked for failed ({failed.reason}): {failed.message}; "
+        "what was measured before stands, and a new text in profiling.rerun tries again"
+    )
+    message = continued(standing.message, said)
+    return standing.model_copy(update={"reason": standing.state, "message": message, "rerun": failed.rerun})
+
+
 def _taken_back(outcome: api.Outcome | None) -> api.Outcome | None:
-    """A finished measurement's outcome as the profiler reports it while it extends it.
+    """A finished measurement's outcome as the profiler reports it while it extends it, or while it stands.
 
     JobFailed is the operator's word, for an extension whose Job broke; while it stands the operator writes the outcome, from what it has
     seen last, and could undo the one that the next extension ends with.

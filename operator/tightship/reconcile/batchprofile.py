@@ -6,10 +6,12 @@ and the conditions. What must always hold:
 - a profile with `spec.results` never starts a Job; one with an outcome for its present `rerun` never starts another;
 - at most one Job of a profile is active, and at most `max_concurrent_profiles` in the whole cluster;
 - an attempt that was lost without an outcome (evicted, node gone) is made again under the next number, with growing waits and
-  not for ever; an attempt that broke by itself is final, and is remembered in `status.outcome` with reason JobFailed, which
-  nobody else writes, so that it stays final when its Job is cleaned away;
-- an extension (`measurement.extend`: trials beside what was measured) is an attempt like any other, but the profile stays complete
-  meanwhile, and also when it fails: services decide from what there is;
+  not for ever: `status.lost` counts those that found nothing new, however long their Jobs are there; an attempt that broke by itself
+  is final, and is remembered in `status.outcome` with reason JobFailed, which nobody else writes, so that it stays final when its Job is
+  cleaned away;
+- a Job whose engine never ran is made anew when the profile would have it otherwise (a mended template, another budget);
+- a complete profile stays complete while it is extended (`measurement.extend`: trials beside what was measured) or measured again
+  (`measurement.rerun`), and also when that fails: services decide from what there is;
 - a measurement that no service wants any more gives its GPU back, and goes on from its points when one does again; a profile
   that was written by hand is wanted by being there.
 """
@@ -26,17 +28,18 @@ from pydantic import ValidationError
 
 from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
-from tightship.api.v1alpha1.batchprofile import BatchProfile, Extension, Outcome, ProfileKey
+from tightship.api.v1alpha1.batchprofile import BatchProfile, Extension, Lost, Measured, Outcome, ProfileKey
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.core.conditions import Condition, find, merge
 from tightship.kube.clock import parse_timestamp
-from tightship.kube.cluster import check_ours, controller_of
+from tightship.kube.cluster import check_ours
 from tightship.kube.errors import AlreadyExists, Forbidden, Invalid, NameConflict, NamespaceTerminating, NotFound
 from tightship.kube.kinds import Ref
 from tightship.kube.store import Object, Store, labels_of
 from tightship.manifests.podparts import ENGINE_CONTAINER, OperatorImage
 from tightship.manifests.profile_job import (
     MAX_PROFILE_NAME,
+    fingerprint,
     job_name,
     pod_deadline,
     profile_job,
@@ -45,6 +48,7 @@ from tightship.manifests.profile_job import (
 )
 from tightship.reconcile import podstate
 from tightship.reconcile.context import Context
+from tightship.reconcile.jobstate import belongs, end_of, has_begun
 from tightship.reconcile.lengths import measurable
 from tightship.reconcile.queue import Key, Result
 from tightship.reconcile.verdict import wanted_by
@@ -79,9 +83,10 @@ class Observed:
 
     `profile` is None when the object can't be read; `problems` say why. `outcome` is the one for the present `rerun`, if any.
     `jobs` are this profile's Jobs for what is to be done now, oldest attempt first; `superseded` those that must go before: of
-    another `rerun`, or active for another extension. `attempts` is the highest number of any of its Jobs. `pods` are those of the
-    latest Job. `busy` counts other profiles' active Jobs, but for those that found no node; `slots` is how many may run in all.
-    `products` are the GPU products in the cluster. `lengths` says why the lengths to measure with can't be had.
+    another `rerun`, or active for another extension; `outdated` those that have yet to run an engine and would be made otherwise now.
+    `attempts` is the highest number of any of its Jobs. `pods` are those of the latest Job. `busy` counts other profiles' active Jobs,
+    but for those that found no node; `slots` is how many may run in all. `products` are the GPU products in the cluster. `lengths`
+    says why the lengths to measure with can't be had.
     """
 
     obj: Object
@@ -98,6 +103,12 @@ class Observed:
     now: datetime
     attempts: int = 0
     lengths: str | None = None
+    outdated: tuple[Object, ...] = ()
+
+    @property
+    def standing(self) -> Outcome | None:
+        """The outcome of an earlier `rerun`, while a complete profile is measured again."""
+        return self.profile.standing if self.profile is not None and self.outcome is None else None
 
     @property
     def extend(self) -> Extension | None:
@@ -110,9 +121,14 @@ class Observed:
     def extending(self) -> bool:
         """Whether all is measured but for an extension."""
         extend = self.extend
-        if extend is None or _measured(self) is None:
+        if extend is None or self.standing is not None or _measured(self) is None:
             return False
         return self.outcome is None or self.outcome.extend != extend.request
+
+    @property
+    def beside(self) -> bool:
+        """Whether what is to be done leaves the profile complete."""
+        return self.extending or self.standing is not None
 
     @property
     def job(self) -> Object | None:
@@ -131,7 +147,7 @@ class Decision:
     """What to say and to do: the stage with its reason and message, an attempt to start, Jobs to remove.
 
     `outcome` is one that the operator itself has to remember; `requeue_after` seconds until time alone changes something.
-    `measured` says that the profile is complete, whatever becomes of the extension that the rest speaks of.
+    `measured` says that the profile is complete, whatever becomes of the extension or new measurement that the rest speaks of.
     """
 
     stage: Stage
@@ -164,7 +180,7 @@ async def gather(ctx: Context, obj: Object) -> Observed:
     """Look at everything that the decision about a profile rests on."""
     observed = _look(ctx, obj)
     unanswered = observed.outcome is None or observed.extending
-    if unanswered and observed.job is not None and _end(observed.job) is not None:
+    if unanswered and observed.job is not None and end_of(observed.job) is not None:
         # The profiler writes its outcome before it ends, but the two watches needn't tell in that order.
         try:
             observed = _look(ctx, await ctx.cluster.get(Ref.of(obj)))
@@ -176,24 +192,23 @@ async def gather(ctx: Context, obj: Object) -> Observed:
 def _look(ctx: Context, obj: Object) -> Observed:
     store, metadata = ctx.store, obj["metadata"]
     profile, problems = read(obj)
-    rerun = profile.spec.measurement.rerun if profile else None
     labelled = (labels.PROFILE, metadata["name"])
-    own = [job for job in store.list("Job", metadata["namespace"], labelled) if _belongs(job, obj)]
+    own = [job for job in store.list("Job", metadata["namespace"], labelled) if belongs(job, obj)]
     own.sort(key=attempt_of)
-    jobs = tuple(job for job in own if _rerun_of(job) == rerun)
+    jobs = tuple(job for job in own if _answers(profile, _rerun_of(job)))
     pods = store.list("Pod", metadata["namespace"], labelled)
-    others = [job for job in store.list("Job") if _is_profiling(job) and not _belongs(job, obj)]
+    others = [job for job in store.list("Job") if _is_profiling(job) and not belongs(job, obj)]
     outcome = profile.status.outcome if profile else None
     observed = Observed(
         obj=obj,
         profile=profile,
         problems=problems,
-        outcome=outcome if outcome is not None and outcome.rerun == rerun else None,
+        outcome=outcome if outcome is not None and _answers(profile, outcome.rerun) else None,
         jobs=jobs,
-        superseded=tuple(job for job in own if _rerun_of(job) != rerun),
-        pods=tuple(pod for pod in pods if jobs and _belongs(pod, jobs[-1])),
+        superseded=tuple(job for job in own if not _answers(profile, _rerun_of(job))),
+        pods=tuple(pod for pod in pods if jobs and belongs(pod, jobs[-1])),
         wanted=_is_wanted(ctx, obj),
-        busy=sum(1 for job in others if _end(job) is None and not _is_stuck(ctx, job)),
+        busy=sum(1 for job in others if end_of(job) is None and not _is_stuck(ctx, job)),
         slots=ctx.settings.max_concurrent_profiles,
         products=tuple(
             sorted({labels_of(node).get(labels.NODE_GPU_PRODUCT, "") for node in store.list("Node")} - {""})
@@ -202,16 +217,30 @@ def _look(ctx: Context, obj: Object) -> Observed:
         attempts=max((attempt_of(job) for job in own), default=0),
         lengths=measurable(profile, store) if profile else None,
     )
-    return _for_extension(observed, pods) if observed.extending else observed
+    observed = _for_extension(observed, pods) if observed.extending else observed
+    return replace(observed, outdated=tuple(job for job in observed.jobs if _is_outdated(observed, job, pods)))
+
+
+def _answers(profile: BatchProfile | None, rerun: str | None) -> bool:
+    """Whether what was done for this `rerun` is what the profile asks for now."""
+    return profile is None or profile.spec.measurement.is_answered_by(rerun)
 
 
 def _for_extension(seen: Observed, pods: Sequence[Object]) -> Observed:
     """The same with the Jobs of the extension alone. What measured before is done, or what it still does is not wanted any more."""
     request = seen.extend.request if seen.extend else None
     jobs = tuple(job for job in seen.jobs if _extend_of(job) == request)
-    others = tuple(job for job in seen.jobs if _extend_of(job) != request and _end(job) is None)
-    mine = tuple(pod for pod in pods if jobs and _belongs(pod, jobs[-1]))
+    others = tuple(job for job in seen.jobs if _extend_of(job) != request and end_of(job) is None)
+    mine = tuple(pod for pod in pods if jobs and belongs(pod, jobs[-1]))
     return replace(seen, jobs=jobs, superseded=(*seen.superseded, *others), pods=mine)
+
+
+def _is_outdated(seen: Observed, job: Object, pods: Sequence[Object]) -> bool:
+    """Whether an active Job has yet to run an engine, and would be made otherwise now."""
+    made = (job["metadata"].get("annotations") or {}).get(labels.ANNOTATION_TEMPLATE)
+    if seen.profile is None or seen.problems or made is None or end_of(job) is not None or has_begun(job, pods):
+        return False
+    return bool(made != fingerprint(seen.profile))
 
 
 def read(obj: Object) -> tuple[BatchProfile | None, tuple[str, ...]]:
@@ -250,11 +279,6 @@ def _is_wanted(ctx: Context, obj: Object) -> bool:
     return by_hand or bool(wanted_by(obj, ctx.store))
 
 
-def _belongs(child: Object, owner: Object) -> bool:
-    controller = controller_of(child)
-    return controller is not None and controller["uid"] == owner["metadata"]["uid"]
-
-
 def _is_profiling(job: Object) -> bool:
     return labels_of(job).get(labels.COMPONENT) == labels.COMPONENT_PROFILER
 
@@ -262,7 +286,7 @@ def _is_profiling(job: Object) -> bool:
 def _is_stuck(ctx: Context, job: Object) -> bool:
     """Whether the Job's pod can't be scheduled: it uses no GPU, and others must not wait for what may never come."""
     labelled = (labels.PROFILE, labels_of(job).get(labels.PROFILE, ""))
-    pods = [pod for pod in ctx.store.list("Pod", job["metadata"]["namespace"], labelled) if _belongs(pod, job)]
+    pods = [pod for pod in ctx.store.list("Pod", job["metadata"]["namespace"], labelled) if belongs(pod, job)]
     troubles = [podstate.trouble(pod) for pod in pods]
     return bool(troubles) and all(each is not None and each.reason == Reason.UNSCHEDULABLE for each in troubles)
 
@@ -292,10 +316,10 @@ def decide(observed: Observed) -> Decision:
 
 
 def beside(observed: Observed, decision: Decision) -> Decision:
-    """A decision about an extension, with the complete profile beside it; any other as it is."""
+    """A decision about an extension or a new measurement, with the complete profile beside it; any other as it is."""
     return (
         replace(decision, measured=_measured(observed))
-        if observed.extending and decision.stage != "complete"
+        if observed.beside and decision.stage != "complete"
         else decision
     )
 
@@ -328,14 +352,21 @@ def _in_vain(seen: Observed) -> str:
 
 def _superseded(seen: Observed) -> Decision | None:
     if not seen.superseded:
-        return None
+        return _outdated(seen)
     what = "trials were asked for (extend)" if seen.extending else "a new measurement was asked for (rerun)"
     message = f"{what}; the Job of the previous one is being removed"
     return Decision("waiting", Reason.WAITING, message, remove=seen.superseded)
 
 
+def _outdated(seen: Observed) -> Decision | None:
+    if not seen.outdated:
+        return None
+    message = "how to measure was changed before an engine ran; the Job that was made before is being removed"
+    return Decision("waiting", Reason.WAITING, message, remove=seen.outdated)
+
+
 def _ended(seen: Observed) -> Decision | None:
-    if seen.extending:
+    if seen.beside:
         return None
     outcome, measured = seen.outcome, _measured(seen)
     if measured is not None or outcome is None:
@@ -345,12 +376,12 @@ def _ended(seen: Observed) -> Decision | None:
 
 
 def _measured(seen: Observed) -> Decision | None:
-    """That the measurement is done, whatever became of an extension; None while it isn't.
+    """That the measurement is done, whatever becomes of an extension or of a new measurement; None while it isn't.
 
     An extension's profiler takes the outcome back while it works, and may end with one that says Failed: the curve is there all the
     same, and that it was complete is remembered by the condition that said so.
     """
-    outcome = seen.outcome
+    outcome = seen.outcome or seen.standing
     # An outcome that the operator wrote stays only as long as it is written.
     own = outcome if outcome is not None and outcome.reason == Reason.JOB_FAILED else None
     points = len(seen.profile.status.points) if seen.profile else 0
@@ -375,15 +406,22 @@ def _measured(seen: Observed) -> Decision | None:
 
 
 def _asked_again(seen: Observed) -> bool:
-    """Whether what was complete is of an earlier `rerun`."""
-    measurement = seen.profile.spec.measurement if seen.profile else None
+    """Whether what was complete is of an earlier `rerun`, and stands no more."""
     told = seen.profile.status.outcome if seen.profile else None
-    rerun = measurement.rerun if measurement else None
-    return (told is not None and told.rerun != rerun) or any(_rerun_of(job) != rerun for job in seen.superseded)
+    if told is not None and not _answers(seen.profile, told.rerun):
+        return True
+    return any(not _answers(seen.profile, _rerun_of(job)) for job in seen.superseded)
 
 
 def _no_trials(request: str, message: str | None) -> str:
     return f"the trials that {request} asked for failed: {message or 'no message'} (a new text in profiling.extend tries again)"
+
+
+def _no_measurement(rerun: str | None, message: str) -> str:
+    return (
+        f"the measurement that rerun {rerun} asked for failed: {message}; what was measured before stands "
+        "(a new text in profiling.rerun tries again)"
+    )
 
 
 def _unwanted(seen: Observed) -> Decision | None:
@@ -394,7 +432,7 @@ def _unwanted(seen: Observed) -> Decision | None:
 
 
 def _runs(seen: Observed) -> Decision | None:
-    if seen.job is None or _end(seen.job) is not None:
+    if seen.job is None or end_of(seen.job) is not None:
         return None
     name = seen.job["metadata"]["name"]
     if seen.job["metadata"].get("deletionTimestamp"):
@@ -444,35 +482,69 @@ def _room(seen: Observed) -> str:
 
 def _broke(seen: Observed) -> Decision | None:
     """The latest attempt ended without an outcome."""
-    if seen.job is None or (end := _end(seen.job)) is None:
+    if seen.job is None or (end := end_of(seen.job)) is None:
         return None
-    name, number = seen.job["metadata"]["name"], len(seen.jobs)
-    cause = _disruption(seen.pods)
+    name, cause, so_far = seen.job["metadata"]["name"], _disruption(seen.pods), lost(seen)
     if end["type"] == "Complete":
         return _job_failed(seen, f"Job {name} ended well but reported no outcome")
-    if cause is None:
+    if cause is None or so_far is None:
         return _job_failed(seen, f"Job {name} failed: {_last_words(seen, end)}")
-    if number >= MAX_ATTEMPTS:
-        return _job_failed(seen, f"{number} attempts were lost, the last one, Job {name}: {cause}")
-    due = _moment(end) + _pause(number)
+    if so_far.attempts >= MAX_ATTEMPTS:
+        return _job_failed(seen, f"{so_far.attempts} attempts in a row were lost, the last one, Job {name}: {cause}")
+    due = _moment(end) + _pause(so_far.attempts)
     if due <= seen.now.timestamp():
         return None
     wait = due - seen.now.timestamp()
-    message = f"attempt {number} was lost, Job {name}: {cause}; the next one starts in {wait:.0f} s"
+    message = f"attempt {attempt_of(seen.job)} was lost, Job {name}: {cause}; the next one starts in {wait:.0f} s"
     return Decision("waiting", Reason.WAITING, message, requeue_after=wait)
 
 
-def _job_failed(seen: Observed, message: str) -> Decision:
+def lost(seen: Observed) -> Lost | None:
+    """The attempts at what is to be done now that were lost in a row, the latest one included; None where there are none.
+
+    What the status says is carried on: a lost Job may be gone before the next attempt is.
+    """
+    if seen.profile is None:
+        return None
+    rerun, request = _asked_for(seen)
+    found, told = _found(seen.profile), seen.profile.status.lost
+    if told is not None and (told.rerun, told.extend, told.found) != (rerun, request, found):
+        told = None
+    end = end_of(seen.job) if seen.job is not None else None
+    if seen.job is None or end is None or end["type"] != "Failed" or _disruption(seen.pods) is None:
+        return told
+    number = attempt_of(seen.job)
+    if told is not None and told.last >= number:
+        return told
+    return Lost(attempts=told.attempts + 1 if told else 1, last=number, found=found, rerun=rerun, extend=request)
+
+
+def _asked_for(seen: Observed) -> tuple[str | None, str | None]:
+    """The `rerun` and the extension that are to be answered now."""
     rerun = seen.profile.spec.measurement.rerun if seen.profile else None
-    measured = _measured(seen)
-    if seen.extending and seen.extend is not None and measured is not None:
-        said = _no_trials(seen.extend.request, message)[:8000]
+    return rerun, seen.extend.request if seen.extending and seen.extend is not None else None
+
+
+def _found(profile: BatchProfile) -> int:
+    """Points and trials that the present measurement has found so far."""
+    status = profile.status
+    found: Measured | None = status
+    if profile.standing is not None:
+        found = status.rerun if status.rerun and status.rerun.request == profile.spec.measurement.rerun else None
+    return len(found.points) + len(found.trials) if found is not None else 0
+
+
+def _job_failed(seen: Observed, message: str) -> Decision:
+    rerun, request = _asked_for(seen)
+    measured, standing = _measured(seen), seen.standing
+    if measured is not None and (request is not None or standing is not None):
+        said = _no_trials(request, message) if request is not None else _no_measurement(rerun, message)
         outcome = Outcome(
             state="BudgetExceeded" if measured.reason == Reason.BUDGET_EXCEEDED else "Completed",
             reason=Reason.JOB_FAILED,
-            message=said,
+            message=said[:8000],
             rerun=rerun,
-            extend=seen.extend.request,
+            extend=standing.extend if standing is not None else request,
         )
         return _measured(replace(seen, outcome=outcome)) or measured
     outcome = Outcome(state="Failed", reason=Reason.JOB_FAILED, message=message[:8000], rerun=rerun)
@@ -517,13 +589,7 @@ def _final(message: str | None) -> str:
 
 
 def _active(jobs: Sequence[Object]) -> tuple[Object, ...]:
-    return tuple(job for job in jobs if _end(job) is None)
-
-
-def _end(job: Object) -> Mapping[str, Any] | None:
-    """The condition with which a Job ended; None while it is active."""
-    found = (job.get("status") or {}).get("conditions") or ()
-    return next((each for each in found if each["type"] in ("Complete", "Failed") and each["status"] == "True"), None)
+    return tuple(job for job in jobs if end_of(job) is None)
 
 
 def _moment(end: Mapping[str, Any]) -> float:
@@ -580,7 +646,7 @@ def _starting(pods: Sequence[Object]) -> str:
 
 def _progress(seen: Observed) -> str:
     progress = seen.profile.status.progress if seen.profile else None
-    if progress is None or seen.profile is None or progress.rerun != seen.profile.spec.measurement.rerun:
+    if progress is None or not _answers(seen.profile, progress.rerun):
         return ""
     parts = [f"{progress.points} points so far", progress.message or progress.stage]
     if progress.elapsed:
@@ -652,14 +718,14 @@ def status(seen: Observed, decision: Decision, pods: Sequence[Object] = ()) -> d
     generation = metadata.get("generation", 0)
     made: dict[str, Any] = {
         "observedGeneration": generation,
-        "phase": "Extending"
-        if decision.measured and decision.stage == "running"
-        else _PHASES[(decision.measured or decision).stage],
+        "phase": _phase(seen, decision),
         "conditions": merge(old.get("conditions") or (), conditions(decision), generation=generation, now=seen.now),
     }
     attempt = decision.start or seen.attempt
     if attempt:
         made["job"] = {"name": job_name(metadata["name"], attempt), "attempt": attempt}
+    if (so_far := lost(seen)) is not None and decision.stage not in ("complete", "failed"):
+        made["lost"] = so_far.to_dict()
     image = next((found for pod in pods if (found := _image_id(pod))), None) or old.get("imageID")
     if image:
         made["imageID"] = image
@@ -670,6 +736,12 @@ def status(seen: Observed, decision: Decision, pods: Sequence[Object] = ()) -> d
         results = seen.obj["spec"]["results"]
         made |= results | {"progress": {"stage": "Done", "points": len(results.get("points") or ())}}
     return made
+
+
+def _phase(seen: Observed, decision: Decision) -> str:
+    if decision.measured is not None and decision.stage == "running":
+        return "Remeasuring" if seen.standing is not None else "Extending"
+    return _PHASES[(decision.measured or decision).stage]
 
 
 def conditions(decision: Decision) -> list[Condition]:

@@ -2,7 +2,8 @@
 
 A text asks once, whoever else has texts of their own: the profile remembers the last one of each service that was dealt with (an
 annotation), so that two services of one key can't ask in turns for ever. A text that finds nothing to try is used up: what is decided
-later, from a changed objective or reserve, never starts a Job by itself. One extension is made at a time.
+later, from a changed objective or reserve, never starts a Job by itself. One extension is made at a time, and none before a new
+measurement that was asked for (`rerun`) has ended, since that may decide otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.batchprofile import Extension, Pair
 from tightship.core.advisor import Basis
 from tightship.kube.store import Object
-from tightship.reconcile.verdict import Verdict, is_imported, pending
+from tightship.reconcile.verdict import Verdict, asked_again, is_imported, pending
 
 
 def untried(verdict: Verdict) -> Pair | None:
@@ -29,7 +30,7 @@ def is_due(verdict: Verdict) -> bool:
     if service is None or profile is None or decision is None or not decision.feasible or is_imported(profile):
         return False
     wish = service.spec.profiling.extend
-    if wish is None or _dealt_with(profile, service.metadata.name) == wish:
+    if wish is None or _dealt_with(profile, service.metadata.name) == wish or asked_again(profile) is not None:
         return False
     return untried(verdict) is None or pending(profile) is None
 
@@ -61,11 +62,14 @@ def words(verdict: Verdict) -> str | None:
     if asked := pending(profile):
         mine = asked.startswith(f"{service.metadata.name}/")
         return "its trial is under way" if mine else f"the trials that {asked} asked for are under way"
-    if service.spec.profiling.extend is not None and not is_due(verdict):
-        return f"profiling.extend {service.spec.profiling.extend!r} was answered: another text has it tried"
-    return None
+    wish = service.spec.profiling.extend
+    if wish is None:
+        return None
+    if _dealt_with(profile, service.metadata.name) == wish:
+        return f"profiling.extend {wish!r} was answered: another text has it tried"
+    return "its trial waits for the new measurement (rerun)" if asked_again(profile) is not None else None
 
 
 def _dealt_with(profile: Object, service: str) -> str | None:
-    found: str | None = (profile["metadata"].get("annotations") or {}).get(labels.asked_annotation(service))
+    found: str | None = (profile["metadata"].get("annotations") or {}).get(labels.extend_annotation(service))
     return found

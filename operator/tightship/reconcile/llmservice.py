@@ -8,8 +8,8 @@
 
 Placement is not done here. This only asks for a pass when the planner would change something, and says with numbers what found no
 place. What must always hold: objects that aren't ours are never written; a profile that is complete for the key is used, not
-measured again; replicas that run are left alone by everything that goes wrong with a newer manifest; a text in `profiling.extend` asks
-for trials once, and is used up where there is nothing to try, so that deciding again never starts a Job.
+measured again; replicas that run are left alone by everything that goes wrong with a newer manifest; a text in `profiling.rerun` or
+`profiling.extend` asks once, and is used up where there is nothing to do, so that deciding again never starts a Job.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from tightship.api.v1alpha1.batchprofile import BatchProfile
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
-from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service
 from tightship.core import placement
 from tightship.core.placement import Devices, ServiceRef, Shortfall
 from tightship.kube.cluster import controller_of
@@ -36,12 +35,12 @@ from tightship.manifests import packs as pack_manifests
 from tightship.manifests import service as service_manifests
 from tightship.manifests.budget import disruption_budget
 from tightship.manifests.pool import inference_pool
-from tightship.reconcile import extension, servicestatus, snapshot
+from tightship.reconcile import extension, rerun, servicestatus, snapshot
 from tightship.reconcile.context import Context
-from tightship.reconcile.lengths import key_of, measurable
+from tightship.reconcile.lengths import measurable
 from tightship.reconcile.queue import PLACEMENT, Key, Result
 from tightship.reconcile.servicestatus import Refusal, View
-from tightship.reconcile.verdict import Verdict, examine, is_imported, is_settled, key_hash
+from tightship.reconcile.verdict import Verdict, examine, is_imported, is_settled, key_hash, rerun_of
 
 log = logging.getLogger(__name__)
 
@@ -172,19 +171,22 @@ async def _profile(ctx: Context, verdict: Verdict) -> Refusals:
 
 
 async def _ask(ctx: Context, service: LLMService, verdict: Verdict, profile: Object) -> None:
-    """Pass a new `rerun` or `extend` on to the profile, and where the lengths are, when it can't find them any more."""
+    """Pass a new `rerun` or `extend` on to the profile, with how to measure; and where the lengths are, when it can't find them any more."""
+    name, profiling = service.metadata.name, service.spec.profiling
     measurement: dict[str, Any] = {}
     annotations: dict[str, str] = {}
-    if service.spec.profile_ref is None:
-        rerun = _rerun(ctx.store, profile)
-        if rerun is not None and rerun != (profile["spec"].get("measurement") or {}).get("rerun"):
-            measurement["rerun"] = rerun
-        if service.spec.workload.lengths_from and _lost_lengths(ctx.store, profile):
-            measurement["lengthsFrom"] = service.spec.workload.lengths_from.to_dict()
-    if extension.is_due(verdict) and "rerun" not in measurement:
+    if rerun.is_due(service, profile):
+        annotations[labels.rerun_annotation(name)] = profiling.rerun or ""
+        measurement |= {"rerun": profiling.rerun} if profiling.rerun != rerun_of(profile) else {}
+    elif extension.is_due(verdict):
+        annotations[labels.extend_annotation(name)] = profiling.extend or ""
         if (asked := extension.request(verdict)) is not None:
             measurement["extend"] = asked.to_dict()
-        annotations[labels.asked_annotation(service.metadata.name)] = service.spec.profiling.extend or ""
+    if measurement or rerun.follows(service, profile, ctx.store):
+        measurement |= rerun.settings(service, profile)
+        annotations |= {labels.ANNOTATION_ASKED_BY: name} if measurement else {}
+    if service.spec.profile_ref is None and service.spec.workload.lengths_from and _lost_lengths(ctx.store, profile):
+        measurement["lengthsFrom"] = service.spec.workload.lengths_from.to_dict()
     if measurement or annotations:
         metadata = {"uid": profile["metadata"]["uid"]} | ({"annotations": annotations} if annotations else {})
         patch = {"metadata": metadata} | ({"spec": {"measurement": measurement}} if measurement else {})
@@ -197,19 +199,6 @@ def _lost_lengths(store: Store, profile: Object) -> bool:
         return measurable(BatchProfile.model_validate(profile), store) is not None
     except ValidationError:
         return False
-
-
-def _rerun(store: Store, profile: Object) -> str | None:
-    """The `rerun` of a profile that several services may share: of those that give one, the first by name decides."""
-    for obj in store.list("LLMService", profile["metadata"]["namespace"]):
-        try:
-            service = parse_service(obj)
-            if service.spec.profiling.rerun is None or key_of(service, store).hash != key_hash(profile):
-                continue
-        except InvalidSpecError:
-            continue
-        return service.spec.profiling.rerun
-    return None
 
 
 def _products(devices: list[Devices], store: Store) -> tuple[tuple[str, int, int], ...]:

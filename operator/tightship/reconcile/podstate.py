@@ -60,6 +60,15 @@ def is_running(pod: Mapping[str, Any], container: str) -> bool:
     return any(each["name"] == container and "running" in (each.get("state") or {}) for each in statuses)
 
 
+def has_run(pod: Mapping[str, Any], container: str) -> bool:
+    """Whether one container of the pod runs, or ever ran."""
+    statuses = (pod.get("status") or {}).get("containerStatuses") or []
+    states = [
+        (each.get("state") or {}) | (each.get("lastState") or {}) for each in statuses if each["name"] == container
+    ]
+    return any("running" in state or "terminated" in state for state in states)
+
+
 def node_of(pod: Mapping[str, Any]) -> str | None:
     """The node the scheduler chose."""
     node = pod["spec"].get("nodeName")

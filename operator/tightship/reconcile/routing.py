@@ -13,6 +13,7 @@ from tightship.api.v1alpha1 import conditions, labels
 from tightship.core.conditions import find
 from tightship.kube.kinds import OPTIONAL
 from tightship.kube.store import Object, Store, labels_of
+from tightship.reconcile.jobstate import end_of
 from tightship.reconcile.queue import PLACEMENT, Key
 from tightship.reconcile.verdict import is_settled
 
@@ -33,7 +34,7 @@ def keys_for(store: Store, kind: str, before: Object | None, after: Object | Non
     if kind in OPTIONAL and before is not None and after is not None and _same_but_status(before, after):
         return set()  # others write there what they see of pods, and those tell us themselves
     keys = {key for obj in versions for key in _labelled(obj)}
-    if kind == "Job" and (after is None or _finished(after)):
+    if kind == "Job" and (after is None or end_of(after) is not None):
         keys |= _waiting(store)
     return keys
 
@@ -158,11 +159,6 @@ def _same_but_status(before: Object, after: Object) -> bool:
         return obj.get("spec"), labels_of(obj), marks
 
     return ours(before) == ours(after)
-
-
-def _finished(job: Object) -> bool:
-    found = (job.get("status") or {}).get("conditions") or ()
-    return any(c["type"] in ("Complete", "Failed") and c["status"] == "True" for c in found)
 
 
 def _waiting(store: Store) -> set[Key]:

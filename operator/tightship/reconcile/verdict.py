@@ -100,9 +100,21 @@ def is_complete(profile: Object) -> bool:
 
 
 def is_settled(profile: Object) -> bool:
-    """Whether a measurement ended, one way or the other, and no extension of it is to be made."""
-    found = _conditions(profile)
-    return (is_true(found, names.COMPLETE) and pending(profile) is None) or is_true(found, names.FAILED)
+    """Whether a measurement ended, one way or the other, and neither an extension of it nor a new one is to be made."""
+    return (is_complete(profile) and is_answered(profile)) or is_true(_conditions(profile), names.FAILED)
+
+
+def is_answered(profile: Object) -> bool:
+    """Whether all that is asked of a profile has been measured, or has failed."""
+    if is_complete(profile):
+        return asked_again(profile) is None and pending(profile) is None
+    return (profile.get("status") or {}).get("outcome") is not None and asked_again(profile) is None
+
+
+def asked_again(profile: Object) -> str | None:
+    """The text (`measurement.rerun`) that a profile has still to answer."""
+    rerun, outcome = rerun_of(profile), (profile.get("status") or {}).get("outcome") or {}
+    return None if is_imported(profile) or outcome.get("rerun") == rerun else rerun
 
 
 def pending(profile: Object) -> str | None:
@@ -148,7 +160,7 @@ def wanted_by(profile: Object, store: Store) -> list[str]:
             continue
         _, used = _profile(service, key, store)
         asked = service.spec.profile_ref is None and again is not None
-        asked = asked and again == _rerun(profile)
+        asked = asked and again == rerun_of(profile)
         if asked or used == profile["metadata"]["name"]:
             names_found.append(service.metadata.name)
     return names_found
@@ -167,7 +179,7 @@ def _profile(service: LLMService, key: ProfileKey, store: Store) -> tuple[Object
         key=lambda each: (
             not is_complete(each),
             not (each.get("status") or {}).get("memory"),
-            again is None or is_imported(each) or again != _rerun(each),
+            again is None or is_imported(each) or again != rerun_of(each),
             used is None or each["metadata"]["name"] != used.name,
             each["metadata"]["name"] != own_name,
             each["metadata"]["name"],
@@ -176,9 +188,9 @@ def _profile(service: LLMService, key: ProfileKey, store: Store) -> tuple[Object
     return (found[0], found[0]["metadata"]["name"]) if found else (None, own_name)
 
 
-def _rerun(profile: Object) -> str | None:
-    found: str | None = (profile["spec"].get("measurement") or {}).get("rerun")
-    return found
+def rerun_of(profile: Object) -> str | None:
+    """The text that a profile was last asked with to measure again; None where it wasn't, or with an empty one."""
+    return (profile["spec"].get("measurement") or {}).get("rerun") or None
 
 
 def _reference_problem(service: LLMService, key: ProfileKey, profile: Object | None) -> str | None:

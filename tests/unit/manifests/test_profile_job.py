@@ -11,7 +11,7 @@ from tightship.api.v1alpha1.batchprofile import BatchProfile, KeyEngine, KeyMode
 from tightship.api.v1alpha1.spec import AcceleratorSpec
 from tightship.api.v1alpha1.template import Resources
 from tightship.manifests.podparts import OperatorImage
-from tightship.manifests.profile_job import job_name, profile_job, profiler_access, room_on
+from tightship.manifests.profile_job import fingerprint, job_name, profile_job, profiler_access, room_on
 
 IMAGE = OperatorImage("registry.example/tightship:1", "IfNotPresent")
 CUDA = AcceleratorSpec(device="cuda", product="NVIDIA-H100-80GB-HBM3")
@@ -71,9 +71,36 @@ def test_the_job_is_the_profiles_and_names_its_attempt() -> None:
     job = profile_job(make_profile(rerun="again", extend=PAIR), 3, IMAGE)
     assert job["metadata"]["name"] == "opt-3"
     assert job["metadata"]["ownerReferences"][0]["uid"] == "u-1"
-    assert job["metadata"]["annotations"] == {"tightship.dev/rerun": "again", "tightship.dev/extend": "a"}
+    annotations = dict(job["metadata"]["annotations"])
+    assert len(annotations.pop("tightship.dev/template")) == 16
+    assert annotations == {"tightship.dev/rerun": "again", "tightship.dev/extend": "a"}
     assert job["spec"]["backoffLimit"] <= 3
     assert "activeDeadlineSeconds" not in job["spec"]
+
+
+def test_an_empty_text_asks_for_nothing() -> None:
+    assert set(profile_job(make_profile(rerun=""), 1, IMAGE)["metadata"]["annotations"]) == {"tightship.dev/template"}
+
+
+@pytest.mark.parametrize(
+    ("measurement", "same"),
+    [
+        ({}, True),
+        ({"rerun": "again"}, True),
+        ({"minimumGain": "2"}, True),  # read by the profiler when it starts
+        ({"budget": "1h"}, False),
+        ({"maxReplicasPerGPU": 2}, False),
+        ({"cache": {"pvc": "models"}}, False),
+        ({"template": {"spec": {"imagePullSecrets": [{"name": "pull"}]}}}, False),
+        ({"template": {"metadata": {"annotations": {"a": "b"}}}}, False),
+    ],
+)
+def test_the_fingerprint_is_of_what_the_pod_is_made_from(measurement: dict[str, Any], same: bool) -> None:
+    assert (fingerprint(make_profile(**measurement)) == fingerprint(make_profile())) == same
+    newer = OperatorImage("registry.example/tightship:2")
+    jobs = [profile_job(make_profile(**measurement), 1, *rest) for rest in ((IMAGE,), (newer, 3))]
+    told = {job["metadata"]["annotations"][labels.ANNOTATION_TEMPLATE] for job in jobs}
+    assert told == {fingerprint(make_profile(**measurement))}
 
 
 def test_the_pod_gets_what_a_replicas_pod_gets_from_the_template() -> None:

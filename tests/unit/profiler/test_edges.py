@@ -325,12 +325,15 @@ async def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         ({"outcome": {"state": "Failed", "rerun": "1"}}, "1", None),
         ({"outcome": {"state": "Failed", "rerun": "1"}}, "2", 0),
         ({"outcome": {"state": "Completed"}}, "1", 0),
+        # Where nothing is asked any outcome is an answer.
+        ({"outcome": {"state": "Completed", "rerun": "1"}}, "", None),
+        ({"progress": {"stage": "Sweeping", "rerun": "1"}}, "", 1),
     ],
 )
 def test_what_a_new_attempt_keeps(told: dict[str, Any], rerun: str | None, left: int | None) -> None:
     """Also of a measurement that still runs, or was stopped, when `rerun` gets its new text."""
     status: dict[str, Any] = {"points": [{"batch": 1}], **told}
-    found = kept(make_profile(status=status, **({"rerun": rerun} if rerun else {})))
+    found = kept(make_profile(status=status, **({"rerun": rerun} if rerun is not None else {})))
     assert (None if found is None else len(found.points)) == left
 
 

@@ -487,7 +487,7 @@ TRIALS = {"request": "more", "pairs": [{"batch": 64, "replicas": 2}]}
         ({"state": "Completed"}, TRIALS, 1),
         ({"state": "Completed", "extend": "more"}, TRIALS, None),
         ({"state": "Completed", "extend": "earlier"}, TRIALS, 1),
-        ({"state": "Completed", "rerun": "1"}, TRIALS, 0),
+        ({"state": "Completed", "rerun": "1"}, TRIALS, 1),
         ({"state": "Completed", "extend": "more"}, None, None),
         (None, TRIALS, 1),
     ],
@@ -525,6 +525,74 @@ def test_an_extension_takes_the_outcome_back_that_the_operator_wrote_for_a_broke
     )
     # From its first report on: as long as the reason is JobFailed the operator writes an outcome of its own.
     assert all(one["outcome"]["reason"] == "BudgetExceeded" for one in run.sink.written)
+
+
+# --- measured again ---
+
+
+def standing(written: dict[str, Any]) -> dict[str, Any]:
+    """What a written status holds of the measurement that stands."""
+    return api.Measured.model_validate(written).to_dict()
+
+
+def test_what_was_measured_stands_until_the_new_measurement_has_ended() -> None:
+    done = usual().status.to_dict()
+    run = Run(FLAT, status=done, rerun="new driver")
+    status = run.go()
+    *before, last = run.sink.written
+    assert len(before) > 10
+    for one in before:
+        assert standing(one) == standing(done)
+        assert one["outcome"] == done["outcome"]
+        assert one["rerun"]["request"] == "new driver"
+    assert len(before[-1]["rerun"]["points"]) == len(status.points)
+    assert "rerun" not in last
+    assert status.outcome is not None
+    assert (status.outcome.state, status.outcome.rerun) == ("Completed", "new driver")
+    assert batches(status) == batches(Run(FLAT).go()) != [one["batch"] for one in done["points"]]
+    assert float(status.gpu_seconds or 0) < float(done["gpuSeconds"]) + 100
+
+
+def test_a_new_measurement_that_is_stopped_goes_on_where_it_was() -> None:
+    done, first = usual().status.to_dict(), Run(status=usual().status.to_dict(), rerun="2")
+    whole = first.go()
+    middle = next(one for one in first.sink.written if len(one.get("rerun", {}).get("points", ())) == 5)
+    second = Run(status=middle, rerun="2")
+    status = second.go()
+    assert batches(status) == batches(whole)
+    begun = {one["progress"].get("batch") for one in second.sink.written if one["progress"]["stage"] == "Sweeping"}
+    assert begun.isdisjoint(point["batch"] for point in middle["rerun"]["points"])
+    # Another text has nothing to do with it.
+    found = kept(make_profile(status=middle, rerun="3"))
+    assert found is not None
+    assert found.points == []
+    assert standing(middle) == standing(done)
+
+
+def test_a_new_measurement_that_fails_leaves_what_was_measured_and_says_so() -> None:
+    done = usual().status.to_dict()
+    done["outcome"] |= {"reason": "JobFailed"}  # the operator's word for an earlier one that broke
+    run = Run(status=done, rerun="2", budget="1s")
+    status = run.go()
+    assert standing(run.sink.written[-1]) == standing(done)
+    assert status.rerun is None
+    assert status.outcome is not None
+    assert (status.outcome.state, status.outcome.reason, status.outcome.rerun) == ("Completed", "Completed", "2")
+    assert "the measurement that rerun 2 asked for failed (NoPointInBudget)" in message(status)
+    assert "raise profiling.budget" in message(status)
+    assert status.progress is not None
+    assert status.progress.points == len(status.points)
+    assert kept(make_profile(status=run.sink.written[-1], rerun="2")) is None
+
+
+def test_a_failure_is_nothing_that_could_stand() -> None:
+    failed = {"points": [{"batch": 1}], "outcome": {"state": "Failed", "rerun": "1"}}
+    run = Run(FLAT, status=failed, rerun="2")
+    status = run.go()
+    assert all("rerun" not in one for one in run.sink.written)
+    assert "outcome" not in run.sink.written[0]
+    assert status.outcome is not None
+    assert status.outcome.rerun == "2"
 
 
 def test_a_new_profile_with_an_extension_answers_it_at_once() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tightship.api.units import parse_quantity
 from tightship.api.v1alpha1 import batchprofile as api
+from tightship.profiler.__main__ import kept
 from tightship.profiler.gpu import GIB
 from tightship.profiler.profile import Profiler, largest_batch, make_job
 from tightship.profiler.report import Away, Report
@@ -49,7 +50,7 @@ class Run:
 
     async def _story(self) -> api.BatchProfileStatus:
         profile, clock = await self.sink.read(), VirtualClock()
-        report = Report(self.sink, profile.status)
+        report = Report(self.sink, kept(profile) or profile.status, standing=profile if profile.standing else None)
         job = replace(
             make_job(profile, "facebook/opt-1.3b", self.device, self.environ), in_flight_most=self.in_flight_most
         )

@@ -158,6 +158,13 @@ def jobs(*ended: str | None) -> tuple[dict[str, Any], ...]:
 IMPORTED = make_profile(results={"points": [{"batch": 1}, {"batch": 2}]})
 LATER = NOW.replace(hour=13)
 
+
+def lost_before(attempts: int, points: Any = (), **measurement: Any) -> dict[str, Any]:
+    """A profile that has lost so many attempts, the last one with number 8, whose Jobs are gone."""
+    lost = {"attempts": attempts, "last": 8, "found": 0}
+    return make_profile(status={"lost": lost, "points": list(points)}, measurement=measurement)
+
+
 EXTEND = {"request": "opt/please", "pairs": [{"batch": 96, "replicas": 2}]}
 COMPLETE = [
     {"type": "Complete", "status": "True", "reason": "BudgetExceeded", "message": "2 points within the budget"},
@@ -165,6 +172,10 @@ COMPLETE = [
 POINTS = [{"batch": 1}, {"batch": 2}]
 EXTENDED = make_profile(status={"points": POINTS, "conditions": COMPLETE}, measurement={"extend": EXTEND})
 DONE = Outcome(state="BudgetExceeded")
+AGAIN = make_profile(
+    status={"points": POINTS, "conditions": COMPLETE, "outcome": {"state": "BudgetExceeded", "rerun": "1"}},
+    measurement={"rerun": "2"},
+)
 
 
 def extension_job(attempt: int = 2, end: str | None = None, request: str = "opt/please") -> dict[str, Any]:
@@ -237,10 +248,27 @@ SITUATIONS: dict[str, tuple[Observed, str, str, str]] = {
     "pod gone with its node": (seen(jobs=jobs("Failed")), "waiting", "Waiting", "gone, with its node"),
     "evicted a while ago": (seen(jobs=jobs("Failed"), pods=(EVICTED,), now=LATER), "running", "Measuring", "Job opt-2"),
     "evicted again and again": (
-        seen(jobs=jobs(*["Failed"] * MAX_ATTEMPTS), pods=(EVICTED,), now=LATER),
+        seen(lost_before(MAX_ATTEMPTS - 1), jobs=(make_job(9, "Failed"),), pods=(EVICTED,), now=LATER),
         "failed",
         "JobFailed",
-        f"{MAX_ATTEMPTS} attempts were lost",
+        f"{MAX_ATTEMPTS} attempts in a row were lost, the last one, Job opt-9: ",
+    ),
+    "evicted again and again, with a point more": (
+        seen(lost_before(MAX_ATTEMPTS - 1, points=POINTS), jobs=(make_job(9, "Failed"),), pods=(EVICTED,), now=LATER),
+        "running",
+        "Measuring",
+        "Job opt-10 is starting",
+    ),
+    "evicted again and again, for another text": (
+        seen(
+            lost_before(MAX_ATTEMPTS - 1, rerun="2"),
+            jobs=(make_job(9, "Failed", rerun="2"),),
+            pods=(EVICTED,),
+            now=LATER,
+        ),
+        "running",
+        "Measuring",
+        "Job opt-10 is starting",
     ),
     "profiler crashed": (
         seen(jobs=jobs("Failed"), pods=(CRASHED,)),
@@ -302,6 +330,55 @@ SITUATIONS: dict[str, tuple[Observed, str, str, str]] = {
         "Completed",
         "2 points measured",
     ),
+    "again: asked for": (seen(AGAIN, attempts=1), "running", "Measuring", "Job opt-2 is starting"),
+    "again: the earlier Job is in the way": (
+        seen(AGAIN, superseded=jobs(None)),
+        "waiting",
+        "Waiting",
+        "a new measurement was asked for (rerun)",
+    ),
+    "again: no GPU is free": (
+        seen(AGAIN, jobs=(make_job(1, rerun="2"),), pods=(UNSCHEDULABLE,)),
+        "running",
+        "Unschedulable",
+        "2 Insufficient nvidia.com/gpu",
+    ),
+    "again: nobody wants it": (seen(AGAIN, wanted=False), "idle", "Waiting", "no LLMService needs"),
+    "again: lost with its node": (
+        seen(AGAIN, jobs=(make_job(1, "Failed", rerun="2"),), pods=(EVICTED,)),
+        "waiting",
+        "Waiting",
+        "Evicted: low on memory; the next",
+    ),
+    "again: crashed": (
+        seen(AGAIN, jobs=(make_job(1, "Failed", rerun="2"),), pods=(CRASHED,)),
+        "complete",
+        "BudgetExceeded",
+        "the measurement that rerun 2 asked for failed: Job opt-1 failed",
+    ),
+    "again: with trials still to be made": (
+        seen(make_profile(status=AGAIN["status"], measurement={"rerun": "2", "extend": EXTEND}), attempts=1),
+        "running",
+        "Measuring",
+        "Job opt-2 is starting",
+    ),
+    "a failure that is measured again": (
+        seen(
+            make_profile(
+                status={"points": POINTS, "outcome": {"state": "Failed"}, "conditions": COMPLETE},
+                measurement={"rerun": "2"},
+            )
+        ),
+        "running",
+        "Measuring",
+        "Job opt-1 is starting",
+    ),
+    "made otherwise before an engine ran": (
+        seen(jobs=jobs(None), outdated=jobs(None), pods=(UNSCHEDULABLE,)),
+        "waiting",
+        "Waiting",
+        "how to measure was changed before an engine ran",
+    ),
     "a measurement that failed with trials asked for": (
         seen(make_profile(measurement={"extend": EXTEND}), outcome=failed("EngineFailed", "x")),
         "failed",
@@ -354,8 +431,8 @@ def test_deciding_again_from_what_was_reported_changes_nothing(situation: str) -
         assert status(again, decide(again)) == reported
 
 
-@pytest.mark.parametrize("situation", [name for name in SITUATIONS if name.startswith("trials")])
-def test_a_profile_stays_complete_whatever_becomes_of_trials(situation: str) -> None:
+@pytest.mark.parametrize("situation", [name for name in SITUATIONS if name.startswith(("trials", "again: "))])
+def test_a_profile_stays_complete_whatever_becomes_of_trials_or_a_new_measurement(situation: str) -> None:
     observed, stage, *_ = SITUATIONS[situation]
     found = {condition.type: condition.status for condition in conditions(decide(observed))}
     busy = "True" if stage in ("running", "waiting") else "False"
@@ -374,9 +451,9 @@ def test_an_attempt_that_broke_stays_final_when_its_job_is_cleaned_away() -> Non
 
 
 def test_waits_between_lost_attempts_grow() -> None:
-    waits = []
-    for lost in range(1, MAX_ATTEMPTS):
-        decision = decide(seen(jobs=jobs(*["Failed"] * lost), pods=(EVICTED,)))
+    waits = [decide(seen(jobs=jobs("Failed"), pods=(EVICTED,))).requeue_after]
+    for lost in range(1, MAX_ATTEMPTS - 1):
+        decision = decide(seen(lost_before(lost), jobs=(make_job(9, "Failed"),), pods=(EVICTED,)))
         waits.append(decision.requeue_after)
     assert waits == [10, 20, 40, 80, 160]
 
@@ -570,6 +647,69 @@ async def test_a_lost_attempt_is_made_again_after_a_pause() -> None:
     await world.look()
     assert world.jobs() == ["opt-1", "opt-2"]
     assert world.profile()["status"]["job"] == {"name": "opt-2", "attempt": 2}
+
+
+async def lose(world: World, attempt: int) -> None:
+    """An attempt is lost; the next look is after the longest pause, the one after that when its Job has been cleaned away."""
+    world.end_job(attempt, "Failed")
+    await world.look()
+    await world.clock.advance(301)
+
+
+def clean(world: World) -> None:
+    """An hour has passed since the Jobs ended."""
+    for path, obj in list(world.api.objects.items()):
+        if obj["kind"] == "Job" and (obj.get("status") or {}).get("conditions"):
+            world.store.forget(world.api.objects.pop(path))
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["cleaned after the next start", "cleaned before it"])
+async def test_lost_attempts_end_although_their_jobs_are_cleaned_away(early: bool) -> None:
+    world = World()
+    world.put(make_profile())
+    await world.look()
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        assert world.jobs() == [f"opt-{attempt}"]
+        await lose(world, attempt)
+        if early:
+            clean(world)
+        await world.look()
+        clean(world)
+    assert world.jobs() == []
+    assert world.condition("Failed") == ("True", "JobFailed")
+    assert "lost" not in world.profile()["status"]
+    await world.clock.advance(10_000)
+    await world.look()
+    assert world.jobs() == []
+
+
+async def test_lost_attempts_that_find_something_go_on() -> None:
+    world = World()
+    world.put(make_profile())
+    await world.look()
+    for attempt in range(1, 3 * MAX_ATTEMPTS):
+        profile = world.profile()
+        found = [{"batch": 2**number} for number in range(attempt)]
+        world.put({**profile, "status": {**profile["status"], "points": found}})
+        await lose(world, attempt)
+        assert world.profile()["status"]["lost"]["attempts"] == 1
+        await world.look()
+        clean(world)
+        assert world.jobs() == [f"opt-{attempt + 1}"]
+
+
+async def test_an_empty_text_asks_for_nothing() -> None:
+    world = World()
+    world.put(make_profile(measurement={"rerun": ""}))
+    for _ in range(3):
+        await world.look()
+    assert world.jobs() == ["opt-1"]
+    assert world.condition("Progressing") == ("True", "Measuring")
+    world.report({"state": "Completed", "rerun": "earlier"})
+    world.end_job(1, "Complete")
+    await world.look()
+    assert world.condition("Complete") == ("True", "Completed")
+    assert world.jobs() == ["opt-1"]
 
 
 async def test_failed_is_final_until_rerun_changes() -> None:

@@ -105,7 +105,7 @@ async def test_a_text_has_it_tried_while_the_service_serves_and_then_it_is_packe
     }
     assert jobs(world) == ["1", "2"]
     job = world.all("Job")[-1]
-    assert job["metadata"]["annotations"] == {labels.ANNOTATION_EXTEND: "opt/please"}
+    assert job["metadata"]["annotations"][labels.ANNOTATION_EXTEND] == "opt/please"
     # The profiler takes its outcome back while it is at work.
     world.report(name_of(world), measured(profile(world), trials=(), answers=False))
     await world.run()
@@ -265,16 +265,17 @@ async def test_a_rerun_during_the_first_measurement_begins_from_nothing() -> Non
     assert kept(BatchProfile.model_validate(profile(world))) == BatchProfileStatus()
 
 
-async def test_a_rerun_during_an_extension_measures_again() -> None:
+async def test_a_rerun_during_an_extension_takes_its_place() -> None:
     world = await make_world()
     ask(world, "please")
     await world.settle()
     world.change("LLMService", NS, "opt", lambda obj: obj["spec"]["profiling"].update(rerun="new driver"))
     await world.run()
     assert jobs(world) == ["3"]
-    assert of_profile(world, "Complete") == ("False", "Measuring")
-    assert told(world, "Profiled")[:2] == ("False", "Measuring")
-    assert told(world, "Available")[0] == "True"
+    assert of_profile(world, "Complete") == ("True", "Completed")
+    assert of_profile(world, "Progressing") == ("True", "Measuring")
+    assert told(world, "Profiled")[:2] == ("True", "Completed")
+    assert told(world, "Ready")[0] == "True"
 
 
 async def test_two_services_of_one_key_ask_in_turn_and_each_once() -> None:

@@ -540,7 +540,9 @@ async def test_a_new_rerun_text_is_passed_on_to_the_profile() -> None:
     world = await make_ready()
     world.change("LLMService", NS, NAME, lambda obj: obj["spec"]["profiling"].update(rerun="new driver"))
     await world.settle()
-    assert world.all("BatchProfile")[0]["spec"]["measurement"]["rerun"] == "new driver"
+    profile = world.all("BatchProfile")[0]
+    assert profile["spec"]["measurement"]["rerun"] == "new driver"
+    assert profile["metadata"]["annotations"][labels.rerun_annotation(NAME)] == "new driver"
 
 
 @pytest.mark.parametrize(

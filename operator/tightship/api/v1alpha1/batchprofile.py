@@ -24,6 +24,7 @@ from tightship.api.v1alpha1.common import (
     Model,
     Quantity,
     Text,
+    Wish,
     list_map,
 )
 from tightship.api.v1alpha1.spec import AcceleratorSpec, LengthsFrom, ModelCache, Objective, Statistic
@@ -104,7 +105,9 @@ class Pair(Model):
 class Extension(Model):
     """Packing trials asked for after the measurement was done; the curve stays."""
 
-    request: Annotated[Text, Field(description="Any new text asks anew; the outcome names the one it answers.")]
+    request: Annotated[
+        Text, Field(min_length=1, description="Any new text asks anew; the outcome names the one it answers.")
+    ]
     pairs: Annotated[
         list[Pair],
         Field(min_length=1, max_length=16, description="What to try.", json_schema_extra=list_map("batch", "replicas")),
@@ -121,7 +124,7 @@ class Extension(Model):
 
 
 class Measurement(Model):
-    """How to measure. Outside the key: it comes from the service that created the profile, and later services use what is there."""
+    """How to measure. Outside the key: it comes from the service that created the profile or asked for something (`rerun`, `extend`) last."""
 
     budget: Annotated[Duration, Field(description="Time from the first healthy engine.")] = "20m"
     objectives: Annotated[
@@ -152,10 +155,14 @@ class Measurement(Model):
     template: Annotated[PodTemplate, Field(description="What the Job's pod gets besides.")] = Field(
         default_factory=PodTemplate
     )
-    rerun: Annotated[str | None, Field(max_length=128, description="Any new text measures again.")] = None
+    rerun: Annotated[Wish, Field(description="Any new text measures again. Empty asks for nothing.")] = None
     extend: Annotated[
         Extension | None, Field(description="Packing trials to make beside those there are; the rest is kept.")
     ] = None
+
+    def is_answered_by(self, rerun: str | None) -> bool:
+        """Whether what was done for the text `rerun` is what is asked for; where nothing is asked anything will do."""
+        return self.rerun is None or self.rerun == rerun
 
 
 class Latency(Model):
@@ -439,11 +446,29 @@ class BatchProfileSpec(Model):
     ] = None
 
 
+class Rerun(Measured):
+    """What a measurement that was asked for again has found so far. It takes the earlier one's place when it ends, unless it fails."""
+
+    request: Annotated[Text, Field(description="The spec.measurement.rerun that is being answered.")]
+
+
 class JobStatus(Model):
     """The profiling Job."""
 
     name: Annotated[Text, Field(description="The Job.")]
     attempt: Annotated[int, Field(description="Which attempt it is; lost pods start another.")]
+
+
+class Lost(Model):
+    """Attempts that were lost one after the other (evicted, node gone), none of which found anything."""
+
+    attempts: Annotated[int, Field(ge=1, description="How many; after the sixth the measurement fails.")]
+    last: Annotated[int, Field(ge=0, description="The number of the last one.")]
+    found: Annotated[
+        int, Field(ge=0, description="Points and trials there were then: the count begins anew with more.")
+    ]
+    rerun: Annotated[Text | None, Field(description="The spec.measurement.rerun they were made for.")] = None
+    extend: Annotated[Text | None, Field(description="The spec.measurement.extend.request they were made for.")] = None
 
 
 class BatchProfileStatus(Measured):
@@ -458,6 +483,11 @@ class BatchProfileStatus(Measured):
         Text | None, Field(alias="imageID", description="The engine image's digest, as the node pulled it.")
     ] = None
     progress: Annotated[Progress | None, Field(description="How far the measurement is.")] = None
+    rerun: Annotated[
+        Rerun | None,
+        Field(description="What a new measurement (spec.measurement.rerun) has found, while the earlier one stands."),
+    ] = None
+    lost: Annotated[Lost | None, Field(description="Attempts lost in a row.")] = None
     outcome: Annotated[Outcome | None, Field(description="How the measurement ended.")] = None
     conditions: Conditions = Field(default_factory=list)
 
@@ -470,6 +500,14 @@ class BatchProfile(Model):
     metadata: Metadata = Field(default_factory=Metadata)
     spec: BatchProfileSpec
     status: BatchProfileStatus = Field(default_factory=BatchProfileStatus)
+
+    @property
+    def standing(self) -> Outcome | None:
+        """The outcome of an earlier `rerun` whose figures stand until the new measurement has ended; None where there are none."""
+        outcome = self.status.outcome
+        if outcome is None or outcome.state == "Failed" or not self.status.points:
+            return None
+        return None if self.spec.measurement.is_answered_by(outcome.rerun) else outcome
 
 
 CRD: dict[str, Any] = {

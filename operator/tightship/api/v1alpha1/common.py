@@ -115,6 +115,10 @@ Decimal = Annotated[str, WithJsonSchema({"type": "string", "pattern": DECIMAL_PA
 """A decimal number as a string: the API has no floats."""
 
 Text = Annotated[str, Field(max_length=1024)]
+
+Wish = Annotated[str | None, Field(max_length=128), BeforeValidator(lambda value: None if value == "" else value)]
+"""A text that asks for something whenever it is new. An empty one asks for nothing: it is what a template leaves of a value not set."""
+
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 
 

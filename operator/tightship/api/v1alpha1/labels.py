@@ -44,6 +44,8 @@ ANNOTATION_GENERATION: Final = f"{GROUP}/service-generation"
 ANNOTATION_RERUN: Final = f"{GROUP}/rerun"
 ANNOTATION_EXTEND: Final = f"{GROUP}/extend"
 """On a profiling Job: the `measurement.extend.request` that it answers."""
+ANNOTATION_ASKED_BY: Final = f"{GROUP}/asked-by"
+"""On a BatchProfile: the service that asked last, whose settings are in `spec.measurement`."""
 ANNOTATION_MEASUREMENT: Final = f"{GROUP}/measurement"
 """On profiles that a command wrote: progress and outcome of the measurement, as JSON; `tightship profile --resume` reads it."""
 ANNOTATION_NOTES: Final = f"{GROUP}/notes"
@@ -63,9 +65,14 @@ def key_value(key_hash: str) -> str:
     return key_hash[:_VALUE_LIMIT]
 
 
-def asked_annotation(service: str) -> str:
+def extend_annotation(service: str) -> str:
     """On a BatchProfile: the `profiling.extend` of this service that has been dealt with. A service's name fits behind the slash."""
     return f"extend.{GROUP}/{service}"
+
+
+def rerun_annotation(service: str) -> str:
+    """The same of `profiling.rerun`."""
+    return f"rerun.{GROUP}/{service}"
 
 
 def common(instance: str, component: str, extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -18,6 +18,7 @@ from tightship.api.v1alpha1.common import (
     Quantity,
     Share,
     Text,
+    Wish,
     list_map,
     validations,
 )
@@ -58,12 +59,18 @@ class ProfilingSpec(Model):
             description="Time the measurement may take, from the first healthy engine (image pull and download don't count)."
         ),
     ] = "20m"
-    rerun: Annotated[str | None, Field(max_length=128, description="Any new text measures again, on purpose.")] = None
-    extend: Annotated[
-        str | None,
+    rerun: Annotated[
+        Wish,
         Field(
-            max_length=128,
-            description="Any new text has the recommended packing tried, where it is only estimated, with this budget.",
+            description="Any new text measures again, on purpose, with this manifest's budget, objectives and template. Empty asks for nothing.",
+        ),
+    ] = None
+    extend: Annotated[
+        Wish,
+        Field(
+            description=(
+                "Any new text has the recommended packing tried, where it is only estimated, with this budget. Empty asks for nothing."
+            ),
         ),
     ] = None
 

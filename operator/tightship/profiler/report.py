@@ -289,7 +289,13 @@ class Report:
         if isinstance(error, Away):
             log.warning("reporting: %s; trying again in %.1f s", error, delay)
             return
-        log.error("reporting failed, which nobody foresaw; trying again in %.1f s", delay, exc_info=error)
+        log.error(
+            "reporting failed in an unforeseen way (%s: %s); trying again in %.1f s",
+            type(error).__name__,
+            error,
+            delay,
+            exc_info=error,
+        )
         self._unexpected += 1
         if self._unexpected >= UNEXPECTED_MOST:
             self._hopeless.set()

@@ -250,7 +250,7 @@ def test_what_nobody_foresaw_costs_no_point_and_is_logged(caplog: pytest.LogCapt
 
     assert in_virtual_time(story)
     assert [point["batch"] for point in sink.written[-1]["points"]] == [1]
-    assert "not serializable" in caplog.text
+    assert "in an unforeseen way (TypeError: not serializable); trying again" in caplog.text
 
 
 def test_what_never_ends_failing_keeps_the_end_waiting_no_longer_than_a_few_tries() -> None:

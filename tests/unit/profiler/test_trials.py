@@ -833,6 +833,8 @@ def test_a_trial_is_made_again_for_a_statistic_that_it_left_open(
     assert bool(total(trial)) is True, "what was measured stands, whatever becomes of the next one"
     assert ("p95" not in trial.unresolved) is made
     assert (trial.message != "the first") is made
+    said = "the trial of 2 x 64 leaves p95 unresolved: that takes 500 engine steps"
+    assert (said in message(done.status)) is bool(faults)
     assert done.starts == (2 if made else 3 if faults else 0)
 
 

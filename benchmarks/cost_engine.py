@@ -7,7 +7,10 @@ Two references, both of which start the engine anew for every batch and send a f
 
 A finite run drains: with 200 prompts and batch 64 a quarter of its time has fewer than 64 requests in flight. So throughputs are compared
 over the time in which the engine was saturated, which this script reads from the engine's counters while the reference runs; the raw
-figure of the run stands beside it. Ours is `tightship profile`, the command, with packing trials left out (one replica).
+figure of the run stands beside it. Requests that begin together also end together, so that time holds three waves of tokens and
+only two of prompts at batch 64: its rate is brought to the workload's share of prompts as the profiler's own is.
+
+Ours is `tightship profile`, the command, with packing trials left out (one replica).
 
 Prints a table, writes JSON, and says on which machine. Engines are bound to one core, load and API server to the others: without that
 the figures mean nothing. Needs an otherwise idle machine.
@@ -42,6 +45,7 @@ from common import RESULTS, table, write_json
 from tightship.api.units import parse_duration
 from tightship.api.v1alpha1.spec import Objective
 from tightship.decide import decision_from_profile, objectives_from_api
+from tightship.profiler.estimate import Window, estimate
 from tightship.profiler.lengths import Prompts
 from tightship.profiler.metrics import EngineSample, parse_sample
 from tightship.profiler.model import read_model
@@ -60,6 +64,7 @@ COLUMNS = {
 }
 SATURATED = 0.98
 SAMPLE_SECONDS = 0.25
+WINDOW_SECONDS = 2.0
 READY_SECONDS = 300.0
 
 
@@ -101,12 +106,20 @@ class Watch:
                 text = urllib.request.urlopen(f"{self.url}/metrics", timeout=5).read().decode()
                 self.samples.append(parse_sample(text, at=(before + time.monotonic()) / 2))
 
-    def saturated_rate(self, batch: int) -> float | None:
-        """Generated tokens a second while at least 98 % of `batch` requests ran, from the first such moment to the last."""
-        full = [sample for sample in self.samples if sample.running >= SATURATED * batch]
-        if len(full) < 3:
+    def saturated_rate(self, batch: int, prompts_per_token: float) -> float | None:
+        """Generated tokens a second, at the workload's share of prompts, while the engine had `batch` requests to run."""
+        full = [number for number, sample in enumerate(self.samples) if sample.running >= SATURATED * batch]
+        if not full:
             return None
-        return (full[-1].generation_tokens - full[0].generation_tokens) / (full[-1].at - full[0].at)
+        # From the first such moment to the last: between two waves fewer run, while the next one's prompts are computed.
+        begin, *samples = self.samples[full[0] : full[-1] + 1]
+        windows = []
+        for sample in samples:
+            if sample.at - begin.at >= WINDOW_SECONDS:
+                generated = sample.generation_tokens - begin.generation_tokens
+                windows.append(Window(sample.at - begin.at, generated, sample.prompt_tokens - begin.prompt_tokens))
+                begin = sample
+        return estimate(windows, prompts_per_token).rate if windows else None
 
     def sessions(self) -> list[list[EngineSample]]:
         """The samples by engine: a counter that falls is another engine's."""
@@ -236,7 +249,7 @@ def paper(options: argparse.Namespace) -> list[Level]:
         with served(options, batch) as (port, start), Watch(f"http://127.0.0.1:{port}").running() as watch:
             took, itl = asyncio.run(finite_run(options, port))
         raw = options.prompts * (options.input_tokens + options.output_tokens) / took
-        rate = watch.saturated_rate(min(batch, options.prompts))
+        rate = watch.saturated_rate(min(batch, options.prompts), factor(options) - 1)
         levels.append(Level(batch, start, took, raw, rate and rate * factor(options), itl))
         tell(f"paper: batch {batch}: {took:.0f} s, {raw:.0f} tokens/s raw")
     return levels
@@ -268,7 +281,7 @@ def vllm_sweep(options: argparse.Namespace) -> list[Level]:
     results.sort(key=lambda each: each["max_concurrency"])
     rates: dict[int, float] = {}
     for session, batch in zip(watch.sessions(), options.batches, strict=False):
-        rate = Watch("", session).saturated_rate(batch)
+        rate = Watch("", session).saturated_rate(batch, factor(options) - 1)
         if rate:
             rates[batch] = rate * factor(options)
     busy = sum(each["duration"] for each in results)

@@ -179,13 +179,19 @@ class Operator:
         return frozenset(missing)
 
     async def _serves(self, name: str) -> bool | None:
-        """Whether the cluster has a kind; None while it can't be asked."""
+        """Whether the cluster has a kind and lets us read it; None while it can't be asked."""
         try:
-            return await self.cluster.serves(name)
+            if not await self.cluster.serves(name):
+                return False
+            await self.cluster.list(name, selector=WATCHED_BY_LABEL.get(name, ""))
+        except Forbidden as error:
+            log.warning("%s", error)
+            return False
         except KubeError as error:
             self.health.waiting = str(error)
             log.warning("waiting: %s", error)
             return None
+        return True
 
     @property
     def _watched(self) -> tuple[str, ...]:

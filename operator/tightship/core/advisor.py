@@ -228,7 +228,13 @@ class Question:
             if pairs.count((batch, replicas)) > 1:
                 raise ValueError(f"the trial of batch {batch} with {replicas} replicas occurs more than once")
         if self.ledger is not None:
-            seen = tuple((trial.batch, taken) for trial in self.trials if (taken := trial.non_kv) is not None)
+            # Up to the confirmed batch memory was read at its worst step; of larger ones the trials know more.
+            known = self.ledger.confirmed_batch or 0
+            seen = tuple(
+                (trial.batch, taken)
+                for trial in self.trials
+                if trial.batch > known and (taken := trial.non_kv) is not None
+            )
             object.__setattr__(self, "ledger", replace(self.ledger, seen=(*self.ledger.seen, *seen)))
 
     def memory(self, batch: int) -> int | None:

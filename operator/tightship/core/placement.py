@@ -106,7 +106,8 @@ class Demand:
     ``shape`` is None while there is no decision to act on; ``per_device`` and ``units`` are then ignored. ``units`` and ``memory``
     are what a pack takes of a node: one GPU and nothing else, or a number of cores and of bytes. ``nodes`` are the nodes its
     packs may be on (None: any); ``since`` orders the services (an RFC 3339 creation time). ``shared`` allows replicas of other
-    services of the namespace beside its own, ``spread`` asks for two packs or more. ``reserve`` is what it wants left free of every
+    services of the namespace beside its own, if they have its ``priority`` (the class's name, "" for none): a pack's holder has one
+    priority, and who had a higher one could preempt it. ``spread`` asks for two packs or more. ``reserve`` is what it wants left free of every
     device, ``device_memory`` the bytes of a device of this product, as far as known: it counts until the device itself is.
     """
 
@@ -123,6 +124,7 @@ class Demand:
     since: str = ""
     memory: int = 0
     shared: bool = False
+    priority: str = ""
     spread: bool = False
     reserve: Reserve = field(default_factory=Reserve)
     device_memory: int | None = None
@@ -139,7 +141,8 @@ class Pack:
 
     ``units`` and ``memory`` are what it takes of its node, as in a demand. ``ordinal`` grows with each pack that a service
     opens, so the highest is the newest. ``excluded`` are nodes that this pack must not be on, because the service's replicas
-    did not fit there; ``unfit`` are services whose replicas find no room on its node, while those of others do.
+    did not fit there; ``unfit`` are services whose replicas find no room on its node, while those of others do. ``waiting`` says
+    that it found no device so far: nobody joins it.
     """
 
     name: str
@@ -156,6 +159,7 @@ class Pack:
     excluded: frozenset[str] = frozenset()
     memory: int = 0
     unfit: frozenset[ServiceRef] = frozenset()
+    waiting: bool = False
 
 
 @dataclass(frozen=True)
@@ -351,8 +355,9 @@ class _Board:
         )
 
     def _agreed(self, demand: Demand, others: Iterable[Assignment]) -> bool:
-        """Whether the service and all of these others allow each other on one pack."""
-        return demand.shared and all(self.demands[each.service].shared for each in others)
+        """Whether the service and all of these others allow each other on one pack, and none could be preempted for another."""
+        neighbours = [self.demands[each.service] for each in others]
+        return demand.shared and all(each.shared and each.priority == demand.priority for each in neighbours)
 
     def capacity(self, pack: Pack, together: Iterable[Demand]) -> int | None:
         """Bytes that these services may use together; None where nobody knows what the device has."""
@@ -399,7 +404,7 @@ class _Board:
         found = []
         for pack in self.shareable.get(demand.service.namespace, ()):
             others = self.others(pack, demand)
-            if not others or pack.owner == demand.service or not self._reachable(pack, demand, others):
+            if not others or pack.waiting or pack.owner == demand.service or not self._reachable(pack, demand, others):
                 continue
             space = self.space(pack, demand) if self.good(pack, demand) else 0
             if space:

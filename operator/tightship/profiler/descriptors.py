@@ -11,10 +11,11 @@ from typing import Final
 
 WANTED: Final = 65_536
 """Open files that are enough for any packing. More is no better: some programs walk through all they might have open."""
-OTHERS: Final = 128
-"""Open files that are no requests: reports, pipes to engines, their metrics."""
+OTHERS: Final = 256
+"""Open files that are no requests: reports, and of each of up to 48 engines a pipe, a connection for its metrics and the like."""
 SURPLUS: Final = 1.5
-"""Requests in flight for each that an engine shall run, at the most: gaps between requests are filled with more of them."""
+"""Requests in flight for each that an engine shall run, at the most: gaps between requests are filled with more of them
+(`tightship.profiler.windows` has that bound)."""
 
 
 def raise_limit() -> int:

@@ -28,6 +28,7 @@ from tightship.profiler.load import ClosedLoop, Recording
 from tightship.profiler.windows import (
     PRECISION,
     RUNNING_LEAST,
+    SURPLUS_MOST,
     TOP_UP_FROM,
     TOP_UPS,
     WINDOWS_LEAST,
@@ -101,7 +102,8 @@ class Meter:
         self._steps_needed = steps_needed
         self._itl_most = itl_most
         self._lower: float | None = None
-        self._surplus = 0.0  # what the last level needed in flight beyond its batch, relative
+        # What a level needed in flight beyond its batch, relative; smaller batches need less.
+        self._surplus, self._surplus_from = 0.0, 0
 
     def least_seconds(self, batch: int) -> float:
         """The least time that a level can take, if tokens come as fast as at the last one."""
@@ -125,22 +127,25 @@ class Meter:
         """
         began = self._clock.now()
         self._lower = lower
+        if batch < self._surplus_from:
+            self._surplus = 0.0
         self._load.resize(batch + round(batch * self._surplus))
         self._load.drop_surplus()  # waiting until they end by themselves would cost a request's whole duration
         for top_up in range(TOP_UPS + 1):
             if not await self._windows.settle(seconds, began + limit):
                 return None
+            room = batch + int(SURPLUS_MOST * batch) - self._load.size if top_up < TOP_UPS else 0
             recording = self._load.begin()
-            tally = await self._read(batch, mean_output, began, seconds, limit, may_top_up=top_up < TOP_UPS)
+            tally = await self._read(batch, mean_output, began, seconds, limit, may_top_up=room > 0)
             self._load.begin()
             if tally is None:
                 return None
-            missing = tally.missing(batch) if top_up < TOP_UPS else 0
+            missing = min(tally.missing(batch), room) if room > 0 else 0
             if not missing:
                 return self._reading(batch, tally, recording, mean_output)
             log.info("batch %d: %.1f ran on average; %d more in flight", batch, mean(tally.running), missing)
             self._load.resize(self._load.size + missing)
-            self._surplus = self._load.size / batch - 1
+            self._surplus, self._surplus_from = self._load.size / batch - 1, batch
         raise AssertionError("the last round always ends the level")
 
     async def _read(

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tightship.core.curve import Statistic
+from tightship.core.curve import Metric, Statistic
 from tightship.profiler import confirm
 from tightship.profiler.budget import LEVEL_MOST
 from tightship.profiler.engine import Engine
@@ -125,17 +125,18 @@ class Sweep:
         return ended
 
     def _next(self) -> Step:
-        session = self._session
-        report, job = session.report, session.job
-        curve = session.curve()
-        kv_tokens = session.info.kv_tokens
-        goals = Goals(
+        curve = self._session.curve()
+        widths = {batch: float(point.half_width or 0) for batch, point in self._session.report.points.items()}
+        noise = Noise(widths, self._undriven)
+        return next_batch(curve.points if curve else [], self._ladder_top, self._goals(), noise)
+
+    def _goals(self) -> Goals:
+        job, kv_tokens = self._session.job, self._session.info.kv_tokens
+        return Goals(
             objectives=job.objectives,
             efficiency_floor=job.efficiency_floor,
-            full_batch=int(kv_tokens / session.load_context.mean) if kv_tokens else None,
+            full_batch=int(kv_tokens / self._session.load_context.mean) if kv_tokens else None,
         )
-        widths = {batch: float(point.half_width or 0) for batch, point in report.points.items()}
-        return next_batch(curve.points if curve else [], self._ladder_top, goals, Noise(widths, self._undriven))
 
     async def _climb(self, meter: Meter) -> Ended:
         budget = self._session.budget
@@ -177,13 +178,24 @@ class Sweep:
         return True
 
     def _lower(self, batch: int) -> float | None:
-        """T of the largest batch that was measured and is at most half of this one; None where the objective is on the tail of a latency,
-        which a precise throughput says little of."""
-        if any(one.statistic is not Statistic.MEAN for one in self._session.job.objectives):
+        """T of half the batch, where this one is only on the way up; None where something may be decided by it.
+
+        That is a batch between two rungs, the largest one (the baseline's), one that may fill the KV cache, and one near the efficiency
+        floor. A bound on the mean time between tokens is the meter's to watch; of the tail of a latency, and of the time to first token, a
+        throughput says too little.
+        """
+        points, job, full = self._session.report.points, self._session.job, self._goals().full_batch
+        half = points.get(batch // 2)
+        watched = all(
+            one.metric is Metric.INTER_TOKEN_LATENCY and one.statistic is Statistic.MEAN for one in job.objectives
+        )
+        on_the_way = batch.bit_count() == 1 and batch < self._top and not (full and 2 * batch > full)
+        if half is None or not watched or not on_the_way:
             return None
-        points = self._session.report.points
-        below = max((measured for measured in points if 2 * measured <= batch), default=None)
-        return throughput(points[below]) if below is not None else None
+        below, single = throughput(half), throughput(points[1]) if 1 in points else None
+        if below and single and 0.4 * below / (batch // 2 * single) <= job.efficiency_floor:
+            return None
+        return below
 
     def _levels_left(self, batch: int) -> int:
         """Levels still possible, this one included."""

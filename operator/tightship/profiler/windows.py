@@ -49,6 +49,8 @@ LIVES_LEAST: Final = 1.0
 LIVES_WHOLE_UP_TO: Final = 256
 """Batch up to which that takes whole lives. So many requests at once are a fair sample by themselves: beyond, 256 / B of a life will do."""
 TOP_UPS: Final = 2
+SURPLUS_MOST: Final = 0.5
+"""Requests put in flight beyond a batch to have it run, relative to it, at the most."""
 TOP_UP_FROM: Final = 16  # below, one request more would be another batch
 SILENCE_SECONDS: Final = 3.0
 SILENCE_STEPS: Final = 20
@@ -174,6 +176,7 @@ class Windows:
                 break
             await self._pause(POLL_SECONDS)
         await self._pause(warmup_seconds(self.itl))
+        self.itl = self.recording.itl.mean or self.itl
         return self._clock.now() < deadline
 
     async def begin(self) -> Tally:

@@ -130,12 +130,17 @@ async def _unwelcome(ctx: Context, view: View, holder: dict[str, Any]) -> Proble
         return Problem(Reason.SHARING_UNAVAILABLE, f"the pack's holder is refused: {words}", names.HELD)
     if view.pack.status.gpu is not None:
         return None
+    against = []
     for assignment in view.pack.spec.assignments:
         made = _desired(ctx, view, assignment, Place(view.pack.status.node or "", None, None))
-        if made is not None and (words := await admission.refusal(ctx.cluster, replica_manifests.pod_of(made, 0))):
-            text = f"no GPU is taken, since {refused(assignment.service)}: {words}"
-            return Problem(Reason.SHARING_UNAVAILABLE, text, names.HELD)
-    return None
+        words = await admission.refusal(ctx.cluster, replica_manifests.pod_of(made, 0)) if made is not None else None
+        if made is not None and words is None:
+            return None  # one of its services can use the GPU; what is against the others their own conditions say
+        if words is not None:
+            against.append(f"{refused(assignment.service)}: {words}")
+    if not against:
+        return None
+    return Problem(Reason.SHARING_UNAVAILABLE, f"no GPU is taken, since {'; '.join(against)}", names.HELD)
 
 
 def _desired(ctx: Context, view: View, assignment: Assignment, place: Place) -> dict[str, Any] | None:

@@ -80,13 +80,19 @@ def ready_since(pod: Mapping[str, Any]) -> datetime | None:
     return _since(pod, "Ready", "True")
 
 
+def is_unschedulable(pod: Mapping[str, Any]) -> bool:
+    """Whether the scheduler found no node for it."""
+    condition = find(_conditions(pod), "PodScheduled")
+    return not is_going(pod) and condition is not None and condition.get("reason") == "Unschedulable"
+
+
 def short_of_room_since(pod: Mapping[str, Any]) -> datetime | None:
     """Since when its node has been short of something the pod requests; None where it isn't.
 
     Other causes (a claim that doesn't exist, say) would follow the pod to any node, so they don't count.
     """
     condition = find(_conditions(pod), "PodScheduled")
-    if is_going(pod) or condition is None or condition.get("reason") != "Unschedulable":
+    if condition is None or not is_unschedulable(pod):
         return None
     if not _ROOM.search(condition.get("message") or ""):
         return None

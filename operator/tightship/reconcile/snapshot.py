@@ -69,7 +69,9 @@ def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: St
         frozenset(node["metadata"]["name"] for node in store.list("Node") if _usable(node, service)),
         since,
         memory=units.parse_quantity(accelerator.memory or "0") if cpu else 0,
-        shared=packing.shared_with == "SameNamespace",
+        # What else a pod wants of its node than can be told here would keep it off a pack that stands already.
+        shared=packing.shared_with == "SameNamespace" and not _requires_affinity(service),
+        priority=service.spec.template.spec.priority_class_name or "",
         spread=packing.spread,
         reserve=parse_reserve(packing.memory_reserve),
         device_memory=_device_memory(verdict),
@@ -134,6 +136,9 @@ def pack_of(pack: GPUPack, store: Store, now: datetime) -> Pack:
         excluded=frozenset(spec.excluded_nodes),
         memory=units.parse_quantity(spec.memory or "0") if cpu else 0,
         unfit=frozenset(ServiceRef(spec.namespace, name) for name in _homeless(pack, store, now)),
+        waiting=not cpu
+        and pack.status.node is None
+        and any(each.type == names.HELD and each.status == "False" for each in pack.status.conditions),
     )
 
 
@@ -165,7 +170,7 @@ def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
     homeless = _homeless(pack, store, now)
     if homeless and homeless >= {each.service for each in pack.spec.assignments}:
         return Health.UNFIT
-    if node and _cordoned(store.get("Node", "", node)) and _is_down(pack):
+    if node and _cordoned(store.get("Node", "", node)) and (_is_down(pack) or _stranded(pack, store)):
         return Health.UNFIT
     return Health.SOUND
 
@@ -178,6 +183,15 @@ def _is_down(pack: GPUPack) -> bool:
     """Whether nothing serves there: a drained node takes neither holder nor replicas back."""
     return pack.status.ready_replicas == 0 and any(
         each.type == names.READY and each.status == "False" for each in pack.status.conditions
+    )
+
+
+def _stranded(pack: GPUPack, store: Store) -> bool:
+    """Whether a replica finds no place there: the disruption budget then lets no other one of its service be evicted before it has one."""
+    pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
+    return any(
+        labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA and podstate.is_unschedulable(pod)
+        for pod in pods
     )
 
 
@@ -270,6 +284,15 @@ def _usable(node: Object, service: LLMService) -> bool:
         return False
     taints = (node.get("spec") or {}).get("taints") or []
     return all(_tolerated(taint, template.tolerations) for taint in taints)
+
+
+def _requires_affinity(service: LLMService) -> bool:
+    """Whether the template's affinity rules out nodes, which only the scheduler can say."""
+    affinity = service.spec.template.spec.affinity or {}
+    return any(
+        isinstance(each, Mapping) and each.get("requiredDuringSchedulingIgnoredDuringExecution")
+        for each in affinity.values()
+    )
 
 
 def _tolerated(taint: Mapping[str, Any], tolerations: Iterable[Any]) -> bool:

@@ -517,6 +517,9 @@ def test_what_a_trials_replicas_took_counts_against_their_pair(each: float | Non
         memory=None if each is None else int(2 * each * GIB),
         kv_cache=6 * GIB,
     )
+    # What was read at its worst step no trial knows better.
+    read = advise(curve, make_slo(11), ledger=make_ledger(total=30, confirmed_batch=64), trials=[trial])
+    assert (read.batch, read.replicas) == (64, 2)
     answer = advise(curve, make_slo(11), ledger=make_ledger(total=30), trials=[trial])
     tried = next(one for one in answer.candidates if (one.batch, one.replicas) == (64, 2))
     assert tried.memory is not None

@@ -261,6 +261,8 @@ def places(snapshot, planned=None):
         ({"per_device": 2}, {}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
         ({"shape": None}, {}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
         ({}, {"nodes": frozenset({"n1"})}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
+        ({}, {"priority": "high"}, {"team-opt-0": {"opt": 2}, "team-bert-0": {"bert": 1}}),
+        ({"priority": "high"}, {"priority": "high"}, {"team-opt-0": {"opt": 2, "bert": 1}}),
     ],
     ids=[
         "all fits",
@@ -273,11 +275,21 @@ def places(snapshot, planned=None):
         "owner's limit",
         "undecided",
         "node",
+        "priority",
+        "same priority",
     ],
 )
 def test_a_replica_takes_free_memory_of_another_service_where_everything_agrees(owner, tenant, expected):
     demands = (make_demand(2, **{"shared": True, **owner}), make_tenant(**tenant))
     assert places(Snapshot(demands, (make_pack(0, 2),), make_devices(1, 1))) == expected
+
+
+def test_nobody_joins_a_pack_that_found_no_device():
+    demands = (make_demand(2, shared=True), make_tenant(device_memory=80 * GIB))
+    pack = replace(make_pack(0, 2), node=None, capacity=None, waiting=True)
+    assert places(Snapshot(demands, (pack,), make_devices(2)))["team-bert-0"] == {"bert": 1}
+    found = replace(pack, waiting=False)
+    assert places(Snapshot(demands, (found,), make_devices(2))) == {"team-opt-0": {"opt": 2, "bert": 1}}
 
 
 def test_services_of_different_namespaces_never_share():

@@ -121,6 +121,21 @@ async def test_a_drained_node_gives_its_pack_up_when_there_is_another() -> None:
     assert condition(world, "Ready", "default-opt-1") == ("True", "FullyRealised")
 
 
+async def test_a_drain_that_took_one_replica_and_is_held_up_by_the_budget_moves_the_pack() -> None:
+    world = await make_packed()
+    world.change("Node", "", "n0", lambda node: node["spec"].update(unschedulable=True))
+
+    def refused(pod: dict[str, Any]) -> None:
+        text = "0/2 nodes are available: 1 node(s) were unschedulable, 1 node(s) didn't match Pod's node affinity."
+        scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": text}
+        pod["status"] = {"phase": "Pending", "conditions": [scheduled]}
+
+    set_status(world, replicas(world)[0], refused)
+    await world.run(rounds=20)
+    assert [pack["status"]["node"] for pack in world.all("GPUPack")] == ["n1"]
+    assert condition(world, "Ready", "default-opt-1") == ("True", "FullyRealised")
+
+
 async def test_a_holder_that_comes_back_with_another_gpu_gets_the_pack_replaced() -> None:
     world = await make_packed()
     del world.api.objects[KINDS["Pod"].path(SYSTEM, HOLDER)]

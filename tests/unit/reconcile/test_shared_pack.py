@@ -86,15 +86,34 @@ async def test_by_default_nobody_shares(changes: dict[str, Any]) -> None:
     assert placed(world) == {PACK: {"chat": 1}, "default-opt-0": {"opt": 2}}
 
 
-async def test_services_of_different_users_never_share() -> None:
+async def make_pair(chat: dict[str, Any], opt: dict[str, Any]) -> World:
+    """Two services that allow each other, with these templates, on a node with two GPUs."""
     world = World(gpus=(2,))
-    for name, user in (("chat", 1000), ("opt", 2000)):
-        template = {"spec": {"securityContext": {"runAsUser": user}}}
-        world.put(make_service(name, replicas=1, packing=SHARED, template=template))
+    for name, spec in (("chat", chat), ("opt", opt)):
+        world.put(make_service(name, replicas=1, packing=SHARED, template={"spec": spec}))
     await world.settle()
     for profile in world.all("BatchProfile"):
         world.change("BatchProfile", NS, profile["metadata"]["name"], complete)
     await world.run(rounds=20)
+    return world
+
+
+ZONE = {"matchExpressions": [{"key": "zone", "operator": "In", "values": ["b"]}]}
+IN_ZONE = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [ZONE]}}}
+
+
+@pytest.mark.parametrize(
+    "template", [{"priorityClassName": "high"}, {"affinity": IN_ZONE}], ids=["another priority", "its own nodes"]
+)
+async def test_who_could_push_the_others_out_or_may_not_be_there_has_a_gpu_of_its_own(template: dict[str, Any]) -> None:
+    apart = await make_pair({}, template)
+    assert placed(apart) == {PACK: {"chat": 1}, "default-opt-0": {"opt": 1}}
+    together = await make_pair({}, {})
+    assert placed(together) == {PACK: {"chat": 1, "opt": 1}}
+
+
+async def test_services_of_different_users_never_share() -> None:
+    world = await make_pair(*({"securityContext": {"runAsUser": user}} for user in (1000, 2000)))
     assert placed(world) == {PACK: {"chat": 1}, "default-opt-0": {"opt": 1}}
     users = [pack["spec"]["runAsUser"] for pack in world.all("GPUPack")]
     assert users == [1000, 2000]
@@ -152,6 +171,20 @@ async def test_a_neighbour_whose_pods_are_refused_makes_only_itself_unpacked() -
     assert placed(world) == {PACK: {"chat": 1, "opt": 1}}
     assert world.condition("LLMService", NS, "opt", "Packed")[:2] == ("False", "SharingUnavailable")
     assert ready(world, "chat") == ("True", "FullyRealised")
+
+
+async def test_a_neighbour_that_is_refused_before_there_is_a_gpu_keeps_it_from_nobody() -> None:
+    world = World(gpus=(1,))
+    world.api.refuses = lambda pod: "a policy" if pod["metadata"]["labels"].get(labels.SERVICE) == "opt" else None
+    world.put(make_service("chat", replicas=1, model__source="hf://models/chat", packing=SHARED))
+    world.put(make_service("opt", replicas=1, packing=SHARED))
+    await world.settle()
+    for profile in world.all("BatchProfile"):
+        world.change("BatchProfile", NS, profile["metadata"]["name"], lambda obj: complete(obj, trials=TRIALS))
+    await world.run(rounds=20)
+    assert placed(world) == {PACK: {"chat": 1, "opt": 1}}
+    assert ready(world, "chat") == ("True", "FullyRealised")
+    assert ready(world, "opt")[0] == "False"
 
 
 async def test_memory_that_a_leaving_replica_still_holds_is_not_given_to_another_service() -> None:

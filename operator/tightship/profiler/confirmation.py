@@ -102,7 +102,8 @@ class ConfirmationRun:
                 return await self._confirm()
             except EngineError as error:
                 if restart == RESTARTS and self._done:
-                    self._cut = f"no random arrivals: {error}"[:500]
+                    # Memory and comparison are there, and packings can be tried: only how it queues is not known.
+                    self._session.note(f"no random arrivals: {error}"[:1000])
                     return None
                 if restart == RESTARTS:
                     measured = len(self._session.report.points)

@@ -221,6 +221,20 @@ def test_an_engine_that_does_worse_than_the_sweep_promised_is_said() -> None:
     assert "the queue grew" in message(status)
 
 
+def test_an_engine_that_dies_under_random_arrivals_costs_the_arrivals_only() -> None:
+    run = Run(FakeModel(), FakeModel(dies_after=15.0))
+    status = run.go()
+    assert len(run.launcher.launched) == 3
+    assert status.outcome is not None
+    assert status.outcome.state == "Completed"
+    assert status.memory is not None
+    assert status.confirmation is not None
+    assert status.confirmation.agrees is True
+    assert status.confirmation.arrivals is None
+    assert "no random arrivals: " in message(status)
+    assert "the last words" in message(status)
+
+
 def test_arrivals_that_find_no_time_are_left_out_and_said() -> None:
     status = Run(replace(QUICK, start_seconds=1.5), budget="45s").go()
     assert status.confirmation is not None

@@ -319,8 +319,7 @@ class Trials:
         trial = reading.trial.model_copy(
             update={
                 "memory": format_quantity(taken),
-                # Engines for a larger batch keep its buffers: what they take says nothing of a replica of this one.
-                "kv_cache": format_quantity(self._fleet.group.kv_bytes) if self._fleet.group.batch == batch else None,
+                "kv_cache": format_quantity(self._fleet.group.kv_bytes),
                 "message": doubts[:1024] or None,
             }
         )

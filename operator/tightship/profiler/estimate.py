@@ -47,7 +47,7 @@ class Window:
     generated: float
     """Tokens generated in it."""
     prompts: float = 0.0
-    """Prompt tokens computed in it; 0 in all windows where the engine doesn't count them."""
+    """Tokens of the prompts whose first token came in it (so vLLM counts them); 0 in all windows where the engine doesn't count them."""
 
     @property
     def rate(self) -> float:

@@ -104,6 +104,7 @@ class Meter:
         self._lower: float | None = None
         # What a level needed in flight beyond its batch, relative; smaller batches need less.
         self._surplus, self._surplus_from = 0.0, 0
+        self._distorted = False  # whether the last level preempted requests, or let them wait
 
     def least_seconds(self, batch: int) -> float:
         """The least time that a level can take, if tokens come as fast as at the last one."""
@@ -129,6 +130,10 @@ class Meter:
         self._lower = lower
         if batch < self._surplus_from:
             self._surplus = 0.0
+        if self._distorted:
+            # Who ran and who waited was not by lot: what runs now would be no steady state of a smaller batch, for a life long.
+            self._load.resize(0)
+            self._load.drop_surplus()
         self._load.resize(batch + round(batch * self._surplus))
         self._load.drop_surplus()  # waiting until they end by themselves would cost a request's whole duration
         for top_up in range(TOP_UPS + 1):
@@ -140,6 +145,7 @@ class Meter:
             self._load.begin()
             if tally is None:
                 return None
+            self._distorted = tally.full(batch)
             missing = min(tally.missing(batch), room) if room > 0 else 0
             if not missing:
                 return self._reading(batch, tally, recording, mean_output)

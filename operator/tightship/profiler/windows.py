@@ -86,6 +86,11 @@ def check_counter(rate: float) -> None:
         )
 
 
+def crowded(batch: int, waiting: float, *, preempted: bool) -> bool:
+    """Whether an engine can't run a batch: it preempted requests, or `waiting` of them waited on average."""
+    return preempted or waiting > 0.02 * batch
+
+
 def missing(batch: int, running: float, waiting: float, *, preempted: bool) -> int:
     """Requests to put in flight besides, so that an engine runs `batch` of them; 0 when it does, queues or preempts.
 
@@ -95,8 +100,12 @@ def missing(batch: int, running: float, waiting: float, *, preempted: bool) -> i
         waiting: what it let wait on average.
         preempted: whether it preempted requests.
     """
-    full = preempted or waiting > 0.02 * batch
-    if batch < TOP_UP_FROM or full or running >= RUNNING_LEAST * batch or running <= 0:
+    if (
+        batch < TOP_UP_FROM
+        or crowded(batch, waiting, preempted=preempted)
+        or running >= RUNNING_LEAST * batch
+        or running <= 0
+    ):
         return 0
     return max(1, min(math.ceil(batch - running), batch // 4))
 
@@ -131,6 +140,10 @@ class Tally:
     def preemptions(self) -> float:
         """Requests preempted, in all engines."""
         return sum(last.preemptions - first.preemptions for first, last in zip(self.first, self.last, strict=True))
+
+    def full(self, batch: int) -> bool:
+        """Whether an engine could not run the batch (see `crowded`)."""
+        return crowded(batch, mean(self.waiting), preempted=self.preemptions > 0)
 
     def missing(self, batch: int) -> int:
         """Requests to put in flight besides in each engine (see `missing`)."""

@@ -70,7 +70,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step brought: who got a token, who finished with it, and the gaps between tokens in seconds, counted."""
+    """What a step brought: who got a token, who finished with it, and the gaps between tokens in seconds, counted.
+
+    `prompt_tokens` are counted as vLLM counts them: a prompt as a whole with its first token, however many steps computed it, and
+    what is computed again after a preemption not at all.
+    """
 
     tokens: list[Sequence]
     finished: list[Sequence]
@@ -141,6 +145,7 @@ class Engine:
         tokens: list[Sequence] = []
         finished: list[Sequence] = []
         gaps: dict[float, int] = {}
+        prompt_tokens = 0
         for sequence, count in step.prefills:
             if not sequence.aborted:
                 sequence.computed += count
@@ -154,6 +159,7 @@ class Engine:
             sequence.generated += 1
             if sequence.first_token is None:
                 sequence.first_token = now
+                prompt_tokens += sequence.prompt
             else:
                 gap = now - sequence.last_token
                 gaps[gap] = gaps.get(gap, 0) + 1
@@ -164,7 +170,7 @@ class Engine:
             for sequence in finished:
                 self._release(sequence)
             self.running = [sequence for sequence in self.running if not sequence.finished]
-        return Outcome(tokens, finished, gaps, sum(count for _, count in step.prefills))
+        return Outcome(tokens, finished, gaps, prompt_tokens)
 
     def _plan_mixed(self, now: float) -> Step | None:
         decodes = self._schedule_decodes()

@@ -12,24 +12,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.llmservice import LLMService
-from tightship.manifests.podparts import owned_metadata
-from tightship.manifests.service import replica_selector
+from tightship.manifests.service import front_metadata, replica_selector
 
 
 def disruption_budget(service: LLMService) -> dict[str, Any]:
     """The PodDisruptionBudget (policy/v1) of an LLMService, under its name and owned by it."""
-    name = service.metadata.name
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
-        "metadata": owned_metadata(
-            name,
-            service.metadata.namespace,
-            labels.common(name, labels.COMPONENT_SERVICE, {labels.SERVICE: name}),
-            service,
-        ),
+        "metadata": front_metadata(service),
         "spec": {
             "maxUnavailable": service.spec.rollout.max_unavailable,
             "selector": {"matchLabels": replica_selector(service)},

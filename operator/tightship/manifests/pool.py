@@ -9,28 +9,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.llmservice import LLMService
-from tightship.manifests.podparts import owned_metadata
 from tightship.manifests.replicas import PORT
-from tightship.manifests.service import replica_selector
+from tightship.manifests.service import front_metadata, replica_selector
 
 
 def inference_pool(service: LLMService) -> dict[str, Any] | None:
     """The InferencePool of an LLMService, under its name and owned by it; None where it asks for none."""
-    name, routing = service.metadata.name, service.spec.routing
+    routing = service.spec.routing
     picker = routing.endpoint_picker
     if routing.mode != "InferencePool" or picker is None:
         return None
     return {
         "apiVersion": "inference.networking.k8s.io/v1",
         "kind": "InferencePool",
-        "metadata": owned_metadata(
-            name,
-            service.metadata.namespace,
-            labels.common(name, labels.COMPONENT_SERVICE, {labels.SERVICE: name}),
-            service,
-        ),
+        "metadata": front_metadata(service),
         "spec": {
             "selector": {"matchLabels": replica_selector(service)},
             "targetPorts": [{"number": PORT}],

@@ -20,6 +20,13 @@ def replica_selector(service: LLMService) -> dict[str, str]:
     }
 
 
+def front_metadata(service: LLMService) -> dict[str, Any]:
+    """Metadata of what stands in front of a service's replicas, or guards them: under its name, and owned by it."""
+    name = service.metadata.name
+    made = labels.common(name, labels.COMPONENT_SERVICE, {labels.SERVICE: name})
+    return owned_metadata(name, service.metadata.namespace, made, service)
+
+
 def selector_text(service: LLMService) -> str:
     """The same as the text that the scale subresource shows."""
     return ",".join(f"{key}={value}" for key, value in sorted(replica_selector(service).items()))
@@ -35,12 +42,7 @@ def service_object(service: LLMService) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": owned_metadata(
-            service.metadata.name,
-            service.metadata.namespace,
-            labels.common(service.metadata.name, labels.COMPONENT_SERVICE, {labels.SERVICE: service.metadata.name}),
-            service,
-        ),
+        "metadata": front_metadata(service),
         "spec": {
             "type": "ClusterIP",
             "selector": replica_selector(service),

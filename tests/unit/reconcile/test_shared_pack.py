@@ -31,6 +31,13 @@ async def make_shared(gpus: tuple[int, ...] = (1,), *, replica: str = "25Gi", **
     return world
 
 
+async def measure(world: World) -> None:
+    """Complete every profile there is, and let what follows happen."""
+    for profile in world.all("BatchProfile"):
+        world.change("BatchProfile", NS, profile["metadata"]["name"], lambda obj: complete(obj, trials=TRIALS))
+    await world.run(rounds=20)
+
+
 def placed(world: World) -> dict[str, dict[str, int]]:
     return {
         pack["metadata"]["name"]: {each["service"]: each["replicas"] for each in pack["spec"]["assignments"]}
@@ -165,9 +172,7 @@ async def test_a_neighbour_whose_pods_are_refused_makes_only_itself_unpacked() -
     world.api.refuses = lambda pod: "a policy" if pod["metadata"]["labels"].get(labels.SERVICE) == "opt" else None
     world.put(make_service("opt", replicas=1, packing=SHARED))
     await world.settle()
-    for profile in world.all("BatchProfile"):
-        world.change("BatchProfile", NS, profile["metadata"]["name"], lambda obj: complete(obj, trials=TRIALS))
-    await world.run(rounds=20)
+    await measure(world)
     assert placed(world) == {PACK: {"chat": 1, "opt": 1}}
     assert world.condition("LLMService", NS, "opt", "Packed")[:2] == ("False", "SharingUnavailable")
     assert ready(world, "chat") == ("True", "FullyRealised")
@@ -179,9 +184,7 @@ async def test_a_neighbour_that_is_refused_before_there_is_a_gpu_keeps_it_from_n
     world.put(make_service("chat", replicas=1, model__source="hf://models/chat", packing=SHARED))
     world.put(make_service("opt", replicas=1, packing=SHARED))
     await world.settle()
-    for profile in world.all("BatchProfile"):
-        world.change("BatchProfile", NS, profile["metadata"]["name"], lambda obj: complete(obj, trials=TRIALS))
-    await world.run(rounds=20)
+    await measure(world)
     assert placed(world) == {PACK: {"chat": 1, "opt": 1}}
     assert ready(world, "chat") == ("True", "FullyRealised")
     assert ready(world, "opt")[0] == "False"

@@ -21,6 +21,7 @@ from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL, Ref
 from tightship.kube.store import Store
 from tightship.reconcile import batchprofile, gpupack, llmservice, placement
 from tightship.reconcile.context import Context, Settings
+from tightship.reconcile.indexes import INDEXERS
 from tightship.reconcile.queue import PLACEMENT, Key, Queue, Result
 from tightship.reconcile.routing import keys_for
 from tightship.telemetry.metrics import Metrics
@@ -122,7 +123,7 @@ class World:
         self.reconcilers = RECONCILERS | ({"BatchProfile": batchprofile.reconcile} if profiling else {})
         self.api, self.clock = Api(), TickingClock()
         self.queue = Queue(self.clock)
-        self.store = Store(self._changed)
+        self.store = self.make_store()
         self.cluster = Cluster(self.api, self.store, clock=self.clock)
         self.ctx = Context(
             self.cluster, self.store, self.queue, self.clock, Settings(), Metrics(), Events(self.cluster, self.clock)
@@ -133,6 +134,9 @@ class World:
         self.uuids: dict[str, str] = {}
         for index, count in enumerate(gpus):
             self.put(make_node(f"n{index}", count, cores, product))
+
+    def make_store(self) -> Store:
+        return Store(self._changed, INDEXERS)
 
     def _changed(self, kind: str, before: Any, after: Any) -> None:
         for key in keys_for(self.store, kind, before, after):

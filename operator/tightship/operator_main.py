@@ -38,6 +38,7 @@ from tightship.kube.transport import HTTPTransport, load_configuration
 from tightship.logs import LEVELS, configure_logging
 from tightship.reconcile import batchprofile, gpupack, llmservice, placement
 from tightship.reconcile.context import Context, Settings
+from tightship.reconcile.indexes import INDEXERS
 from tightship.reconcile.queue import PLACEMENT, Key, Queue, Reconciler, Workers
 from tightship.reconcile.routing import keys_for
 from tightship.telemetry.metrics import Metrics
@@ -86,7 +87,7 @@ class Operator:
         self.metrics = Metrics()
         self.health = Health()
         self.queue = Queue(clock)
-        self.store = Store(self._changed)
+        self.store = Store(self._changed, INDEXERS)
         transport = HTTPTransport(configuration)
         self.cluster = Cluster(transport, self.store, on_request=self.metrics.requested, clock=clock)
         self.context = Context(

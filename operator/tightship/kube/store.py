@@ -7,7 +7,9 @@ though watches lag. What must always hold:
 - of one object the store shows the newest version it was ever given: an older one that arrives late changes nothing;
 - an object seen deleted doesn't come back by a late answer to a write (its UID is remembered for a while); one that only lost
   the label it is watched by comes back, with a later version, when it carries the label again;
-- what a listing doesn't contain is gone, unless it was written after the listing began.
+- what a listing doesn't contain is gone, unless it was written after the listing began;
+- a look-up costs what it finds, however large the cluster is: by name, by `INDEXED_LABELS`, or by an index that the owner of the
+  store gives (`indexers`); what is worked out of one version of an object (`derive`), or of all of a kind (`summarise`), is worked out once.
 
 Resource versions are compared as integers, which Kubernetes has always used and promises since 1.35; a version that
 isn't a number is taken as newer. Objects handed out are the store's own: read them, never change them.
@@ -17,33 +19,44 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from tightship.api.v1alpha1 import labels
 from tightship.kube.kinds import Ref
 
 Object = Mapping[str, Any]
+T = TypeVar("T")
 
 #: Labels that get an index, so that a look-up by them never scans.
-INDEXED_LABELS = (labels.SERVICE, labels.PACK, labels.PROFILE, labels.PROFILE_KEY)
+INDEXED_LABELS = (labels.SERVICE, labels.PACK, labels.PROFILE, labels.PROFILE_KEY, labels.NODE_GPU_PRODUCT)
 
 _TOMBSTONES = 4096
+_Name = tuple[str, str]  # namespace and name
 
 
 OnChange = Callable[[str, "Object | None", "Object | None"], None]
+Indexer = Callable[["Store", Object], Iterable[str]]
+"""The values under which an object is found. It may read the object alone (`derive` included): it is called once for each version."""
 
 
 class Store:
     """Objects by kind, namespace and name, with indexes on `INDEXED_LABELS`. For one event loop, without locks.
 
     `on_change` is called with (kind, before, after) at every change, whoever brought the news; None stands for "not
-    there".
+    there". `indexers` are more indexes: by kind, the name of an index and what gives an object's values in it.
     """
 
-    def __init__(self, on_change: OnChange | None = None) -> None:
+    def __init__(
+        self, on_change: OnChange | None = None, indexers: Mapping[str, Mapping[str, Indexer]] | None = None
+    ) -> None:
         self._on_change = on_change or (lambda kind, before, after: None)
-        self._objects: dict[str, dict[tuple[str, str], Object]] = defaultdict(dict)
-        self._labels: dict[tuple[str, str, str], set[tuple[str, str]]] = defaultdict(set)
+        self._indexers = indexers or {}
+        self._objects: dict[str, dict[_Name, Object]] = defaultdict(dict)
+        self._index: dict[tuple[str, str, str], set[_Name]] = defaultdict(set)
+        self._entries: dict[tuple[str, _Name], list[tuple[str, str, str]]] = {}
+        self._derived: dict[tuple[str, _Name], dict[Any, tuple[tuple[Any, ...], Any]]] = {}
+        self._summaries: dict[str, tuple[int, dict[Any, Any]]] = {}
+        self._versions: dict[str, int] = defaultdict(int)
         self._gone: OrderedDict[str, int | None] = OrderedDict()
 
     def get(self, kind: str, namespace: str, name: str) -> Object | None:
@@ -54,6 +67,47 @@ class Store:
         """The object that `ref` names, or None."""
         return self.get(ref.kind, ref.namespace, ref.name)
 
+    def by(self, kind: str, index: str, value: str, namespace: str | None = None) -> list[Object]:
+        """The objects that an index (a label, or one of `indexers`) has under a value, sorted by namespace and name.
+
+        Raises LookupError when there is no such index.
+        """
+        if index not in INDEXED_LABELS and index not in self._indexers.get(kind, ()):
+            raise LookupError(f"{kind} has no index {index}: the store was made without it")
+        found, objects = self._index.get((kind, index, value)), self._objects[kind]
+        if not found:
+            return []
+        return [objects[key] for key in sorted(found) if namespace is None or key[0] == namespace]
+
+    def derive(self, obj: Object, what: Callable[[Object], T]) -> T:
+        """`what(obj)`, worked out once as long as this very version is shown. The result is shared: read it, never change it."""
+        return self.derive_with(obj, what, (), lambda: what(obj))
+
+    def derive_with(self, obj: Object, what: Any, others: tuple[Any, ...], work: Callable[[], T]) -> T:
+        """`work()`, once as long as this very version is shown and `others` (what else it rests on) are the same objects.
+
+        `what` tells the results about one object apart.
+        """
+        place = (obj["kind"], (obj["metadata"].get("namespace", ""), obj["metadata"]["name"]))
+        if self._objects[place[0]].get(place[1]) is not obj:
+            return work()
+        known = self._derived.setdefault(place, {})
+        last = known.get(what)
+        if last is None or len(last[0]) != len(others) or any(a is not b for a, b in zip(last[0], others, strict=True)):
+            last = known[what] = (others, work())
+        found: T = last[1]
+        return found
+
+    def summarise(self, kind: str, what: Callable[[list[Object]], T]) -> T:
+        """`what` of all objects of a kind, worked out once as long as none of them changed in a way that matters (see `matters`)."""
+        version, known = self._summaries.get(kind, (-1, {}))
+        if version != self._versions[kind]:
+            version, known = self._summaries[kind] = self._versions[kind], {}
+        if what not in known:
+            known[what] = what(self.list(kind))
+        found: T = known[what]
+        return found
+
     def list(self, kind: str, namespace: str | None = None, label: tuple[str, str] | None = None) -> list[Object]:
         """All objects of a kind, sorted by namespace and name.
 
@@ -62,14 +116,9 @@ class Store:
         """
         objects = self._objects[kind]
         if label is not None and label[0] in INDEXED_LABELS:
-            found: Iterable[tuple[str, str]] = self._labels.get((kind, *label), ())
-        else:
-            found = objects
-        keys = sorted(key for key in found if namespace is None or key[0] == namespace)
-        listed = [objects[key] for key in keys]
-        if label is not None and label[0] not in INDEXED_LABELS:
-            listed = [obj for obj in listed if labels_of(obj).get(label[0]) == label[1]]
-        return listed
+            return self.by(kind, *label, namespace)
+        listed = [objects[key] for key in sorted(objects) if namespace is None or key[0] == namespace]
+        return listed if label is None else [obj for obj in listed if labels_of(obj).get(label[0]) == label[1]]
 
     def observe(self, obj: Object) -> bool:
         """Take in a version of an object. Returns whether it was news (newer than what is shown, and not deleted)."""
@@ -81,10 +130,9 @@ class Store:
         if shown is not None and not _newer(obj, shown):
             return False
         self._drop(ref)
-        key = (ref.namespace, ref.name)
-        self._objects[ref.kind][key] = obj
-        for index in self._indexes(ref.kind, obj):
-            self._labels[index].add(key)
+        self._show(ref, obj)
+        if matters(ref.kind, shown, obj):
+            self._versions[ref.kind] += 1
         self._on_change(ref.kind, shown, obj)
         return True
 
@@ -104,6 +152,7 @@ class Store:
         if shown is None or shown["metadata"].get("uid", "") != uid:
             return False
         self._drop(ref)
+        self._versions[ref.kind] += 1
         self._on_change(ref.kind, shown, None)
         return True
 
@@ -126,20 +175,45 @@ class Store:
         del self._gone[uid]
         return True
 
+    def _show(self, ref: Ref, obj: Object) -> None:
+        key = (ref.namespace, ref.name)
+        self._objects[ref.kind][key] = obj
+        carried = labels_of(obj)
+        entries = [(ref.kind, label, carried[label]) for label in INDEXED_LABELS if label in carried]
+        for index, values in self._indexers.get(ref.kind, {}).items():
+            entries += [(ref.kind, index, value) for value in values(self, obj)]
+        for entry in entries:
+            self._index[entry].add(key)
+        self._entries[ref.kind, key] = entries
+
     def _drop(self, ref: Ref) -> None:
         key = (ref.namespace, ref.name)
-        shown = self._objects[ref.kind].pop(key, None)
-        if shown is None:
+        if self._objects[ref.kind].pop(key, None) is None:
             return
-        for index in self._indexes(ref.kind, shown):
-            self._labels[index].discard(key)
-            if not self._labels[index]:
-                del self._labels[index]
+        self._derived.pop((ref.kind, key), None)
+        for entry in self._entries.pop((ref.kind, key), ()):
+            self._index[entry].discard(key)
+            if not self._index[entry]:
+                del self._index[entry]
 
-    @staticmethod
-    def _indexes(kind: str, obj: Object) -> Iterable[tuple[str, str, str]]:
-        carried = labels_of(obj)
-        return [(kind, key, carried[key]) for key in INDEXED_LABELS if key in carried]
+
+def matters(kind: str, before: Object | None, after: Object | None) -> bool:
+    """Whether anybody's decision can depend on what changed: heartbeats touch every node all the time, and say nothing else."""
+    return kind != "Node" or before is None or after is None or _node_facts(before) != _node_facts(after)
+
+
+def _node_facts(node: Object) -> tuple[object, ...]:
+    status, spec = node.get("status") or {}, node.get("spec") or {}
+    ready = [(each["type"], each["status"]) for each in status.get("conditions") or ()]
+    return (
+        labels_of(node),
+        status.get("capacity"),
+        status.get("allocatable"),
+        ready,
+        spec.get("unschedulable"),
+        spec.get("taints"),
+        node["metadata"].get("deletionTimestamp"),
+    )
 
 
 def labels_of(obj: Object) -> Mapping[str, str]:

@@ -46,7 +46,7 @@ from tightship.manifests.profile_job import (
     profiler_access,
     room_on,
 )
-from tightship.reconcile import podstate
+from tightship.reconcile import indexes, podstate
 from tightship.reconcile.context import Context
 from tightship.reconcile.jobstate import belongs, end_of, has_begun
 from tightship.reconcile.lengths import measurable
@@ -92,15 +92,15 @@ class Observed:
     obj: Object
     profile: BatchProfile | None
     problems: tuple[str, ...]
-    outcome: Outcome | None
-    jobs: tuple[Object, ...]
-    superseded: tuple[Object, ...]
-    pods: tuple[Object, ...]
-    wanted: bool
-    busy: int
-    slots: int
-    products: tuple[str, ...]
     now: datetime
+    outcome: Outcome | None = None
+    jobs: tuple[Object, ...] = ()
+    superseded: tuple[Object, ...] = ()
+    pods: tuple[Object, ...] = ()
+    wanted: bool = True
+    busy: int = 0
+    slots: int = 0
+    products: tuple[str, ...] = ()
     attempts: int = 0
     lengths: str | None = None
     outdated: tuple[Object, ...] = ()
@@ -197,7 +197,7 @@ def _look(ctx: Context, obj: Object) -> Observed:
     own.sort(key=attempt_of)
     jobs = tuple(job for job in own if _answers(profile, _rerun_of(job)))
     pods = store.list("Pod", metadata["namespace"], labelled)
-    others = [job for job in store.list("Job") if _is_profiling(job) and not belongs(job, obj)]
+    others = [job for job in store.by("Job", indexes.STATE, indexes.OPEN) if not belongs(job, obj)]
     outcome = profile.status.outcome if profile else None
     observed = Observed(
         obj=obj,
@@ -208,11 +208,9 @@ def _look(ctx: Context, obj: Object) -> Observed:
         superseded=tuple(job for job in own if not _answers(profile, _rerun_of(job))),
         pods=tuple(pod for pod in pods if jobs and belongs(pod, jobs[-1])),
         wanted=_is_wanted(ctx, obj),
-        busy=sum(1 for job in others if end_of(job) is None and not _is_stuck(ctx, job)),
+        busy=sum(not _is_stuck(ctx, job) for job in others),
         slots=ctx.settings.max_concurrent_profiles,
-        products=tuple(
-            sorted({labels_of(node).get(labels.NODE_GPU_PRODUCT, "") for node in store.list("Node")} - {""})
-        ),
+        products=store.summarise("Node", _products),
         now=ctx.clock.now(),
         attempts=max((attempt_of(job) for job in own), default=0),
         lengths=measurable(profile, store) if profile else None,
@@ -279,8 +277,8 @@ def _is_wanted(ctx: Context, obj: Object) -> bool:
     return by_hand or bool(wanted_by(obj, ctx.store))
 
 
-def _is_profiling(job: Object) -> bool:
-    return labels_of(job).get(labels.COMPONENT) == labels.COMPONENT_PROFILER
+def _products(nodes: list[Object]) -> tuple[str, ...]:
+    return tuple(sorted({labels_of(node).get(labels.NODE_GPU_PRODUCT, "") for node in nodes} - {""}))
 
 
 def _is_stuck(ctx: Context, job: Object) -> bool:
@@ -696,7 +694,7 @@ async def _start(ctx: Context, profile: BatchProfile, decision: Decision) -> Dec
 def _roomiest(store: Store, profile: BatchProfile) -> int | None:
     """Replicas for which some node of the GPU's product has CPU and memory beside one GPU; None where nobody knows."""
     product = profile.spec.key.accelerator.product
-    nodes = [node for node in store.list("Node") if product and labels_of(node).get(labels.NODE_GPU_PRODUCT) == product]
+    nodes = store.by("Node", labels.NODE_GPU_PRODUCT, product) if product else []
     rooms = [room_on(profile, (node.get("status") or {}).get("allocatable") or {}) for node in nodes]
     return max((room for room in rooms if room is not None), default=None)
 

@@ -1,7 +1,8 @@
 """What every reconciler is given: its eyes, its hands, its clock, and one way to report.
 
 A reconciler reads from `store` (the watch cache, which also shows its own writes at once), writes through `cluster`,
-asks `clock` for the time, and ends with one `report`. It keeps nothing between two calls.
+asks `clock` for the time, and ends with one `report`. It keeps nothing between two calls, but that the placement pass leaves word for
+the services (`placed`), which a new process has from its first pass.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tightship.core.placement import Demand, ServiceRef, Shortfall
 from tightship.kube.clock import Clock
 from tightship.kube.cluster import Cluster
 from tightship.kube.events import Events
@@ -39,11 +41,29 @@ class Settings:
     retry_seconds: float = 15.0
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What the last placement pass saw and could not do: each service's demand, and what it found no place for.
+
+    A service hears from it what a plan of its own would say, without anybody planning the whole cluster for it. `offers` is what services
+    are accepted by: the GPU products there are, those that can't be had whole, and the cores of the largest node.
+    """
+
+    demands: Mapping[ServiceRef, Demand] = field(default_factory=dict)
+    shortfalls: Mapping[ServiceRef, Shortfall] = field(default_factory=dict)
+    offers: tuple[Any, ...] = ()
+
+    def knows(self, demand: Demand) -> bool:
+        """Whether the pass went by this very demand, so that what it says of the service still holds."""
+        return self.demands.get(demand.service) == demand
+
+
 @dataclass
 class Context:
     """The ports of one operator process.
 
-    `starting` is held while a profiling Job is started, so that two profiles don't take the last free slot together.
+    `placed` is what the last placement pass found; nobody but it writes there. `starting` is held while a profiling Job is started, so that
+    two profiles don't take the last free slot together.
     `absent` are the kinds of `OPTIONAL` that the cluster doesn't serve: objects of theirs are not made.
     """
 
@@ -56,6 +76,7 @@ class Context:
     events: Events
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
     absent: frozenset[str] = frozenset()
+    placed: Pass = field(default_factory=Pass)
 
     async def report(self, obj: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
         """Write `status` (all of it that the operator owns) of `obj` once, then emit events for what turned.

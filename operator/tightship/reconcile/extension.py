@@ -12,7 +12,8 @@ from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.batchprofile import Extension, Pair
 from tightship.core.advisor import Basis
 from tightship.kube.store import Object
-from tightship.reconcile.verdict import Verdict, asked_again, is_imported, pending
+from tightship.reconcile.reading import asked_again, is_imported, pending
+from tightship.reconcile.verdict import Verdict
 
 
 def untried(verdict: Verdict) -> Pair | None:

@@ -214,7 +214,7 @@ async def _run_service(ctx: Context, view: View, assignment: Assignment) -> list
 def _capacity(ctx: Context, view: View, service: str) -> int | None:
     """Bytes that the replicas of one service may use on the pack, beside what others have there now."""
     found = [ctx.store.get("LLMService", view.pack.spec.namespace, each.service) for each in view.pack.spec.assignments]
-    reserves = [read.spec.packing.memory_reserve for obj in found if (read := readable(obj))]
+    reserves = [read.spec.packing.memory_reserve for obj in found if (read := readable(ctx.store, obj))]
     total = snapshot.capacity_of(view.pack, reserves)
     return None if total is None else max(0, total - granted_to_others(ctx.store, view.pack, service))
 
@@ -256,7 +256,8 @@ def _setup(
     profile = ctx.store.get("BatchProfile", view.pack.spec.namespace, assignment.profile)
     if place is None or verdict.service is None or profile is None:
         return None
-    return replica_manifests.Setup(verdict.service, view.pack, assignment, place, _engine_of(profile), _image(ctx))
+    engine = ctx.store.derive(profile, _engine_of)
+    return replica_manifests.Setup(verdict.service, view.pack, assignment, place, engine, _image(ctx))
 
 
 def _engine_of(profile: Object) -> ProfileEngine:
@@ -291,6 +292,8 @@ async def _roll(ctx: Context, view: View) -> list[Problem]:
             replica_manifests.set_name(assignment.service, view.pack.metadata.name),
         )
         pods = rollout_pods(view, assignment.service, live)
+        if not any(pod.outdated for pod in pods):
+            continue  # nothing to replace: how the service does elsewhere needn't be counted
         chosen = rollout.next_to_replace(pods, _others_down(ctx, view, assignment))
         if chosen is None or live is None:
             continue

@@ -1,21 +1,20 @@
 """The reconciler of an LLMService: have it measured, give it a Service, and report how far it is.
 
-    gather   the service, its verdict (validity, profile, decision), packs, pods, and what the planner would do
+    gather   the service, its verdict (validity, profile, decision), packs, pods, and what the last placement pass said of it
     decide   the chains of checks in `servicestatus`
     apply    the Service, its PodDisruptionBudget and InferencePool, then the BatchProfile: nothing is measured for what could
              not be served
     report   one status write
 
-Placement is not done here. This only asks for a pass when the planner would change something, and says with numbers what found no
-place. What must always hold: objects that aren't ours are never written; a profile that is complete for the key is used, not
-measured again; replicas that run are left alone by everything that goes wrong with a newer manifest; a text in `profiling.rerun` or
-`profiling.extend` asks once, and is used up where there is nothing to do, so that deciding again never starts a Job.
+Placement is not done here. This only asks for a pass when the last one went by something else than what the service wants now, and says
+with numbers what found no place. What must always hold: objects that aren't ours are never written; a profile that is complete for the
+key is used, not measured again; replicas that run are left alone by everything that goes wrong with a newer manifest; a text in
+`profiling.rerun` or `profiling.extend` asks once, and is used up where there is nothing to do, so that deciding again never starts a Job.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,10 +22,9 @@ from pydantic import ValidationError
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.batchprofile import BatchProfile
 from tightship.api.v1alpha1.conditions import Reason
-from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.core import placement
-from tightship.core.placement import Devices, ServiceRef, Shortfall
+from tightship.core.placement import Shortfall
 from tightship.kube.cluster import controller_of
 from tightship.kube.errors import AlreadyExists, Conflict, Forbidden, Invalid, NameConflict, NotFound, OutlivedOwner
 from tightship.kube.kinds import Ref
@@ -35,12 +33,13 @@ from tightship.manifests import packs as pack_manifests
 from tightship.manifests import service as service_manifests
 from tightship.manifests.budget import disruption_budget
 from tightship.manifests.pool import inference_pool
-from tightship.reconcile import extension, rerun, servicestatus, snapshot
+from tightship.reconcile import extension, indexes, rerun, servicestatus, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.lengths import measurable
 from tightship.reconcile.queue import PLACEMENT, Key, Result
+from tightship.reconcile.reading import is_imported, key_hash, rerun_of
 from tightship.reconcile.servicestatus import Refusal, View
-from tightship.reconcile.verdict import Verdict, examine, is_imported, is_settled, key_hash, rerun_of
+from tightship.reconcile.verdict import Verdict, examine
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +54,9 @@ async def reconcile(ctx: Context, key: Key) -> Result:
         _tell_profiles(ctx, key.namespace)
         return Result()
     refusals = await _apply(ctx, gather(ctx.store, obj))
-    planned = placement.plan(snapshot.take(ctx.store, ctx.clock.now()))
-    shortfall = planned.shortfall_of(ServiceRef(key.namespace, key.name))
+    demand = snapshot.demand(obj, ctx.store)
+    seen = ctx.placed.knows(demand)
+    shortfall = ctx.placed.shortfalls.get(demand.service) if seen else None
     view = gather(ctx.store, obj, refusals, shortfall, absent=ctx.absent)
     if await ctx.report(obj, servicestatus.status(view, ctx.clock.now())):
         # What packs make depends on this manifest, and a roll-out on one waits for replicas on the others.
@@ -65,16 +65,15 @@ async def reconcile(ctx: Context, key: Key) -> Result:
     before = ((obj.get("status") or {}).get("profile") or {}).get("name")
     if before != view.verdict.profile_name:
         _tell_profiles(ctx, key.namespace)
-    if not planned.empty:
+    if not seen:
         ctx.queue.add(PLACEMENT)
     return Result(requeue_after=ctx.settings.retry_seconds if refusals else None)
 
 
 def _tell_profiles(ctx: Context, namespace: str) -> None:
     """A measurement that this service waited for may be wanted no more, or wanted again."""
-    for profile in ctx.store.list("BatchProfile", namespace):
-        if not is_settled(profile):
-            ctx.queue.add(Key("BatchProfile", namespace, profile["metadata"]["name"]))
+    for profile in ctx.store.by("BatchProfile", indexes.STATE, indexes.OPEN, namespace):
+        ctx.queue.add(Key("BatchProfile", namespace, profile["metadata"]["name"]))
 
 
 def gather(
@@ -88,17 +87,16 @@ def gather(
     """Collect what the service's status speaks of; `absent`: optional kinds that the cluster lacks."""
     uid = obj["metadata"]["uid"]
     namespace, name = obj["metadata"]["namespace"], obj["metadata"]["name"]
-    packs = [GPUPack.model_validate(each) for each in store.list("GPUPack")]
+    packs, nodes = snapshot.packs_with(uid, store), snapshot.facts(store)
     mine = [pack for pack in packs if servicestatus.assigned_to(pack, uid)]
     verdict = examine(obj, store)
-    devices = list(snapshot.devices_of(store.list("Node")))
     pods = store.list("Pod", namespace, (labels.SERVICE, name))
     return View(
         obj=obj,
         verdict=verdict,
-        products=_products(devices, store),
-        divided=_divided(store),
-        largest_cores=max((snapshot.cores_of(node) for node in store.list("Node")), default=0),
+        products=nodes.products,
+        divided=nodes.divided,
+        largest_cores=nodes.largest_cores,
         refusals=refusals,
         sets=tuple(store.list("StatefulSet", namespace, (labels.SERVICE, name))),
         packs=tuple(sorted(mine, key=lambda pack: (placement.ordinal_of(pack.metadata.name), pack.metadata.name))),
@@ -199,26 +197,3 @@ def _lost_lengths(store: Store, profile: Object) -> bool:
         return measurable(BatchProfile.model_validate(profile), store) is not None
     except ValidationError:
         return False
-
-
-def _products(devices: list[Devices], store: Store) -> tuple[tuple[str, int, int], ...]:
-    """The GPU products of the cluster with their nodes and GPUs. Nodes that are down for the moment still count."""
-    nodes = Counter(
-        product
-        for node in store.list("Node")
-        if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT)) and snapshot.divided(node) is None
-    )
-    gpus: Counter[str] = Counter()
-    for each in devices:
-        if each.device == "cuda":
-            gpus[each.product] += each.units
-    return tuple((product, nodes[product], gpus[product]) for product in sorted(nodes))
-
-
-def _divided(store: Store) -> tuple[tuple[str, str, str], ...]:
-    """Product, node and words for each node whose GPUs are not to be had whole."""
-    return tuple(
-        (product, str(node["metadata"]["name"]), how)
-        for node in store.list("Node")
-        if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT)) and (how := snapshot.divided(node))
-    )

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from tightship.api import units
 from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
@@ -23,7 +21,8 @@ from tightship.core.rollout import Replica
 from tightship.kube.store import Object, Store, labels_of
 from tightship.manifests import holder as holder_manifests
 from tightship.manifests.replicas import Place, memory_of
-from tightship.reconcile import podstate
+from tightship.reconcile import podstate, reading
+from tightship.reconcile.reading import pack_model
 from tightship.reconcile.snapshot import owner_of
 
 _REVISION = "controller-revision-hash"
@@ -92,7 +91,7 @@ class Holding:
 
 def gather(store: Store, obj: Object) -> View:
     """Collect what belongs to a pack."""
-    pack = GPUPack.model_validate(store.get("GPUPack", "", obj["metadata"]["name"]) or obj)
+    pack = store.derive(store.get("GPUPack", "", obj["metadata"]["name"]) or obj, pack_model)
     mine = (labels.PACK, pack.metadata.name)
     pods = store.list("Pod", label=mine)
     uid = pack.metadata.uid
@@ -109,7 +108,7 @@ def gather(store: Store, obj: Object) -> View:
         tuple(store.list("StatefulSet", label=mine)),
         tuple(pods),
         store.get("Node", "", name) if name else None,
-        next(filter(None, (readable(store.get("LLMService", owner.namespace, name)) for name in openers)), None),
+        next(filter(None, (readable(store, store.get("LLMService", owner.namespace, name)) for name in openers)), None),
     )
 
 
@@ -272,12 +271,9 @@ def refused(service: str) -> str:
     return f"replicas of {service} are refused"
 
 
-def readable(obj: Object | None) -> LLMService | None:
+def readable(store: Store, obj: Object | None) -> LLMService | None:
     """The service in a manifest; None where there is none, or its schema isn't ours."""
-    try:
-        return LLMService.model_validate(obj) if obj is not None else None
-    except ValidationError:
-        return None
+    return store.derive(obj, reading.readable) if obj is not None else None
 
 
 def _owned(obj: Object, uid: str | None) -> bool:

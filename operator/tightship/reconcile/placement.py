@@ -15,40 +15,57 @@ from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service
 from tightship.core import placement
 from tightship.core.conditions import find
-from tightship.core.placement import Assignment, Pack, Plan
+from tightship.core.placement import Assignment, Pack, Plan, ServiceRef, Snapshot
 from tightship.kube.errors import AlreadyExists, Conflict, NotFound
 from tightship.manifests import packs as manifests
 from tightship.reconcile import snapshot
-from tightship.reconcile.context import Context
+from tightship.reconcile.context import Context, Pass
 from tightship.reconcile.queue import Key, Result
 
 log = logging.getLogger(__name__)
 
 _SOON = 0.5
+_RESTS = 4.0
+"""How long no pass is made, in terms of how long the planning of the last one took: passes take a fifth of a core at most, however
+large the cluster is, and what changes meanwhile is planned together."""
 
 
 async def reconcile(ctx: Context, key: Key) -> Result:
-    """One pass: gather, decide, apply."""
-    now = ctx.clock.now()
+    """One pass: gather, decide, apply, tell."""
+    now, started = ctx.clock.now(), ctx.clock.monotonic()
     gathered = snapshot.take(ctx.store, now)
     plan = placement.plan(gathered)
+    rest = _RESTS * (ctx.clock.monotonic() - started)
     try:
         await apply(ctx, plan)
     except (Conflict, AlreadyExists, NotFound) as error:
         log.info("placement: the cluster changed during the pass, looking again: %s", error)
-        return Result(requeue_after=_SOON)
-    _tell(ctx, plan)
-    return Result(requeue_after=snapshot.next_look(ctx.store, now))
+        return Result(requeue_after=_SOON, rest=rest)
+    _tell(ctx, gathered, plan)
+    return Result(requeue_after=snapshot.next_look(ctx.store, now), rest=rest)
 
 
-def _tell(ctx: Context, plan: Plan) -> None:
-    """Their reconcilers say with numbers what a service lacks; nobody else tells them that a node has changed that."""
-    for shortfall in plan.shortfalls:
-        ctx.queue.add(Key("LLMService", shortfall.service.namespace, shortfall.service.name))
-    for service in ctx.store.list("LLMService"):
-        accepted = find((service.get("status") or {}).get("conditions") or (), names.ACCEPTED) or {}
+def _tell(ctx: Context, gathered: Snapshot, plan: Plan) -> None:
+    """Leave word for the services, and have those look for which it is news: nobody else tells them what a node or another service changed."""
+    before, nodes = ctx.placed, snapshot.facts(ctx.store)
+    ctx.placed = Pass(
+        {demand.service: demand for demand in gathered.demands},
+        {shortfall.service: shortfall for shortfall in plan.shortfalls},
+        (nodes.products, nodes.divided, nodes.largest_cores),
+    )
+    for service in ctx.placed.shortfalls.keys() | before.shortfalls.keys():
+        if _word(before, service) != _word(ctx.placed, service):
+            ctx.queue.add(Key("LLMService", service.namespace, service.name))
+    if before.offers == ctx.placed.offers:
+        return
+    for obj in ctx.store.list("LLMService"):
+        accepted = find((obj.get("status") or {}).get("conditions") or (), names.ACCEPTED) or {}
         if accepted.get("reason") == names.Reason.UNSUPPORTED_ACCELERATOR:
-            ctx.queue.add(Key("LLMService", service["metadata"]["namespace"], service["metadata"]["name"]))
+            ctx.queue.add(Key("LLMService", obj["metadata"]["namespace"], obj["metadata"]["name"]))
+
+
+def _word(said: Pass, service: ServiceRef) -> tuple[object, object]:
+    return said.demands.get(service), said.shortfalls.get(service)
 
 
 async def apply(ctx: Context, plan: Plan) -> None:

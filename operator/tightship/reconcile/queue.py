@@ -5,7 +5,8 @@ Whoever learns of something puts a key in; a worker takes it out and looks at th
 - a key is in the queue at most once, however often it is added;
 - two workers never work on one key at the same time: a key added while it is worked on comes again afterwards;
 - a key that failed comes again after a delay that doubles up to a bound, and starts small again after a success;
-- of several wishes to look again later the earliest wins; `add` beats them all, and a success doesn't cancel them.
+- of several wishes to look again later the earliest wins; `add` beats them all, and a success doesn't cancel them;
+- a key that rests comes when its rest is over, once, if anybody asked for it meanwhile.
 """
 
 from __future__ import annotations
@@ -44,9 +45,14 @@ PLACEMENT = Key("Placement", "", "cluster")
 
 @dataclass(frozen=True)
 class Result:
-    """How a reconcile ended well. `requeue_after`: look again in that many seconds, should nothing happen before."""
+    """How a reconcile ended well.
+
+    `requeue_after`: look again in that many seconds, should nothing happen before. `rest`: not again within that many seconds, whatever
+    happens: what happens meanwhile is looked at together.
+    """
 
     requeue_after: float | None = None
+    rest: float = 0.0
 
 
 Reconciler = Callable[[Context, Key], Awaitable[Result]]
@@ -82,6 +88,7 @@ class Queue:
         self._due: dict[Key, float] = {}
         self._timers: list[tuple[float, Key]] = []  # a heap; entries that _due contradicts are stale
         self._failures: dict[Key, int] = {}
+        self._resting: dict[Key, float] = {}
         self._wakeup = asyncio.Event()
         self._closed = False
 
@@ -96,6 +103,11 @@ class Queue:
 
     def add(self, key: Key) -> None:
         """Look at `key` as soon as a worker is free."""
+        left = self._resting.get(key, 0.0) - self._clock.monotonic()
+        if left > 0 and key not in self._active:
+            self.add_after(key, left)
+            return
+        self._resting.pop(key, None)
         self._due.pop(key, None)
         if key in self._active:
             self._again.add(key)
@@ -130,9 +142,13 @@ class Queue:
             await self._sleep(pause)
         raise Closed
 
-    def done(self, key: Key, *, failed: bool = False, requeue_after: float | None = None) -> float | None:
+    def done(
+        self, key: Key, *, failed: bool = False, requeue_after: float | None = None, rest: float = 0.0
+    ) -> float | None:
         """Give a key back. Returns in how many seconds it comes again at the latest, None when nothing asks for it."""
         self._active.discard(key)
+        if rest > 0:
+            self._resting[key] = self._clock.monotonic() + rest
         delay = requeue_after
         if failed:
             self._failures[key] = self._failures.get(key, 0) + 1
@@ -143,7 +159,7 @@ class Queue:
             self._again.discard(key)
             if not failed:
                 self.add(key)
-                return 0.0
+                return rest
         if delay is not None:
             self.add_after(key, delay)
         return delay
@@ -166,6 +182,7 @@ class Queue:
                 heapq.heappop(self._timers)
             elif due <= now:
                 heapq.heappop(self._timers)
+                del self._due[key]
                 self.add(key)
             else:
                 return due - now
@@ -217,11 +234,11 @@ class Workers:
     async def _one(self, key: Key) -> None:
         queue, clock, metrics = self._context.queue, self._context.clock, self._context.metrics
         started = clock.monotonic()
-        failed, after = True, None
+        failed, result = True, Result()
         try:
             reconciler = self._reconcilers[key.kind]
             result = await asyncio.wait_for(reconciler(self._context, key), self._timeout)
-            failed, after = False, result.requeue_after
+            failed = False
         except NamespaceTerminating as error:
             failed = False
             log.info("%s: its namespace is being deleted: %s", key, error)
@@ -234,7 +251,7 @@ class Workers:
         except Exception:
             log.exception("%s: failed", key)
         finally:
-            delay = queue.done(key, failed=failed, requeue_after=after)
+            delay = queue.done(key, failed=failed, requeue_after=result.requeue_after, rest=result.rest)
         metrics.reconciled(key.kind, "error" if failed else "ok", clock.monotonic() - started)
         log.debug(
             "%s: %s, next look %s",

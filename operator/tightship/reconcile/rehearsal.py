@@ -25,6 +25,7 @@ from tightship.kube.store import Object, Store
 from tightship.manifests import packs as manifests
 from tightship.reconcile import batchprofile, llmservice, servicestatus, snapshot
 from tightship.reconcile.batchprofile import Observed
+from tightship.reconcile.indexes import INDEXERS
 from tightship.reconcile.servicestatus import View
 from tightship.reconcile.verdict import Verdict
 
@@ -55,7 +56,7 @@ def rehearse(objects: Iterable[Object], now: datetime) -> Rehearsal:
 
     Each has a name, and a namespace where its kind has one; what else a cluster would add may be missing.
     """
-    store = Store()
+    store = Store(indexers=INDEXERS)
     for obj in objects:
         store.observe(_as_stored(obj))
     for profile in store.list("BatchProfile"):
@@ -85,20 +86,7 @@ def _finish_profile(store: Store, obj: Object, now: datetime) -> None:
     profile, problems = batchprofile.read(obj)
     if not problems and (profile is None or profile.spec.results is None):
         return
-    seen = Observed(
-        obj=obj,
-        profile=profile,
-        problems=problems,
-        outcome=None,
-        jobs=(),
-        superseded=(),
-        pods=(),
-        wanted=True,
-        busy=0,
-        slots=0,
-        products=(),
-        now=now,
-    )
+    seen = Observed(obj=obj, profile=profile, problems=problems, now=now)
     store.observe({**obj, "status": batchprofile.status(seen, batchprofile.decide(seen))})
 
 

@@ -21,7 +21,8 @@ from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.kube.store import Object, Store, labels_of
 from tightship.manifests import packs
 from tightship.reconcile.jobstate import end_of, has_begun
-from tightship.reconcile.verdict import is_answered, is_imported, wanted_by
+from tightship.reconcile.reading import is_answered, is_imported
+from tightship.reconcile.verdict import wanted_by
 
 _ASKED = ("rerun", "extend")
 """What of `spec.measurement` is asked for; the rest is how to measure."""

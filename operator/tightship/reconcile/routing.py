@@ -6,16 +6,15 @@ do costs little, a look that never comes leaves an object stuck until the next r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from tightship.api.v1alpha1 import conditions, labels
-from tightship.core.conditions import find
 from tightship.kube.kinds import OPTIONAL
-from tightship.kube.store import Object, Store, labels_of
+from tightship.kube.store import Object, Store, labels_of, matters
+from tightship.reconcile import indexes
 from tightship.reconcile.jobstate import end_of
 from tightship.reconcile.queue import PLACEMENT, Key
-from tightship.reconcile.verdict import is_settled
+from tightship.reconcile.reading import is_settled, key_hash
 
 
 def keys_for(store: Store, kind: str, before: Object | None, after: Object | None) -> set[Key]:
@@ -26,11 +25,11 @@ def keys_for(store: Store, kind: str, before: Object | None, after: Object | Non
     if kind == "BatchProfile":
         return _profile(store, versions[-1])
     if kind == "GPUPack":
-        return {_key("GPUPack", versions[-1]), PLACEMENT} | _assigned(versions)
+        return {_key("GPUPack", versions[-1])} | _assigned(versions) | _for_placement(_pack_input, before, after)
     if kind == "ConfigMap":
         return _lengths(store, versions[-1])
     if kind == "Node":
-        return _node(store, before, after, versions[-1]) if _node_matters(before, after) else set()
+        return _node(store, before, after, versions[-1]) if matters(kind, before, after) else set()
     if kind in OPTIONAL and before is not None and after is not None and _same_but_status(before, after):
         return set()  # others write there what they see of pods, and those tell us themselves
     keys = {key for obj in versions for key in _labelled(obj)}
@@ -48,11 +47,9 @@ def _service(store: Store, before: Object | None, after: Object | None, either: 
     keys = {_key("LLMService", either)}
     if before is None or after is None or _asked(before) != _asked(after):
         # A measurement may have become wanted, or nobody's.
-        found = store.list("BatchProfile", either["metadata"].get("namespace", ""))
-        keys |= {_key("BatchProfile", profile) for profile in found if not is_settled(profile)}
-    if before is None or after is None or _placement_input(before) != _placement_input(after):
-        keys.add(PLACEMENT)
-    return keys
+        found = store.by("BatchProfile", indexes.STATE, indexes.OPEN, either["metadata"].get("namespace", ""))
+        keys |= {_key("BatchProfile", profile) for profile in found}
+    return keys | _for_placement(_service_input, before, after)
 
 
 def _asked(service: Object) -> tuple[object, ...]:
@@ -60,7 +57,12 @@ def _asked(service: Object) -> tuple[object, ...]:
     return metadata.get("generation"), metadata.get("deletionTimestamp")
 
 
-def _placement_input(service: Object) -> tuple[object, ...]:
+def _for_placement(what: Callable[[Object], object], before: Object | None, after: Object | None) -> set[Key]:
+    """A pass, where something has changed that a pass looks at."""
+    return {PLACEMENT} if before is None or after is None or what(before) != what(after) else set()
+
+
+def _service_input(service: Object) -> tuple[object, ...]:
     """What of a service the placement pass looks at."""
     status = service.get("status") or {}
     gates = tuple(
@@ -72,31 +74,46 @@ def _placement_input(service: Object) -> tuple[object, ...]:
     return metadata.get("generation"), metadata.get("deletionTimestamp"), status.get("recommendation"), gates
 
 
+def _pack_input(pack: Object) -> tuple[object, ...]:
+    """What of a pack the placement pass looks at, and what tells of replicas without a place, whose pods it looks at."""
+    status, metadata = pack.get("status") or {}, pack["metadata"]
+    gates = tuple(
+        (condition["type"], condition["status"], condition.get("reason"))
+        for condition in status.get("conditions") or ()
+        if condition["type"] in (conditions.HELD, conditions.READY)
+    )
+    homeless = tuple(
+        (each.get("name"), each["message"])
+        for each in status.get("replicas") or ()
+        if str(each.get("message") or "").startswith(conditions.Reason.UNSCHEDULABLE)
+    )
+    marks = pack.get("spec"), metadata.get("deletionTimestamp"), metadata.get("labels")
+    device = status.get("node"), (status.get("gpu") or {}).get("memory")
+    return *marks, *device, gates, homeless, not status.get("readyReplicas")
+
+
 def _profile(store: Store, profile: Object) -> set[Key]:
     """The profile, and the services of its namespace that use it or could."""
     own = _key("BatchProfile", profile)
-    keyed = profile["spec"]["key"]["hash"]
-    keys = {own}
-    for service in store.list("LLMService", own.namespace):
-        used = (service.get("status") or {}).get("profile") or {}
-        named = (service["spec"].get("profileRef") or {}).get("name")
-        if own.name in (used.get("name"), named) or used.get("key") == keyed:
-            keys.add(_key("LLMService", service))
-    return keys
+    using = store.by("LLMService", indexes.PROFILE, own.name, own.namespace)
+    could = store.by("LLMService", indexes.KEY, key_hash(profile), own.namespace)
+    # What takes its lengths from a ConfigMap has the key that it was last seen with.
+    unsure = [
+        each
+        for each in store.by("LLMService", indexes.KEY, "", own.namespace)
+        if ((each.get("status") or {}).get("profile") or {}).get("key") == key_hash(profile)
+    ]
+    return {own} | {_key("LLMService", service) for service in (*using, *could, *unsure)}
 
 
 def _lengths(store: Store, config_map: Object) -> set[Key]:
     """The services that take their lengths from a ConfigMap, and the measurements that would mount it."""
     namespace, name = config_map["metadata"].get("namespace", ""), config_map["metadata"]["name"]
-
-    def named(where: Mapping[str, Any] | None) -> bool:
-        found = ((where or {}).get("lengthsFrom") or {}).get("configMap") or {}
-        return bool(found.get("name") == name)
-
-    services = [each for each in store.list("LLMService", namespace) if named(each["spec"].get("workload"))]
-    profiles = [each for each in store.list("BatchProfile", namespace) if named(each["spec"].get("measurement"))]
-    waiting = {_key("BatchProfile", each) for each in profiles if not is_settled(each)}
-    return {_key("LLMService", each) for each in services} | waiting
+    services = store.by("LLMService", indexes.LENGTHS, name, namespace)
+    profiles = store.by("BatchProfile", indexes.LENGTHS, name, namespace)
+    return {_key("LLMService", each) for each in services} | {
+        _key("BatchProfile", each) for each in profiles if not is_settled(each)
+    }
 
 
 def _assigned(packs: Iterable[Object]) -> set[Key]:
@@ -110,31 +127,12 @@ def _assigned(packs: Iterable[Object]) -> set[Key]:
 
 def _node(store: Store, before: Object | None, after: Object | None, node: Object) -> set[Key]:
     name = node["metadata"]["name"]
-    packs = [pack for pack in store.list("GPUPack") if (pack.get("status") or {}).get("node") == name]
+    packs = store.by("GPUPack", indexes.NODE, name)
     keys = {PLACEMENT} | {_key("GPUPack", pack) for pack in packs}
     # A node that comes may be what a waiting profile or pack needs; one that goes takes Jobs with it.
     if before is None or after is None:
-        keys |= {_key("BatchProfile", profile) for profile in store.list("BatchProfile") if not is_settled(profile)}
+        keys |= {_key("BatchProfile", profile) for profile in store.by("BatchProfile", indexes.STATE, indexes.OPEN)}
     return keys
-
-
-def _node_matters(before: Object | None, after: Object | None) -> bool:
-    """Heartbeats touch every node all the time: only what scheduling depends on counts."""
-    return before is None or after is None or _node_facts(before) != _node_facts(after)
-
-
-def _node_facts(node: Object) -> tuple[object, ...]:
-    status, spec = node.get("status") or {}, node.get("spec") or {}
-    ready = [(c["type"], c["status"]) for c in status.get("conditions") or ()]
-    return (
-        labels_of(node),
-        status.get("capacity"),
-        status.get("allocatable"),
-        ready,
-        spec.get("unschedulable"),
-        spec.get("taints"),
-        node["metadata"].get("deletionTimestamp"),
-    )
 
 
 def _labelled(obj: Object) -> set[Key]:
@@ -163,13 +161,4 @@ def _same_but_status(before: Object, after: Object) -> bool:
 
 def _waiting(store: Store) -> set[Key]:
     """Profiles that wait for another's Job to end."""
-    keys = set()
-    for profile in store.list("BatchProfile"):
-        progressing = find(_conditions(profile), conditions.PROGRESSING)
-        if progressing is not None and progressing["reason"] == conditions.Reason.WAITING:
-            keys.add(_key("BatchProfile", profile))
-    return keys
-
-
-def _conditions(obj: Object) -> list[Mapping[str, Any]]:
-    return (obj.get("status") or {}).get("conditions") or []
+    return {_key("BatchProfile", profile) for profile in store.by("BatchProfile", indexes.STATE, indexes.WAITING)}

@@ -35,8 +35,9 @@ from tightship.kube.store import Object, labels_of
 from tightship.manifests import service as service_manifests
 from tightship.reconcile import extension, podstate
 from tightship.reconcile.packview import current_revision, refused, revision_of
+from tightship.reconcile.reading import failure_of, is_imported
 from tightship.reconcile.snapshot import shape_of
-from tightship.reconcile.verdict import WAITING_REASONS, Verdict, failure_of, is_imported
+from tightship.reconcile.verdict import WAITING_REASONS, Verdict
 
 _STALLING = frozenset(
     {

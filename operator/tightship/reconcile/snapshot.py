@@ -1,11 +1,14 @@
 """The cluster as the placement planner sees it: demands, packs and devices, taken from the watch cache at one moment.
 
-Reading the store is enough, because it shows this process's own writes at once: what one pass assumed, the next one sees.
+Reading the store is enough, because it shows this process's own writes at once: what one pass assumed, the next one sees. A snapshot
+goes through all services and packs, but what each comes to is worked out only when something of it has changed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -21,7 +24,8 @@ from tightship.core.placement import Demand, Devices, Health, Pack, ServiceRef, 
 from tightship.decide import ledger_from_profile, parse_reserve
 from tightship.kube.clock import parse_timestamp
 from tightship.kube.store import Object, Store, labels_of
-from tightship.reconcile import podstate
+from tightship.reconcile import indexes, podstate
+from tightship.reconcile.reading import pack_model
 from tightship.reconcile.verdict import Verdict, examine
 
 NODE_GONE_SECONDS = 300.0
@@ -34,27 +38,78 @@ CPU_PRODUCT = "cpu"
 _UNKNOWN_COUNT = 10**6
 
 
-def take(store: Store, now: datetime) -> Snapshot:
-    """Everything that placement goes by."""
-    services = [obj for obj in store.list("LLMService") if not obj["metadata"].get("deletionTimestamp")]
-    verdicts = {_ref(obj): examine(obj, store) for obj in services}
-    packs = [GPUPack.model_validate(obj) for obj in store.list("GPUPack")]
-    return Snapshot(
-        demands=tuple(demand_of(obj, verdicts[_ref(obj)], packs, store) for obj in services),
-        packs=tuple(pack_of(pack, store, now) for pack in packs),
-        devices=tuple(devices_of(store.list("Node"))),
+@dataclass(frozen=True)
+class Facts:
+    """What all nodes together offer: devices on those that take pods, and what services hear of the others.
+
+    `products` are GPU products with their nodes (those that are down for the moment included) and GPUs; `divided` a product, node and
+    words for each node whose GPUs are not to be had whole; `largest_cores` whole cores of the largest node; `nodes` how many there are.
+    """
+
+    nodes: int
+    devices: tuple[Devices, ...]
+    products: tuple[tuple[str, int, int], ...]
+    divided: tuple[tuple[str, str, str], ...]
+    largest_cores: int
+
+
+def facts(store: Store) -> Facts:
+    """The nodes as the store shows them; worked out when one of them has changed, not when somebody asks."""
+    return store.summarise("Node", _facts)
+
+
+def _facts(nodes: list[Object]) -> Facts:
+    devices = tuple(devices_of(nodes))
+    carrying = [(str(product), node) for node in nodes if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT))]
+    counts = Counter(product for product, node in carrying if divided(node) is None)
+    gpus: Counter[str] = Counter()
+    for each in devices:
+        if each.device == "cuda":
+            gpus[each.product] += each.units
+    return Facts(
+        len(nodes),
+        devices,
+        tuple((product, counts[product], gpus[product]) for product in sorted(counts)),
+        tuple((product, str(node["metadata"]["name"]), how) for product, node in carrying if (how := divided(node))),
+        max((cores_of(node) for node in nodes), default=0),
     )
 
 
-def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: Store) -> Demand:
-    """What one service wants. Without a decision that may be applied it has no shape: it keeps what it has."""
+def take(store: Store, now: datetime) -> Snapshot:
+    """Everything that placement goes by."""
+    services = [obj for obj in store.list("LLMService") if not obj["metadata"].get("deletionTimestamp")]
+    return Snapshot(
+        demands=tuple(demand(obj, store) for obj in services),
+        packs=tuple(pack_of(obj, store, now) for obj in store.list("GPUPack")),
+        devices=facts(store).devices,
+    )
+
+
+def packs_with(uid: str, store: Store) -> list[GPUPack]:
+    """The packs that a service is on."""
+    return [store.derive(obj, pack_model) for obj in store.by("GPUPack", indexes.ASSIGNED, uid)]
+
+
+def demand(obj: Object, store: Store) -> Demand:
+    """What one service wants, as the store shows it; the same object as long as nothing of it has changed."""
+    verdict = examine(obj, store)
+    service = verdict.service
+    if service is None:
+        return demand_of(obj, verdict, None, False)
+    applied = approved(service, verdict, packs_with(obj["metadata"]["uid"], store))
+    nodes = store.summarise("Node", _Usable.of(service))
+    return store.derive_with(obj, demand, (verdict, nodes, applied), lambda: demand_of(obj, verdict, nodes, applied))
+
+
+def demand_of(obj: Object, verdict: Verdict, nodes: frozenset[str] | None, approved: bool) -> Demand:
+    """What one service wants of these nodes. Without a decision that may be applied it has no shape: it keeps what it has."""
     ref, uid, since = _ref(obj), obj["metadata"]["uid"], obj["metadata"].get("creationTimestamp") or ""
     service = verdict.service
     if service is None:
         # Nobody can tell how many an unreadable manifest wants: nothing is taken away for it.
         return Demand(ref, uid, _UNKNOWN_COUNT, "", "", "", since=since)
     accelerator, packing = service.spec.accelerator, service.spec.packing
-    shape = verdict.shape if accepted(obj) and approved(service, verdict, packs) else None
+    shape = verdict.shape if accepted(obj) and approved else None
     cpu = accelerator.device == "cpu"
     return Demand(
         ref,
@@ -66,7 +121,7 @@ def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: St
         shape,
         verdict.per_device,
         (accelerator.cores or 1) if cpu else 1,
-        frozenset(node["metadata"]["name"] for node in store.list("Node") if _usable(node, service)),
+        nodes,
         since,
         memory=units.parse_quantity(accelerator.memory or "0") if cpu else 0,
         # What else a pod wants of its node than can be told here would keep it off a pack that stands already.
@@ -115,8 +170,19 @@ def owner_of(pack: GPUPack) -> ServiceRef:
     return ServiceRef(pack.spec.namespace, name)
 
 
-def pack_of(pack: GPUPack, store: Store, now: datetime) -> Pack:
-    """A pack as the planner sees it."""
+def pack_of(obj: Object, store: Store, now: datetime) -> Pack:
+    """A pack as the planner sees it: what its text says, and what its node and its replicas' pods say now."""
+    pack = store.derive(obj, pack_model)
+    as_written = store.derive_with(obj, pack_of, (), lambda: written(pack))
+    health = health_of(pack, store, now)
+    unfit = frozenset(ServiceRef(pack.spec.namespace, name) for name in _homeless(pack, store, now))
+    if health is Health.SOUND and not unfit:
+        return as_written
+    return replace(as_written, health=health, unfit=unfit)
+
+
+def written(pack: GPUPack) -> Pack:
+    """What a pack's own text says of it."""
     spec, cpu = pack.spec, pack.spec.device == "cpu"
     return Pack(
         name=pack.metadata.name,
@@ -128,14 +194,12 @@ def pack_of(pack: GPUPack, store: Store, now: datetime) -> Pack:
         units=(spec.cores or 1) if cpu else 1,
         node=spec.node if cpu else pack.status.node,
         capacity=memory_of(pack),
-        health=health_of(pack, store, now),
         assignments=tuple(
             placement.Assignment(ServiceRef(spec.namespace, each.service), each.uid, each.replicas, shape_of(each))
             for each in sorted(spec.assignments, key=lambda each: each.service)
         ),
         excluded=frozenset(spec.excluded_nodes),
         memory=units.parse_quantity(spec.memory or "0") if cpu else 0,
-        unfit=frozenset(ServiceRef(spec.namespace, name) for name in _homeless(pack, store, now)),
         waiting=not cpu
         and pack.status.node is None
         and any(each.type == names.HELD and each.status == "False" for each in pack.status.conditions),
@@ -162,7 +226,7 @@ def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
         return Health.LEAVING
     node = pack.spec.node or pack.status.node
     # A cluster without nodes is one whose nodes have not been listed yet.
-    if node and store.list("Node") and node_gone(store.get("Node", "", node), now):
+    if node and facts(store).nodes and node_gone(store.get("Node", "", node), now):
         return Health.LOST
     held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
     if held is not None and held.status == "False" and held.reason == Reason.GPU_MISMATCH:
@@ -188,11 +252,7 @@ def _is_down(pack: GPUPack) -> bool:
 
 def _stranded(pack: GPUPack, store: Store) -> bool:
     """Whether a replica finds no place there: the disruption budget then lets no other one of its service be evicted before it has one."""
-    pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
-    return any(
-        labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA and podstate.is_unschedulable(pod)
-        for pod in pods
-    )
+    return bool(store.by("Pod", indexes.UNPLACED, pack.metadata.name))
 
 
 def node_gone(node: Object | None, now: datetime) -> bool:
@@ -211,18 +271,15 @@ def not_ready_since(node: Object) -> datetime | None:
 
 def next_look(store: Store, now: datetime) -> float | None:
     """Seconds until a wait that placement counts ends: of a silent node, or of a replica that finds no place."""
+    packs = [store.derive(obj, pack_model) for obj in store.list("GPUPack")]
     waits = [
         (since, NODE_GONE_SECONDS)
-        for pack in map(GPUPack.model_validate, store.list("GPUPack"))
+        for pack in packs
         if (name := pack.spec.node or pack.status.node)
         and (node := store.get("Node", "", name))
         and (since := not_ready_since(node))
     ]
-    waits += [
-        (since, UNFIT_SECONDS)
-        for pack in map(GPUPack.model_validate, store.list("GPUPack"))
-        for since in _homeless_since(pack, store).values()
-    ]
+    waits += [(since, UNFIT_SECONDS) for pack in packs for since in _homeless_since(pack, store).values()]
     left = [limit - (now - since).total_seconds() for since, limit in waits]
     return min((seconds + 1 for seconds in left if seconds > 0), default=None)
 
@@ -267,23 +324,52 @@ def _homeless(pack: GPUPack, store: Store, now: datetime) -> frozenset[str]:
 def _homeless_since(pack: GPUPack, store: Store) -> dict[str, datetime]:
     """Since when replicas of the pack have found no room on the pack's node, by service."""
     waits: dict[str, datetime] = {}
-    for pod in store.list("Pod", label=(labels.PACK, pack.metadata.name)):
-        carried = labels_of(pod)
+    for pod in store.by("Pod", indexes.UNPLACED, pack.metadata.name):
         since = podstate.short_of_room_since(pod)
-        if since is not None and carried.get(labels.COMPONENT) == labels.COMPONENT_REPLICA:
-            service = carried.get(labels.SERVICE, "")
+        if since is not None:
+            service = labels_of(pod).get(labels.SERVICE, "")
             waits[service] = min(since, waits.get(service, since))
     return waits
 
 
-def _usable(node: Object, service: LLMService) -> bool:
-    """Whether a pack of this service may be on a node, as far as can be told without the scheduler."""
-    template = service.spec.template.spec
-    carried = labels_of(node)
-    if any(carried.get(key) != value for key, value in template.node_selector.items()):
-        return False
-    taints = (node.get("spec") or {}).get("taints") or []
-    return all(_tolerated(taint, template.tolerations) for taint in taints)
+@dataclass(frozen=True)
+class _Usable:
+    """The nodes that the packs of some services may be on, as far as can be told without the scheduler.
+
+    Services that ask for the same share the answer, and it is worked out when a node has changed.
+    """
+
+    selector: tuple[tuple[str, str], ...]
+    tolerations: tuple[tuple[str | None, str | None, str | None, str | None], ...]
+
+    @classmethod
+    def of(cls, service: LLMService) -> _Usable:
+        template = service.spec.template.spec
+        return cls(
+            tuple(sorted(template.node_selector.items())),
+            tuple((each.key, each.operator, each.value, each.effect) for each in template.tolerations),
+        )
+
+    def __call__(self, nodes: list[Object]) -> frozenset[str]:
+        return frozenset(str(node["metadata"]["name"]) for node in nodes if self._takes(node))
+
+    def _takes(self, node: Object) -> bool:
+        carried = labels_of(node)
+        if any(carried.get(key) != value for key, value in self.selector):
+            return False
+        return all(self._tolerates(taint) for taint in (node.get("spec") or {}).get("taints") or [])
+
+    def _tolerates(self, taint: Mapping[str, Any]) -> bool:
+        if taint.get("effect") == "PreferNoSchedule":
+            return True
+        return any(
+            effect in (None, taint.get("effect"))
+            and (
+                (operator == "Exists" and key in (None, "", taint["key"]))
+                or (operator != "Exists" and key == taint["key"] and (value or "") == (taint.get("value") or ""))
+            )
+            for key, operator, value, effect in self.tolerations
+        )
 
 
 def _requires_affinity(service: LLMService) -> bool:
@@ -292,23 +378,6 @@ def _requires_affinity(service: LLMService) -> bool:
     return any(
         isinstance(each, Mapping) and each.get("requiredDuringSchedulingIgnoredDuringExecution")
         for each in affinity.values()
-    )
-
-
-def _tolerated(taint: Mapping[str, Any], tolerations: Iterable[Any]) -> bool:
-    if taint.get("effect") == "PreferNoSchedule":
-        return True
-    return any(
-        each.effect in (None, taint.get("effect"))
-        and (
-            (each.operator == "Exists" and each.key in (None, "", taint["key"]))
-            or (
-                each.operator != "Exists"
-                and each.key == taint["key"]
-                and (each.value or "") == (taint.get("value") or "")
-            )
-        )
-        for each in tolerations
     )
 
 

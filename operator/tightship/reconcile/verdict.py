@@ -6,23 +6,21 @@ the two cannot disagree, and neither waits for a status that the other has still
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1.batchprofile import ProfileKey
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import Assignment
 from tightship.api.v1alpha1.llmservice import LLMService
-from tightship.api.v1alpha1.validation import InvalidSpecError, parse_service
+from tightship.api.v1alpha1.validation import InvalidSpecError
 from tightship.core.advisor import Recommendation
-from tightship.core.conditions import find, is_true
 from tightship.core.placement import Shape
 from tightship.decide import ProfileError, decision_from_profile, objectives_from_api
 from tightship.kube.store import Object, Store
 from tightship.manifests.packs import profile_name
+from tightship.reconcile import indexes
 from tightship.reconcile.lengths import key_of
+from tightship.reconcile.reading import checked, is_complete, is_imported, key_hash, rerun_of
 
 
 @dataclass(frozen=True)
@@ -77,67 +75,26 @@ class Verdict:
 
 
 def examine(obj: Object, store: Store) -> Verdict:
-    """Examine an LLMService as the store shows it."""
+    """Examine an LLMService as the store shows it. Nothing is worked out twice as long as what it rests on is the same."""
+    service, problems = store.derive(obj, checked)
+    if service is None:
+        return Verdict(None, problems)
+    source = service.spec.workload.lengths_from
+    lengths = store.get("ConfigMap", service.metadata.namespace or "", source.config_map.name) if source else None
     try:
-        service = parse_service(obj)
-    except InvalidSpecError as error:
-        return Verdict(None, tuple(error.problems))
-    try:
-        key = key_of(service, store)
+        key = store.derive_with(obj, key_of, (lengths,), lambda: key_of(service, store))
     except InvalidSpecError as error:
         return Verdict(service, tuple(error.problems))
     profile, name = _profile(service, key, store)
+    return store.derive_with(obj, examine, (key, profile), lambda: _examined(service, key, profile, name))
+
+
+def _examined(service: LLMService, key: ProfileKey, profile: Object | None, name: str) -> Verdict:
     problem = _reference_problem(service, key, profile)
     if problem:
         return Verdict(service, (problem,), key, None, name)
     verdict = Verdict(service, (), key, profile, name)
     return _decide(verdict, service, profile) if verdict.complete and profile is not None else verdict
-
-
-def is_complete(profile: Object) -> bool:
-    """Whether a profile can be decided from."""
-    return is_true(_conditions(profile), names.COMPLETE)
-
-
-def is_settled(profile: Object) -> bool:
-    """Whether a measurement ended, one way or the other, and neither an extension of it nor a new one is to be made."""
-    return (is_complete(profile) and is_answered(profile)) or is_true(_conditions(profile), names.FAILED)
-
-
-def is_answered(profile: Object) -> bool:
-    """Whether all that is asked of a profile has been measured, or has failed."""
-    if is_complete(profile):
-        return asked_again(profile) is None and pending(profile) is None
-    return (profile.get("status") or {}).get("outcome") is not None and asked_again(profile) is None
-
-
-def asked_again(profile: Object) -> str | None:
-    """The text (`measurement.rerun`) that a profile has still to answer."""
-    rerun, outcome = rerun_of(profile), (profile.get("status") or {}).get("outcome") or {}
-    return None if is_imported(profile) or outcome.get("rerun") == rerun else rerun
-
-
-def pending(profile: Object) -> str | None:
-    """The request for trials (`measurement.extend`) that a profile has still to answer."""
-    request: str | None = ((profile["spec"].get("measurement") or {}).get("extend") or {}).get("request")
-    outcome = (profile.get("status") or {}).get("outcome") or {}
-    return None if is_imported(profile) or outcome.get("extend") == request else request
-
-
-def failure_of(profile: Object) -> Mapping[str, Any] | None:
-    """The condition that says why a measurement failed for good."""
-    condition = find(_conditions(profile), names.FAILED)
-    return condition if condition is not None and condition["status"] == "True" else None
-
-
-def is_imported(profile: Object) -> bool:
-    """Whether a profile came with its results, so that nothing is ever measured for it."""
-    return profile["spec"].get("results") is not None
-
-
-def key_hash(profile: Object) -> str:
-    """The hash of a profile's key."""
-    return str(profile["spec"]["key"]["hash"])
 
 
 def wanted_by(profile: Object, store: Store) -> list[str]:
@@ -147,21 +104,19 @@ def wanted_by(profile: Object, store: Store) -> list[str]:
     for it again (`profiling.rerun`), whatever else is there.
     """
     names_found = []
-    for obj in store.list("LLMService", profile["metadata"]["namespace"]):
+    namespace, keyed = profile["metadata"]["namespace"], key_hash(profile)
+    candidates = [each for hashed in (keyed, "") for each in store.by("LLMService", indexes.KEY, hashed, namespace)]
+    for obj in sorted(candidates, key=lambda each: str(each["metadata"]["name"])):
         if obj["metadata"].get("deletionTimestamp"):
             continue
-        try:
-            service = parse_service(obj)
-            key = key_of(service, store)
-        except InvalidSpecError:
+        verdict = examine(obj, store)
+        service, key = verdict.service, verdict.key
+        if service is None or key is None or key.hash != keyed:
             continue
         again = service.spec.profiling.rerun
-        if key.hash != key_hash(profile):
-            continue
-        _, used = _profile(service, key, store)
         asked = service.spec.profile_ref is None and again is not None
         asked = asked and again == rerun_of(profile)
-        if asked or used == profile["metadata"]["name"]:
+        if asked or _profile(service, key, store)[1] == profile["metadata"]["name"]:
             names_found.append(service.metadata.name)
     return names_found
 
@@ -171,7 +126,7 @@ def _profile(service: LLMService, key: ProfileKey, store: Store) -> tuple[Object
     if service.spec.profile_ref is not None:
         name = service.spec.profile_ref.name
         return store.get("BatchProfile", namespace, name), name
-    found = [each for each in store.list("BatchProfile", namespace) if key_hash(each) == key.hash]
+    found = store.by("BatchProfile", indexes.KEY, key.hash, namespace)
     # What is complete comes first, then what tells how replicas share a GPU, then what was measured again on purpose, then what is
     # in use (a later measurement that was cut short must not take its place), then our own name: a profile from Git may have any.
     again, used = service.spec.profiling.rerun, service.status.profile
@@ -186,11 +141,6 @@ def _profile(service: LLMService, key: ProfileKey, store: Store) -> tuple[Object
         )
     )
     return (found[0], found[0]["metadata"]["name"]) if found else (None, own_name)
-
-
-def rerun_of(profile: Object) -> str | None:
-    """The text that a profile was last asked with to measure again; None where it wasn't, or with an empty one."""
-    return (profile["spec"].get("measurement") or {}).get("rerun") or None
 
 
 def _reference_problem(service: LLMService, key: ProfileKey, profile: Object | None) -> str | None:
@@ -218,10 +168,6 @@ def _decide(verdict: Verdict, service: LLMService, profile: Object) -> Verdict:
     except ProfileError as error:
         unreadable = f"BatchProfile {verdict.profile_name}: {error}"
     return Verdict(service, (), verdict.key, profile, verdict.profile_name, decision, unreadable)
-
-
-def _conditions(obj: Object) -> list[Mapping[str, Any]]:
-    return (obj.get("status") or {}).get("conditions") or []
 
 
 WAITING_REASONS = frozenset({Reason.WAITING, Reason.MEASURING, Reason.UNSCHEDULABLE})

@@ -119,3 +119,70 @@ def test_every_change_is_told_once_with_before_and_after() -> None:
     store.forget(make_pod("p", 3))
     store.forget(make_pod("p", 3))
     assert told == [(None, "1"), ("1", "2"), ("2", None)]
+
+
+def test_an_index_of_the_owner_s_own_follows_every_version() -> None:
+    def nodes(store: Store, obj: Any) -> list[str]:
+        return [obj["spec"]["nodeName"]] if obj["spec"].get("nodeName") else []
+
+    store = Store(indexers={"Pod": {"node": nodes}})
+    pod = make_pod("p", 1)
+    store.observe(pod | {"spec": {}})
+    assert store.by("Pod", "node", "n1") == []
+    store.observe(make_pod("p", 2) | {"spec": {"nodeName": "n1"}})
+    assert names(store.by("Pod", "node", "n1")) == ["p"]
+    store.observe(make_pod("p", 3) | {"spec": {"nodeName": "n2"}})
+    assert store.by("Pod", "node", "n1") == []
+    assert names(store.by("Pod", "node", "n2", "default")) == []
+    store.forget(make_pod("p", 4))
+    assert store.by("Pod", "node", "n2") == []
+
+
+def test_what_one_version_comes_to_is_worked_out_once_and_anew_for_the_next() -> None:
+    worked: list[str] = []
+
+    def length(obj: Any) -> int:
+        worked.append(obj["metadata"]["resourceVersion"])
+        return len(obj["metadata"]["name"])
+
+    store = Store()
+    first, second = make_pod("p", 1), make_pod("p", 2)
+    store.observe(first)
+    assert [store.derive(first, length), store.derive(first, length)] == [1, 1]
+    store.observe(second)
+    assert [store.derive(second, length), store.derive(second, length)] == [1, 1]
+    assert worked == ["1", "2"]
+    # A version that isn't shown any more is answered, and not remembered.
+    store.derive(first, length)
+    store.derive(first, length)
+    assert worked == ["1", "2", "1", "1"]
+
+
+def test_what_rests_on_other_objects_too_is_worked_out_anew_when_one_of_them_is_another() -> None:
+    store, worked = Store(), []
+    pod, other, third = make_pod("p", 1), make_pod("q", 1, uid="2"), make_pod("q", 2, uid="2")
+    store.observe(pod)
+    for beside in (other, other, third, third):
+        store.derive_with(pod, "pair", (beside,), lambda beside=beside: worked.append(beside))  # type: ignore[misc]
+    assert worked == [other, third]
+
+
+def test_what_a_kind_comes_to_is_worked_out_when_one_of_it_changed() -> None:
+    worked: list[int] = []
+
+    def count(objects: list[Any]) -> int:
+        worked.append(len(objects))
+        return len(objects)
+
+    store = Store()
+    store.observe(make_pod("p", 1))
+    assert [store.summarise("Pod", count), store.summarise("Pod", count)] == [1, 1]
+    store.observe(make_pod("q", 2, uid="2"))
+    store.forget(make_pod("p", 3))
+    assert store.summarise("Pod", count) == 1
+    assert worked == [1, 1]
+
+
+def test_an_index_that_nobody_keeps_is_an_error_and_not_an_empty_answer() -> None:
+    with pytest.raises(LookupError, match="Pod has no index nodes"):
+        Store().by("Pod", "nodes", "n1")

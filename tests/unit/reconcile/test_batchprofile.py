@@ -29,6 +29,7 @@ from tightship.reconcile.batchprofile import (
     status,
 )
 from tightship.reconcile.context import Context, Settings
+from tightship.reconcile.indexes import INDEXERS
 from tightship.reconcile.queue import Key, Queue
 from tightship.telemetry.metrics import Metrics
 
@@ -95,20 +96,7 @@ def seen(obj: dict[str, Any] | None = None, **changes: Any) -> Observed:
     obj = obj or make_profile()
     profile, problems = read(obj)
     return replace(
-        Observed(
-            obj=obj,
-            profile=profile,
-            problems=problems,
-            outcome=None,
-            jobs=(),
-            superseded=(),
-            pods=(),
-            wanted=True,
-            busy=0,
-            slots=1,
-            products=(H100,),
-            now=NOW,
-        ),
+        Observed(obj=obj, profile=profile, problems=problems, now=NOW, slots=1, products=(H100,)),
         **changes,
     )
 
@@ -482,7 +470,7 @@ class World:
 
     def __init__(self, slots: int = 1, api: FakeApi | None = None) -> None:
         self.api, self.clock = api or FakeApi(), FakeClock()
-        self.store = Store()
+        self.store = Store(indexers=INDEXERS)
         cluster = Cluster(self.api, self.store, clock=self.clock)
         self.context = Context(
             cluster=cluster,

@@ -54,6 +54,40 @@ async def test_a_key_added_while_it_is_worked_on_comes_again_afterwards(queue: Q
     assert await take_all(queue) == [A]
 
 
+async def test_a_key_that_rests_comes_once_when_its_rest_is_over(queue: Queue, clock: FakeClock) -> None:
+    queue.add(A)
+    key = await queue.get()
+    queue.add(A)
+    assert queue.done(key, rest=5) == 5
+    queue.add(A)
+    queue.add_after(A, 1)
+    await clock.advance(4)
+    assert await take_all(queue) == []
+    taking = asyncio.create_task(queue.get())
+    await clock.advance(2)
+    assert taking.done()
+    queue.done(taking.result())
+    queue.add(A)
+    assert await take_all(queue) == [A]
+
+
+async def test_a_rest_calls_for_nothing_by_itself(queue: Queue, clock: FakeClock) -> None:
+    queue.add(A)
+    queue.done(await queue.get(), rest=5)
+    await clock.advance(10)
+    assert len(queue) == 0
+
+
+async def test_a_wish_for_a_time_within_the_rest_is_granted_after_it(queue: Queue, clock: FakeClock) -> None:
+    queue.add(A)
+    queue.done(await queue.get(), requeue_after=2, rest=5)
+    taking = asyncio.create_task(queue.get())
+    await clock.advance(4)
+    assert not taking.done()
+    await clock.advance(1.5)
+    assert taking.result() == A
+
+
 async def test_the_earliest_wish_wins_and_now_beats_later(queue: Queue, clock: FakeClock) -> None:
     queue.add_after(A, 30)
     queue.add_after(A, 10)

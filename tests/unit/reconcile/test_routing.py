@@ -8,6 +8,7 @@ import pytest
 
 from tightship.api.v1alpha1 import labels
 from tightship.kube.store import Store
+from tightship.reconcile.indexes import INDEXERS
 from tightship.reconcile.queue import PLACEMENT, Key
 from tightship.reconcile.routing import keys_for
 
@@ -46,7 +47,7 @@ def make_node(heartbeat: str = "1", ready: str = "True", **spec: Any) -> Any:
 
 @pytest.fixture
 def store() -> Store:
-    filled = Store()
+    filled = Store(indexers=INDEXERS)
     for obj in (
         make_service(profile={"name": "opt-123", "key": "abc"}),
         make_service("other", profile={"name": "other-9", "key": "xyz"}),

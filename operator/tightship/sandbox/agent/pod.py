@@ -309,9 +309,10 @@ class PodWorker:
             self._phase = status.phase(policy, self._inits, self._mains)
             if self._phase in FINISHED:
                 self._phase = "Running"  # _conclude decides about the end, once all tasks are through
+        before = status.with_own(self.pod, self._written)
         found: Object = {
             "phase": self._phase,
-            "conditions": status.conditions(self.pod, self._phase, self._inits, self._mains, now()),
+            "conditions": status.conditions(before, self._phase, self._inits, self._mains, now()),
             "hostIP": self._host.address,
             "startTime": self._started,
             "qosClass": qos_class(self.pod),

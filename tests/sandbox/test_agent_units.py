@@ -208,6 +208,20 @@ def conditions(pod: dict[str, Any], phase: str, *mains: ContainerState) -> dict[
     return {c["type"]: c for c in status.conditions(pod, phase, [], list(mains), "2026-02-02T00:00:00Z")}
 
 
+def test_what_a_watch_shows_late_moves_no_condition_back() -> None:
+    """Two versions under way would else be written in turn for ever, each because the other is shown."""
+    late = make_pod()
+    late["status"]["conditions"] = [
+        {"type": "PodScheduled", "status": "True"},
+        {"type": "Ready", "status": "True", "lastTransitionTime": NOW},
+    ]
+    own = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:01Z"}
+    found = conditions(status.with_own(late, {"conditions": [own]}), "Running", running())
+    assert found["Ready"]["lastTransitionTime"] == own["lastTransitionTime"]
+    assert found["PodScheduled"]["status"] == "True"
+    assert conditions(status.with_own(late, None), "Running", running())["Ready"]["lastTransitionTime"] == NOW
+
+
 def test_conditions_move_only_when_they_flip_and_keep_what_others_wrote() -> None:
     pod = make_pod()
     pod["status"]["conditions"] = [

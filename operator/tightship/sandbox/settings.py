@@ -17,7 +17,9 @@ class Settings:
     """One sandbox.
 
     `state` is its directory; `sockets` a short path for Unix sockets. `memory` and `gpu_memory` are bytes. `timing` are
-    fields of the agent's Timing; `environment` goes into the operator's process, `engine_environment` into engines.
+    fields of the agent's Timing; `environment` and `operator_arguments` go to the operator's process, `engine_environment` into
+    engines. `node_grace` is how long a node may be silent before its pods count as lost (a cluster's default is 40), `eviction` how
+    long pods stay on a lost node (300), in whole seconds. `hollow` are fields of HollowSettings: with it, if only {}, pods are state machines.
     """
 
     state: str
@@ -38,6 +40,11 @@ class Settings:
     timing: dict[str, float] = field(default_factory=dict)
     device_arguments: list[str] = field(default_factory=list)
     crds: str | None = None
+    operator_arguments: list[str] = field(default_factory=list)
+    node_grace: int = 20
+    eviction: int = 20
+    heartbeat: float = 5.0
+    hollow: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
         """Write as JSON."""

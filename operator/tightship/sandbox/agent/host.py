@@ -12,6 +12,7 @@ from tightship.sandbox.agent.events import Recorder
 from tightship.sandbox.agent.netns import PodNetwork
 from tightship.sandbox.agent.probes import Prober
 from tightship.sandbox.agent.runtime import Runtime
+from tightship.sandbox.agent.volumes import Volumes
 from tightship.sandbox.images import ImageEnvironment
 
 ImageResolver = Callable[[str, str], "ImageEnvironment | None"]
@@ -69,3 +70,4 @@ class Host:
     """Set in every container, below the image's own."""
     allocatable: dict[str, str] = field(default_factory=dict)
     timing: Timing = field(default_factory=Timing)
+    volumes: type[Volumes] = Volumes

@@ -126,7 +126,13 @@ class World:
         self.store = self.make_store()
         self.cluster = Cluster(self.api, self.store, clock=self.clock)
         self.ctx = Context(
-            self.cluster, self.store, self.queue, self.clock, Settings(), Metrics(), Events(self.cluster, self.clock)
+            self.cluster,
+            self.store,
+            self.queue,
+            self.clock,
+            Settings(status_interval=0),
+            Metrics(),
+            Events(self.cluster, self.clock),
         )
         self.started: Callable[[dict[str, Any]], bool] = lambda pod: True
         self.watched: Callable[[tuple[str, str]], object] = lambda key: None
@@ -406,6 +412,31 @@ def measured(profile: Mapping[str, Any], *, answers: bool = True, **found: Any) 
     if answers:
         told["outcome"] = {name: value for name, value in outcome.items() if value is not None}
     return told
+
+
+def profile(world: World) -> dict[str, Any]:
+    """The one profile of a world."""
+    (found,) = world.all("BatchProfile")
+    return found
+
+
+def name_of(world: World) -> str:
+    """Its name."""
+    return str(profile(world)["metadata"]["name"])
+
+
+def jobs(world: World) -> list[str]:
+    """What the names of its Jobs add to its own."""
+    return [job["metadata"]["name"].removeprefix(name_of(world) + "-") for job in world.all("Job")]
+
+
+def end_jobs(world: World, how: str = "Complete") -> None:
+    """Every Job that runs ends."""
+    for job in world.all("Job"):
+        if not job.get("status"):
+            ended = {"type": how, "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z", "reason": "Ended"}
+            path = (job["metadata"]["namespace"], job["metadata"]["name"])
+            world.change("Job", *path, lambda obj: obj.update(status={"conditions": [ended]}))  # noqa: B023
 
 
 def make_lengths(text: str = "111,292\n", name: str = "chat", *, labelled: bool = True, **data: str) -> dict[str, Any]:

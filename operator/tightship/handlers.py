@@ -46,6 +46,9 @@ def settings() -> kopf.OperatorSettings:
     made.peering.standalone = True  # the lease decides who leads
     made.watching.server_timeout = 300  # whole seconds: the API server refuses "300.0"
     made.watching.reconnect_backoff = 1.0
+    made.batching.idle_timeout = (
+        1.0  # each object that changes has a task for so long: thousands at once in a large cluster
+    )
     made.process.ultimate_exiting_timeout = 30.0
     for name, wanted in WATCHED_BY_LABEL.items():
         kind = KINDS[name]

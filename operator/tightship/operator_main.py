@@ -33,7 +33,7 @@ from tightship.kube.errors import Forbidden, KubeError, NoCluster, NotFound
 from tightship.kube.events import Events
 from tightship.kube.kinds import KINDS, OPTIONAL, WATCHED, WATCHED_BY_LABEL, WATCHED_OWN, Ref
 from tightship.kube.lease import Lease, LeaseLost, LeaseTimes
-from tightship.kube.store import Object, Store
+from tightship.kube.store import Object, Store, without_bookkeeping
 from tightship.kube.transport import HTTPTransport, load_configuration
 from tightship.logs import LEVELS, configure_logging
 from tightship.reconcile import batchprofile, gpupack, llmservice, placement
@@ -67,7 +67,7 @@ class Options:
     lease_name: str = "tightship-operator"
     telemetry_host: str = "0.0.0.0"
     telemetry_port: int = 8080
-    workers: int = 4
+    workers: int = 10
 
 
 class Operator:
@@ -275,7 +275,8 @@ class Operator:
             # A listing inside a watch means that events may have been missed, deletions among them.
             self._relisted.add(obj["kind"])
             self._relisting.set()
-        self.store.observe(obj)
+        # kopf has done with the object: what is kept of it is ours.
+        self.store.observe(without_bookkeeping(obj))
 
     def _changed(self, kind: str, before: Object | None, after: Object | None) -> None:
         for key in keys_for(self.store, kind, before, after):
@@ -380,7 +381,14 @@ def add_parser(subparsers: Any) -> None:
     option("--image-pull-policy", "pull policy of that image: Always, IfNotPresent or Never", "")
     option("--resync", "time between two unprovoked looks at every object", 300.0, _positive, "SECONDS")
     option("--max-concurrent-profiles", "profiling Jobs at the same time, in the whole cluster", 1, _count, "N")
-    option("--workers", "objects looked at at the same time", 4, _count, "N")
+    option("--workers", "objects looked at at the same time", 10, _count, "N")
+    option(
+        "--status-interval",
+        "least time between two status writes of a service or pack, but when Ready turns",
+        3.0,
+        _positive,
+        "SECONDS",
+    )
     option("--leader-elect", "hold a Lease before doing anything: true or false", "true", switch, "BOOL")
     option("--lease-name", "name of the Lease", "tightship-operator")
     option("--lease-duration", "how long an unrenewed lease holds", 15.0, _positive, "SECONDS")
@@ -402,6 +410,7 @@ def options(args: argparse.Namespace) -> Options:
             image_pull_policy=args.image_pull_policy,
             resync=args.resync,
             max_concurrent_profiles=args.max_concurrent_profiles,
+            status_interval=args.status_interval,
         ),
         lease=lease if args.leader_elect == "true" else None,
         lease_name=args.lease_name,

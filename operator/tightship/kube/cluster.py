@@ -15,6 +15,7 @@ never applied over. What must always hold:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from tightship.api.v1alpha1 import labels
 from tightship.kube.clock import Clock, SystemClock
 from tightship.kube.errors import NameConflict, NotFound, OutlivedOwner, from_response
 from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL, Kind, Ref
-from tightship.kube.store import Object, Store, labels_of
+from tightship.kube.store import Object, Store, labels_of, without_bookkeeping
 
 JSON = "application/json"
 APPLY = "application/apply-patch+yaml"
@@ -72,11 +73,11 @@ class Listing:
 
 @dataclass(frozen=True)
 class _Applied:
-    """What an apply sent and what came of it: enough to tell later whether it still holds."""
+    """What an apply sent and what came of it, as digests: enough to tell later whether it still holds."""
 
     desired: str
     uid: str
-    outcome: Any
+    outcome: str
     at: float
 
 
@@ -135,6 +136,13 @@ class Cluster:
         if shown is not None and self._still_holds(ref, "status", obj, shown):
             return dict(shown)
         return await self._apply(ref, obj, "status", labels.STATUS_FIELD_MANAGER, force=True)
+
+    def status_age(self, obj: Object) -> float | None:
+        """Seconds since this process wrote the status of this very object; None where it never has."""
+        last = self._applied.get((Ref.of(obj), "status"))
+        if last is None or last.uid != obj["metadata"].get("uid", ""):
+            return None
+        return self._clock.monotonic() - last.at
 
     async def create(self, obj: Object) -> dict[str, Any]:
         """POST `obj`. Raises `AlreadyExists`, `Invalid`, `NamespaceTerminating`."""
@@ -212,7 +220,7 @@ class Cluster:
         while True:
             ref = Ref(kind, namespace or "", "")
             page = await self._send("list", ref, resource.path(namespace or ""), query=query)
-            items += [_typed(item, resource) for item in page.get("items") or ()]
+            items += [without_bookkeeping(_typed(item, resource)) for item in page.get("items") or ()]
             metadata = page.get("metadata") or {}
             if limit is not None or not metadata.get("continue"):
                 return Listing(items, str(metadata.get("resourceVersion", "")))
@@ -243,7 +251,10 @@ class Cluster:
         self._applied.pop((ref, subresource), None)
         answer = await self._send("apply", ref, _path(ref, subresource), query=query, body=obj, content_type=APPLY)
         self._applied[(ref, subresource)] = _Applied(
-            _fingerprint(obj), answer["metadata"].get("uid", ""), _outcome(obj, answer), self._clock.monotonic()
+            _fingerprint(obj),
+            answer["metadata"].get("uid", ""),
+            _digest(_outcome(obj, answer)),
+            self._clock.monotonic(),
         )
         while len(self._applied) > _REMEMBERED:
             self._applied.popitem(last=False)
@@ -255,7 +266,7 @@ class Cluster:
             last is not None
             and last.uid == shown["metadata"].get("uid", "")
             and last.desired == _fingerprint(obj)
-            and last.outcome == _outcome(obj, shown)
+            and last.outcome == _digest(_outcome(obj, shown))
         )
 
     def _recently_applied(self, ref: Ref, obj: Object) -> bool:
@@ -269,7 +280,7 @@ class Cluster:
 
     def _seen(self, answer: dict[str, Any]) -> dict[str, Any]:
         if answer.get("kind") in WATCHED and _is_watched(answer):
-            self._store.observe(answer)
+            self._store.observe(without_bookkeeping(answer))
         return answer
 
     async def _send(
@@ -363,7 +374,11 @@ def _with_uid(obj: Object, shown: Object) -> dict[str, Any]:
 
 def _fingerprint(obj: Object) -> str:
     metadata = {key: value for key, value in obj["metadata"].items() if key != "uid"}
-    return json.dumps({**obj, "metadata": metadata}, sort_keys=True, separators=(",", ":"))
+    return _digest({**obj, "metadata": metadata})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _outcome(desired: Any, live: Any) -> Any:

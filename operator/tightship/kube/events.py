@@ -8,6 +8,8 @@ raise the count of the first event instead of making another, so that a flapping
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
 import socket
 from collections import OrderedDict
@@ -96,6 +98,7 @@ class Events:
         self._cluster = cluster
         self._clock = clock
         self._instance = instance or socket.gethostname()
+        self._sequence = itertools.count()
         self._series: OrderedDict[tuple[str, str, str], tuple[Ref, int, float]] = OrderedDict()
 
     async def report(self, obj: Object, status: Mapping[str, Any]) -> bool:
@@ -110,8 +113,8 @@ class Events:
         written: bool = answer["metadata"].get("resourceVersion") != metadata.get("resourceVersion")
         if written:
             old = (obj.get("status") or {}).get("conditions") or ()
-            for turn in turns(old, status.get("conditions") or ()):
-                await self.emit(obj, turn.reason, turn.message, warning=turn.warning)
+            told = turns(old, status.get("conditions") or ())
+            await asyncio.gather(*(self.emit(obj, each.reason, each.message, warning=each.warning) for each in told))
         return written
 
     async def emit(self, obj: Object, reason: str, message: str, *, warning: bool = False) -> None:
@@ -128,7 +131,8 @@ class Events:
         now = self._clock.now()
         # Events about cluster-scoped objects live in namespace default, where kubectl describe looks for them.
         namespace = ref.namespace or "default"
-        name = f"{ref.name[:200]}.{int(now.timestamp() * 1e9) & (2**64 - 1):016x}"
+        # Those of one report are written at the same moment.
+        name = f"{ref.name[:200]}.{int(now.timestamp() * 1e9) + next(self._sequence) & (2**64 - 1):016x}"
         involved = {"apiVersion": obj["apiVersion"], "kind": ref.kind, "name": ref.name, "uid": metadata.get("uid", "")}
         if ref.namespace:
             involved["namespace"] = ref.namespace

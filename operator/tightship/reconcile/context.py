@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tightship.api.v1alpha1.conditions import READY
+from tightship.core.conditions import find
 from tightship.core.placement import Demand, ServiceRef, Shortfall
-from tightship.kube.clock import Clock
+from tightship.kube.clock import Clock, parse_timestamp
 from tightship.kube.cluster import Cluster
-from tightship.kube.events import Events
+from tightship.kube.events import Events, turns
 from tightship.kube.store import Store
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ class Settings:
     `operator_namespace`: where holders run. `operator_image`: the image of init containers and holders.
     `image_pull_policy`: for containers of that image ("" leaves it to Kubernetes).
     `resync`: seconds between two unprovoked looks at every object. `max_concurrent_profiles`: profiling Jobs
-    operator-wide. `retry_seconds`: how long to wait before looking again at something that no watch tells about.
+    operator-wide. `retry_seconds`: how long to wait before looking again at something that no watch tells about. `status_interval`: seconds
+    between two status writes of one service or pack, so that what changes meanwhile is told in one; what matters is told at once.
     """
 
     operator_namespace: str = "tightship-system"
@@ -39,6 +42,7 @@ class Settings:
     resync: float = 300.0
     max_concurrent_profiles: int = 1
     retry_seconds: float = 15.0
+    status_interval: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,21 @@ class Context:
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
     absent: frozenset[str] = frozenset()
     placed: Pass = field(default_factory=Pass)
+
+    def report_later(self, obj: Mapping[str, Any], status: Mapping[str, Any], *, times: float = 1.0) -> float:
+        """Seconds to wait before `status` of `obj` is written, 0 when it is time: `times` the settings' `status_interval` between two writes.
+
+        A `Ready` that turns True or False and bad news are told at once. A first status that knows nothing yet waits too, from when the object
+        was made.
+        """
+        was, now = (tuple(each.get("conditions") or ()) for each in (obj.get("status") or {}, status))
+        old, new = ((find(conditions, READY) or {}).get("status") for conditions in (was, now))
+        if new not in (old, "Unknown") or any(each.warning for each in turns(was, now)):
+            return 0.0
+        age, made = self.cluster.status_age(obj), obj["metadata"].get("creationTimestamp")
+        if age is None and old is None and made:
+            age = (self.clock.now() - parse_timestamp(made)).total_seconds()
+        return 0.0 if age is None else max(0.0, times * self.settings.status_interval - age)
 
     async def report(self, obj: Mapping[str, Any], status: Mapping[str, Any]) -> bool:
         """Write `status` (all of it that the operator owns) of `obj` once, then emit events for what turned.

@@ -3,7 +3,7 @@
     gather   the pack, its holder, its StatefulSets and pods, the services on it
     decide   pure functions over that view (`packview`, `core.rollout`)
     apply    holder, StatefulSets (each once admission lets its pods pass), and the one pod that is to be replaced next
-    report   one status write, from a fresh look
+    report   one status write, from a fresh look; not at each change, but all is done as soon as it can be
 
 What must always hold: no GPU is taken for replicas that their namespace refuses; no replica is started before the holder has
 said which GPU it holds; a pack never moves to another node or GPU; a holder that leaves gets its replicas drained first; one
@@ -15,6 +15,7 @@ this pack, and the pack itself once nobody is on it, whoever opened it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import replace
 from typing import Any
@@ -52,6 +53,9 @@ from tightship.reconcile.verdict import Verdict, examine
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = 3.0
+"""How much longer than a service's a pack's progress may wait for being told: its services tell it too."""
+
 
 async def reconcile(ctx: Context, key: Key) -> Result:
     """Bring one pack nearer to its spec."""
@@ -68,8 +72,11 @@ async def reconcile(ctx: Context, key: Key) -> Result:
     problems = await _apply(ctx, view)
     view = gather(ctx.store, obj)
     status = packstatus.status(view, problems, ctx.clock.now())
-    await ctx.report(obj, status)
-    return Result(requeue_after=packstatus.next_look(view, problems, ctx.clock.now(), ctx.settings.retry_seconds))
+    later = ctx.report_later(obj, status, times=_PATIENCE)
+    if not later:
+        await ctx.report(obj, status)
+    again = packstatus.next_look(view, problems, ctx.clock.now(), ctx.settings.retry_seconds)
+    return Result(min(filter(None, (later, again)), default=None))
 
 
 async def _clear(ctx: Context, name: str) -> None:
@@ -114,8 +121,7 @@ async def _hold(ctx: Context, view: View) -> list[Problem]:
     holder = holder_manifests.holder_pod(pack, view.opener.spec.template.spec, _image(ctx), namespace, pack.status.node)
     if (problem := await _unwelcome(ctx, view, holder)) is not None:
         return [problem]
-    for obj in holder_manifests.holder_access(pack, namespace):
-        await ctx.cluster.apply(obj)
+    await asyncio.gather(*(ctx.cluster.apply(obj) for obj in holder_manifests.holder_access(pack, namespace)))
     await ctx.cluster.apply(holder)
     return []
 

@@ -4,7 +4,7 @@
     decide   the chains of checks in `servicestatus`
     apply    the Service, its PodDisruptionBudget and InferencePool, then the BatchProfile: nothing is measured for what could
              not be served
-    report   one status write
+    report   one status write, now or with what changes next
 
 Placement is not done here. This only asks for a pass when the last one went by something else than what the service wants now, and says
 with numbers what found no place. What must always hold: objects that aren't ours are never written; a profile that is complete for the
@@ -58,7 +58,10 @@ async def reconcile(ctx: Context, key: Key) -> Result:
     seen = ctx.placed.knows(demand)
     shortfall = ctx.placed.shortfalls.get(demand.service) if seen else None
     view = gather(ctx.store, obj, refusals, shortfall, absent=ctx.absent)
-    if await ctx.report(obj, servicestatus.status(view, ctx.clock.now())):
+    status = servicestatus.status(view, ctx.clock.now())
+    # Placement waits for the first word: that the manifest is accepted.
+    later = ctx.report_later(obj, status) if obj.get("status") else 0.0
+    if not later and await ctx.report(obj, status):
         # What packs make depends on this manifest, and a roll-out on one waits for replicas on the others.
         for pack in view.packs:
             ctx.queue.add(Key("GPUPack", "", pack.metadata.name))
@@ -67,7 +70,7 @@ async def reconcile(ctx: Context, key: Key) -> Result:
         _tell_profiles(ctx, key.namespace)
     if not seen:
         ctx.queue.add(PLACEMENT)
-    return Result(requeue_after=ctx.settings.retry_seconds if refusals else None)
+    return Result(later or (ctx.settings.retry_seconds if refusals else None))
 
 
 def _tell_profiles(ctx: Context, namespace: str) -> None:

@@ -209,7 +209,7 @@ def _gpu(view: View) -> Holding:
         return Holding("True", Reason.GPU_HELD, text, Place(node, published.uuid, memory), node, gpu, mps)
     if trouble:
         return Holding("False", trouble.reason, f"holder {name}: {trouble.message}", node=node, gpu=gpu, mps=mps)
-    if published:
+    if published and podstate.has_run(holder, holder_manifests.MPS_CONTAINER):
         text = (
             f"container {holder_manifests.MPS_CONTAINER} of holder {name} does not run; its replicas stop until it does"
         )

@@ -7,7 +7,9 @@ starts from a new look. What was written before stays, and is right, because eac
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,8 @@ from tightship.reconcile.queue import Key, Result
 log = logging.getLogger(__name__)
 
 _SOON = 0.5
+_AT_ONCE = 8
+"""New packs that are being written at the same time."""
 _RESTS = 4.0
 """How long no pass is made, in terms of how long the planning of the last one took: passes take a fifth of a core at most, however
 large the cluster is, and what changes meanwhile is planned together."""
@@ -75,8 +79,19 @@ async def apply(ctx: Context, plan: Plan) -> None:
     """
     for name, assignments in plan.update:
         await _update(ctx, name, assignments)
-    for pack in plan.create:
-        await _create(ctx, pack)
+    left = deque(plan.create)
+
+    async def create() -> None:
+        while left:
+            try:
+                await _create(ctx, left.popleft())
+            except BaseException:
+                left.clear()  # the others end what they have begun
+                raise
+
+    for error in await asyncio.gather(*(create() for _ in range(_AT_ONCE)), return_exceptions=True):
+        if error is not None:
+            raise error
 
 
 async def _update(ctx: Context, name: str, assignments: Sequence[Assignment]) -> None:

@@ -119,7 +119,7 @@ class Inside:
         settings, directory = self._settings, self._state / "plane"
         real = None
         if settings.plane == "real":
-            real = RealPlane.create(directory, keys, settings.node_grace, settings.eviction)
+            real = RealPlane.create(directory, keys, settings)
         plane = Plane(f"https://{GATEWAY}:{API_PORT}", real.token if real else None, keys.ca)
         for command in (real.etcd(), real.apiserver()) if real else (embedded(keys, settings),):
             await self._processes.start(command)
@@ -218,11 +218,11 @@ class Inside:
         return Command("agent", [sys.executable, "-m", "tightship.sandbox.agent", *options, str(path)], vital=False)
 
     def _operator_command(self, kubeconfig: Path) -> Command:
-        # Short lease times: one operator alone may take over from its killed self within seconds.
+        # Short times: one operator alone may take over from its killed self within seconds, and whoever watches sees each step.
         lease = ["--lease-duration=4", "--lease-renew-deadline=3", "--lease-retry=0.5"]
         image = f"--image={OPERATOR_IMAGE}"
         argv = [sys.executable, "-m", "tightship", "run", "--kubeconfig", str(kubeconfig), image, *lease]
-        argv += self._settings.operator_arguments
+        argv += ["--status-interval=0.25", *self._settings.operator_arguments]
         env = {"KUBECONFIG": str(kubeconfig), **self._settings.environment}
         return Command("operator", argv, env, vital=False, cores=self._other_cores())
 

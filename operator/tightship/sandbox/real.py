@@ -15,10 +15,18 @@ from tightship.sandbox.agent.netns import GATEWAY, SERVICE_RANGE
 from tightship.sandbox.certificates import Certificates
 from tightship.sandbox.kubeconfig import write_kubeconfig
 from tightship.sandbox.processes import Command
+from tightship.sandbox.settings import Settings
 
 BINARIES = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 API_PORT = 6443
 _ETCD = "http://127.0.0.1:2379"
+_AUDIT_POLICY = """\
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived, ResponseStarted]
+rules:
+- level: Metadata
+"""
 
 
 class AssetsError(Exception):
@@ -46,20 +54,21 @@ def assets() -> Path:
 
 @dataclass(frozen=True)
 class RealPlane:
-    """Commands and credentials of one control plane whose data lie in `directory`; `node_grace` and `eviction` as in Settings."""
+    """Commands and credentials of one control plane whose data lie in `directory`."""
 
     binaries: Path
     directory: Path
     certificates: Certificates
     token: str
-    node_grace: int
-    eviction: int
+    settings: Settings
 
     @classmethod
-    def create(cls, directory: Path, certificates: Certificates, node_grace: int, eviction: int) -> RealPlane:
+    def create(cls, directory: Path, certificates: Certificates, settings: Settings) -> RealPlane:
         """Write tokens and the component's kubeconfig. Raises AssetsError."""
         directory.mkdir(parents=True, exist_ok=True)
-        plane = cls(assets(), directory, certificates, secrets.token_hex(16), node_grace, eviction)
+        token = secrets.token_hex(16)
+        plane = cls(assets(), directory, certificates, token, settings)
+        (directory / "audit.yaml").write_text(_AUDIT_POLICY)
         tokens = directory / "tokens.csv"
         tokens.touch(mode=0o600)
         tokens.write_text(f'{plane.token},admin,admin,"system:masters"\n')
@@ -115,11 +124,24 @@ class RealPlane:
                 # nodes are reached by address: their names resolve nowhere
                 "--kubelet-preferred-address-types=InternalIP",
                 # a pod of a node that vanished is evicted within seconds, not after five minutes
-                f"--default-not-ready-toleration-seconds={self.eviction}",
-                f"--default-unreachable-toleration-seconds={self.eviction}",
+                f"--default-not-ready-toleration-seconds={self.settings.eviction}",
+                f"--default-unreachable-toleration-seconds={self.settings.eviction}",
                 "--profiling=false",
+                *(self._audit_flags() if self.settings.audit else ()),
             ],
         )
+
+    def _audit_flags(self) -> list[str]:
+        # one file, however long it gets: whoever counts requests reads it to the end
+        return [
+            f"--audit-policy-file={self.directory / 'audit.yaml'}",
+            f"--audit-log-path={self.directory / 'audit.log'}",
+            "--audit-log-maxsize=4000",
+        ]
+
+    def _client_flags(self) -> list[str]:
+        qps = self.settings.client_qps
+        return [f"--kube-api-qps={qps}", f"--kube-api-burst={qps}"] if qps else []
 
     def controllers(self) -> Command:
         """The controller manager."""
@@ -135,10 +157,11 @@ class RealPlane:
                 "--allocate-node-cidrs=false",
                 # a dead agent is noticed after 20 s, if nothing else is asked for, instead of 40
                 "--node-monitor-period=2s",
-                f"--node-monitor-grace-period={self.node_grace}s",
+                f"--node-monitor-grace-period={self.settings.node_grace}s",
                 # a claim that waits for its volume is looked at again after 1 s instead of 15
                 "--pvclaimbinder-sync-period=1s",
                 "--profiling=false",
+                *self._client_flags(),
             ],
         )
 
@@ -151,5 +174,6 @@ class RealPlane:
                 f"--kubeconfig={self.kubeconfig}",
                 "--leader-elect=false",
                 "--profiling=false",
+                *self._client_flags(),
             ],
         )

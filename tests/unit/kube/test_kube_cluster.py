@@ -23,7 +23,7 @@ from tightship.kube.errors import (
     Unreachable,
     from_response,
 )
-from tightship.kube.kinds import Ref
+from tightship.kube.kinds import KINDS, Ref
 from tightship.kube.store import Store
 
 OWNER = {"apiVersion": labels.API_VERSION, "kind": "LLMService", "name": "opt", "uid": "owner-1", "controller": True}
@@ -68,6 +68,19 @@ async def test_applying_twice_writes_once(cluster: Cluster, api: FakeApi, store:
     assert api.requests.total() == before
     assert second == first
     assert store.get("Service", "a", "opt") == first
+
+
+async def test_what_is_kept_of_an_object_is_without_its_managed_fields(
+    cluster: Cluster, api: FakeApi, store: Store
+) -> None:
+    made = make_service()
+    made["metadata"]["managedFields"] = [{"manager": "kubectl", "operation": "Update"}]
+    found = api.put(made)
+    await cluster.get(Ref.of(found))
+    assert "managedFields" not in store.get("Service", "a", "opt")["metadata"]  # type: ignore[index]
+    (listed,) = (await cluster.list("Service")).items
+    assert "managedFields" not in listed["metadata"]
+    assert "managedFields" in api.objects[KINDS["Service"].path("a", "opt")]["metadata"]
 
 
 async def test_what_the_server_serves_is_asked_of_its_discovery(cluster: Cluster, api: FakeApi) -> None:

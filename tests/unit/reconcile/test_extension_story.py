@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pack_world import TRIALS, World, curve, measured, trial
+from pack_world import TRIALS, World, curve, end_jobs, jobs, measured, name_of, profile, trial
 from story import make_profile, make_service
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.batchprofile import BatchProfile, BatchProfileStatus
@@ -27,27 +27,6 @@ async def make_world(*services: dict[str, Any], **found: Any) -> World:
     end_jobs(world)
     await world.run(rounds=20)
     return world
-
-
-def profile(world: World) -> dict[str, Any]:
-    (found,) = world.all("BatchProfile")
-    return found
-
-
-def name_of(world: World) -> str:
-    return str(profile(world)["metadata"]["name"])
-
-
-def jobs(world: World) -> list[str]:
-    return [job["metadata"]["name"].removeprefix(name_of(world) + "-") for job in world.all("Job")]
-
-
-def end_jobs(world: World, how: str = "Complete") -> None:
-    for job in world.all("Job"):
-        if not job.get("status"):
-            ended = {"type": how, "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z", "reason": "Ended"}
-            path = (NS, job["metadata"]["name"])
-            world.change("Job", *path, lambda obj: obj.update(status={"conditions": [ended]}))  # noqa: B023
 
 
 def ask(world: World, text: str, name: str = "opt") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pack_world import World, measured
+from pack_world import World, end_jobs, jobs, measured, name_of, profile
 from story import make_service
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.llmservice import LLMService
@@ -17,19 +17,6 @@ NS = "default"
 Change = Callable[[dict[str, Any]], None]
 
 
-def profile(world: World) -> dict[str, Any]:
-    (found,) = world.all("BatchProfile")
-    return found
-
-
-def name_of(world: World) -> str:
-    return str(profile(world)["metadata"]["name"])
-
-
-def jobs(world: World) -> list[str]:
-    return [job["metadata"]["name"].removeprefix(name_of(world) + "-") for job in world.all("Job")]
-
-
 def pod_of(world: World) -> dict[str, Any]:
     """The spec of the last Job's pod."""
     return dict(world.all("Job")[-1]["spec"]["template"]["spec"])
@@ -37,14 +24,6 @@ def pod_of(world: World) -> dict[str, Any]:
 
 def measurement(world: World) -> dict[str, Any]:
     return dict(profile(world)["spec"]["measurement"])
-
-
-def end_jobs(world: World) -> None:
-    for job in world.all("Job"):
-        if not job.get("status"):
-            ended = {"type": "Complete", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
-            path = (NS, job["metadata"]["name"])
-            world.change("Job", *path, lambda obj: obj.update(status={"conditions": [ended]}))  # noqa: B023
 
 
 def edit(world: World, change: Change, name: str = "opt") -> None:

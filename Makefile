@@ -30,7 +30,7 @@ ENGINE_UNWANTED := torchvision torchaudio torchcodec
 ENGINE_COMPLETE := $(ENGINE_VENV)/.complete-$(ENGINE_VERSION)
 
 .PHONY: help env engine crds lint types unit sandbox-test chart controlplane engine-test test bench-load bench-cost bench-cost-engine \
-  bench-vllm-sweep demo clean
+  bench-vllm-sweep bench-control-plane bench-reconcile demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,6 +84,12 @@ test: lint types ## everything this machine can run; what it can't is listed at 
 # beside `vllm bench serve` where the real engine's environment is there (`make engine`)
 bench-load: env ## does the load generator keep up: tokens/s per core of ours, httpx, vllm bench serve
 	$(PY) benchmarks/load_generator.py --engine-python $(ENGINE_VENV)/bin/python $(ARGS)
+
+bench-reconcile: env ## what one reconcile costs in a cluster of 500 services, in memory (ARGS=--help)
+	$(PY) benchmarks/reconcile_cost.py $(ARGS)
+
+bench-control-plane: env ## 500 services on 1,000 hollow GPUs beside plain StatefulSets, on the real control plane (ARGS=--help)
+	$(PY) benchmarks/control_plane $(ARGS)
 
 bench-cost: env ## what the sweep costs beside the published procedure, in virtual time, and whether they agree (ARGS=--help)
 	$(PY) benchmarks/cost_simulated.py $(ARGS)

@@ -45,8 +45,11 @@ class Crowd(World):
         return CountingStore(self._changed, INDEXERS)
 
 
-async def make_crowd(services: int, *, packs: int = 2) -> Crowd:
-    """A world at rest with that many services, each with `packs` GPUs of nodes of its own, two replicas on each, and a profile of its own."""
+async def make_crowd(services: int, *, packs: int = 2, settled: bool = True) -> Crowd:
+    """A world at rest with that many services, each with `packs` GPUs of nodes of its own, two replicas on each, and a profile of its own.
+
+    Unless `settled`, its operator has just started: it has read everything and looked at nothing.
+    """
     crowd = Crowd(gpus=(), profiling=True)
     for index in range(services):
         for obj in await _household(index, packs):
@@ -54,7 +57,7 @@ async def make_crowd(services: int, *, packs: int = 2) -> Crowd:
     crowd.api._version += 10**6
     crowd.watch()
     # What a start does: all is looked at, one pass is made, and nothing of it writes.
-    while len(crowd.queue):
+    while settled and len(crowd.queue):
         key = await crowd.queue.get()
         await look(crowd, key)
         crowd.queue.done(key)

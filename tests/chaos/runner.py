@@ -16,7 +16,6 @@ from chaos.client import PATHS
 from chaos.events import EVENTS, Draw
 from chaos.invariants import Seen, Tracker
 from chaos.world import World
-from tightship.sandbox.agent.hollow import journal
 
 SETTLE_SECONDS = 90.0
 """What a burst may take to settle: a silent node is noticed within seconds here, an unfit one after the operator's 60."""
@@ -40,11 +39,11 @@ class Planned:
     pause: float
 
 
-def plan(seed: int, events: int) -> Iterator[list[Planned]]:
-    """Bursts of events; the same for the same seed, and a longer run begins as a shorter one."""
+def plan(seed: int, events: int, hollow: bool = True) -> Iterator[list[Planned]]:
+    """Bursts of events; the same for the same seed, and a longer run begins as a shorter one. `hollow`: as the nodes are."""
     rng = random.Random(seed)
-    names = sorted(EVENTS)
-    weights = [EVENTS[name][0] for name in names]
+    names = sorted(name for name, kind in EVENTS.items() if hollow or not kind.hollow)
+    weights = [EVENTS[name].weight for name in names]
     left = events
     while left:
         size = min(left, 1 + int(LARGEST_BURST * rng.random() ** 2))
@@ -68,13 +67,12 @@ class Run:
     tracker: Tracker = field(default_factory=Tracker)
     happened: int = 0
     settle_seconds: list[float] = field(default_factory=list)
-    _read: int = 0
     _began: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
         """All bursts. Raises ChaosError."""
         self._settle("the services' first start")
-        for burst in plan(self.seed, self.events):
+        for burst in plan(self.seed, self.events, self.world.hollow):
             for each in burst:
                 self._strike(each)
             for ended in self.world.mend():
@@ -83,7 +81,7 @@ class Run:
 
     def _strike(self, planned: Planned) -> None:
         self.happened += 1
-        did = EVENTS[planned.name][1](self.world, planned.draw)
+        did = EVENTS[planned.name].act(self.world, planned.draw)
         self._note(f"{self.happened:4} {planned.name}: {did or 'nothing to hit'}")
         time.sleep(planned.pause)
         self._check_journal()
@@ -118,12 +116,7 @@ class Run:
         return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
     def _check_journal(self) -> None:
-        with self.world.sandbox.journal.open("rb") as file:
-            file.seek(self._read)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read += len(whole)
-        if found := list(self.tracker.follow(journal.read(whole.decode().splitlines(keepends=True)))):
+        if found := list(self.tracker.follow(self.world.news.read())):
             raise self._failure("on the nodes", found)
 
     def _note(self, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from plane_world import Client, eventually
+from plane_world import MERGE, Client, eventually
 from tightship.sandbox.agent.api import Api
 from tightship.sandbox.agent.hollow import journal
 from tightship.sandbox.agent.hollow.control import Control
@@ -271,6 +271,19 @@ async def test_a_node_cut_off_runs_on_and_takes_up_what_it_missed(world: World) 
     assert list(world.machine.nodes["node-0"].replicas(gpu)), "it hears of nothing"
     world.machine.join("node-0")
     await eventually(lambda: world.pod("r") is None)
+
+
+async def test_a_node_that_is_back_says_again_which_pods_are_ready(world: World) -> None:
+    """Of a silent node's pods the control plane says that they aren't."""
+    gpu = await world.holder()
+    await world.make(make_replica("r", "p", gpu))
+    await world.ready("r")
+    world.machine.cut("node-0")
+    conditions = [{"type": "Ready", "status": "False", "reason": "NodeNotReady"}]
+    await world.client.good("PATCH", f"{PODS}/r/status", {"status": {"conditions": conditions}}, MERGE)
+    assert not world.is_ready("r")
+    world.machine.join("node-0")
+    await world.ready("r")
 
 
 async def test_a_rebooted_node_starts_its_pods_anew(world: World) -> None:

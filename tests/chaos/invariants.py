@@ -236,6 +236,16 @@ def free_gpus(seen: Seen) -> int:
     return max(0, free - taken[None])
 
 
+def concerned(obj: Object) -> set[tuple[str, str]]:
+    """Namespace and name of the services that an object is, or is of."""
+    namespace, name = _key(obj)
+    if obj["kind"] == "LLMService":
+        return {(namespace, name)}
+    if obj["kind"] == "GPUPack":
+        return {(obj["spec"]["namespace"], each["service"]) for each in obj["spec"].get("assignments") or []}
+    return {(namespace, _label(obj, "tightship.dev/service"))}
+
+
 def _gpu(pack: Object) -> str | None:
     found = ((pack.get("status") or {}).get("gpu") or {}).get("uuid")
     return str(found) if found else None

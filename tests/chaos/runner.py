@@ -15,7 +15,7 @@ from chaos import invariants
 from chaos.client import PATHS
 from chaos.events import EVENTS, Draw
 from chaos.invariants import Seen, Tracker
-from chaos.world import World
+from chaos.world import MISSING_IMAGE, World
 
 SETTLE_SECONDS = 90.0
 """What a burst may take to settle: a silent node is noticed within seconds here, an unfit one after the operator's 60."""
@@ -145,10 +145,14 @@ def observe(world: World) -> Seen:
 
 
 def _versions(seen: Seen) -> dict[str, str]:
-    """Version of everything whose change means that something goes on (nodes have heartbeats)."""
+    """Version of everything whose change means that something goes on: not of nodes, which have heartbeats, nor of what is told
+    of a service whose image is tried again and again.
+    """
+    trying = {key for key, asked in seen.asked.items() if asked["spec"]["engine"]["image"] == MISSING_IMAGE}
     return {
         f"{kind} {obj['metadata'].get('namespace', '')}/{obj['metadata']['name']}": obj["metadata"]["resourceVersion"]
         for kind, found in seen.objects.items()
         if kind != "Node"
         for obj in found
+        if not trying & invariants.concerned(obj)
     }

@@ -9,8 +9,8 @@ import pytest
 from chaos.runner import Run
 from chaos.world import world
 
-SEED = int(os.environ.get("SEED") or 20)
-EVENTS = {"processes": 12, "hollow": 12}
+SEED = int(os.environ.get("SEED") or 1825)
+EVENTS = {"processes": 8, "hollow": 14}
 
 
 @pytest.mark.needs("network_namespace", "kubectl")

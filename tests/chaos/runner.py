@@ -17,8 +17,8 @@ from chaos.events import EVENTS, Draw
 from chaos.invariants import Seen, Tracker
 from chaos.world import MISSING_IMAGE, World
 
-SETTLE_SECONDS = 90.0
-"""What a burst may take to settle: a silent node is noticed within seconds here, an unfit one after the operator's 60."""
+SETTLE_SECONDS = 120.0
+"""What a burst may take to settle on a busy machine: less than the operator's resync (300 s), which would hide what it has overlooked."""
 REST_SECONDS = 1.0
 """How long everything must be right, and nothing change, to count as settled."""
 TELL_SECONDS = 10.0

@@ -152,7 +152,6 @@ def world(plane: str, state: str | None = None, hollow: bool = True) -> Iterator
         node_grace=NODE_GRACE,
         eviction=EVICTION,
         heartbeat=HEARTBEAT,
-        operator_arguments=["--resync=60", "--log-level=info"],
     )
     with sandbox, contextlib.closing(Client(sandbox.kubeconfig)) as client:
         news = JournalNews(sandbox.journal) if hollow else LogNews([sandbox.node_dir(index) for index in range(nodes)])

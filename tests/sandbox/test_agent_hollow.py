@@ -17,6 +17,7 @@ from plane_world import MERGE, Client
 from plane_world import eventually as soon
 from tightship.sandbox.agent.api import Api
 from tightship.sandbox.agent.hollow import journal
+from tightship.sandbox.agent.hollow.board import Pack
 from tightship.sandbox.agent.hollow.control import Control
 from tightship.sandbox.agent.hollow.journal import Journal
 from tightship.sandbox.agent.hollow.machine import Machine
@@ -332,6 +333,20 @@ async def test_faults_can_be_asked_for_from_outside(world: World, tmp_path: Path
                 assert answer.status == status, await answer.text()
     await runner.cleanup()
     await eventually(lambda: (world.pod("r") or {})["status"]["containerStatuses"][0]["restartCount"] == 1)
+
+
+def test_an_mps_server_faults_by_its_clients_and_until_the_last_has_left() -> None:
+    pack = Pack("p", daemon=True)
+    assert pack.state == "IDLE"
+    for pid in (1, 2):
+        pack.attach(pid, f"pod-{pid}")
+    pack.break_server()
+    pack.detach(1)
+    assert pack.state == "FAULT"
+    pack.detach(2)
+    assert pack.state == "IDLE", "the next client finds a new server"
+    pack.break_server()
+    assert pack.state == "IDLE", "there is nobody who could have a fault"
 
 
 def test_a_journals_file_can_be_read_after_a_kill(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def _take_down(world: World, name: str) -> str | None:
 
 @event(5)
 def kill_operator(world: World, draw: Draw) -> str | None:
-    """SIGKILL; it is started again at the end of the burst."""
+    """SIGKILL to the operator; it is started again at the end of the burst."""
     return _take_down(world, "operator")
 
 
@@ -250,7 +250,7 @@ def kill_agent(world: World, draw: Draw) -> str | None:
 
 @event(2)
 def restart_api(world: World, draw: Draw) -> str | None:
-    """The API server goes away until the end of the burst (the embedded one, whose data are its own, only stands still)."""
+    """The API server is killed and started again (the embedded one, whose data would die with it, only stands still for a while)."""
     name = world.api_process
     if world.real:
         world.sandbox.kill_process(name)
@@ -258,7 +258,7 @@ def restart_api(world: World, draw: Draw) -> str | None:
         return name
     world.pause(name, signal.SIGSTOP)
     try:
-        world.sandbox.exec_in_namespace(["sleep", f"{0.5 + 2 * draw.first:.1f}"])
+        time.sleep(0.5 + 2 * draw.first)
     finally:
         world.pause(name, signal.SIGCONT)
     return name

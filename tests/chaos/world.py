@@ -98,10 +98,7 @@ class World:
         """End the disturbances that don't outlast a burst of events; says which."""
         ended = []
         for name in sorted(self.down):
-            if name == self.api_process and not self.real:
-                self.pause(name, signal.SIGCONT)
-            else:
-                self.sandbox.start_process(name)
+            self.sandbox.start_process(name)
             ended.append(f"{name} started")
         self.down.clear()
         for node, until in sorted(self.cut.items()):

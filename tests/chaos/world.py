@@ -41,6 +41,8 @@ HOLLOW: dict[str, Any] = {
     "missing_images": ["missing/"],
 }
 NODE_GRACE, EVICTION, HEARTBEAT = 6, 3, 1.0
+LEASE = ["--lease-duration=8", "--lease-renew-deadline=6", "--lease-retry=0.5"]
+"""Longer than the sandbox's own: on a machine that is busy an operator gets no turn for 3 s now and then, and would end for it."""
 
 
 @dataclass
@@ -149,6 +151,7 @@ def world(plane: str, state: str | None = None, hollow: bool = True) -> Iterator
         node_grace=NODE_GRACE,
         eviction=EVICTION,
         heartbeat=HEARTBEAT,
+        operator_arguments=LEASE,
     )
     with sandbox, contextlib.closing(Client(sandbox.kubeconfig)) as client:
         news = JournalNews(sandbox.journal) if hollow else LogNews([sandbox.node_dir(index) for index in range(nodes)])

@@ -63,7 +63,7 @@ class Client:
                 answer = self._http.request(
                     method, path, json=body, params=query, headers={"Content-Type": media} if body is not None else {}
                 )
-                if answer.status_code not in _RETRIED or time.monotonic() > deadline:
+                if not _is_passing(answer) or time.monotonic() > deadline:
                     break
             except httpx.TransportError:
                 if time.monotonic() > deadline:
@@ -121,6 +121,12 @@ class Client:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+
+
+def _is_passing(answer: httpx.Response) -> bool:
+    """Whether a server that has just started answers so: kinds of CRDs it doesn't know at first, and says so without a Status."""
+    unknown = answer.status_code == 404 and "json" not in answer.headers.get("Content-Type", "")
+    return unknown or answer.status_code in _RETRIED
 
 
 def path(kind: str, namespace: str = "") -> str:

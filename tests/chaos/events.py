@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from chaos.client import Object
-from chaos.world import IMAGES, INFEASIBLE, MISSING_IMAGE, OBJECTIVES, SYSTEM, World, annotation
+from chaos.world import IMAGES, INFEASIBLE, MISSING_IMAGE, NODE_GRACE, OBJECTIVES, SYSTEM, World, annotation
 
 T = TypeVar("T")
 MOST_REPLICAS = 4
@@ -29,15 +30,25 @@ class Draw:
 
 
 Act = Callable[[World, Draw], "str | None"]
-EVENTS: dict[str, tuple[float, Act]] = {}
-"""Weight and action by name."""
 
 
-def event(weight: float) -> Callable[[Act], Act]:
+@dataclass(frozen=True)
+class Kind:
+    """One kind of event; `hollow`: only hollow nodes can be asked for it."""
+
+    weight: float
+    act: Act
+    hollow: bool
+
+
+EVENTS: dict[str, Kind] = {}
+
+
+def event(weight: float, hollow: bool = False) -> Callable[[Act], Act]:
     """Register an event under its function's name."""
 
     def register(act: Act) -> Act:
-        EVENTS[act.__name__.replace("_", "-")] = weight, act
+        EVENTS[act.__name__.replace("_", "-")] = Kind(weight, act, hollow)
         return act
 
     return register
@@ -79,13 +90,13 @@ def kill_replica(world: World, draw: Draw) -> str | None:
     return _kill(world, draw, "replica", "engine", "kill?reason=OOMKilled")
 
 
-@event(3)
+@event(3, hollow=True)
 def fail_replica(world: World, draw: Draw) -> str | None:
     """The engine ends by itself."""
     return _kill(world, draw, "replica", "engine", "fail")
 
 
-@event(3)
+@event(3, hollow=True)
 def hang_replica(world: World, draw: Draw) -> str | None:
     """The engine answers /health no more, until it is restarted."""
     return _kill(world, draw, "replica", "engine", "hang")
@@ -100,7 +111,7 @@ def delete_replica(world: World, draw: Draw) -> str | None:
     return _place(pod) if pod else None
 
 
-@event(2)
+@event(2, hollow=True)
 def evict_replica(world: World, draw: Draw) -> str | None:
     """The kubelet evicts it."""
     pod = choose(_pods(world, "replica"), draw.first)
@@ -131,14 +142,14 @@ def delete_holder(world: World, draw: Draw) -> str | None:
     return _place(pod) if pod else None
 
 
-@event(3)
+@event(3, hollow=True)
 def evict_holder(world: World, draw: Draw) -> str | None:
     """The kubelet evicts the holder."""
     pod = choose(_pods(world, "holder"), draw.first)
     return _place(pod) if pod and world.ask_node(f"pods/{_place(pod)}/evict") else None
 
 
-@event(3)
+@event(3, hollow=True)
 def fault_mps(world: World, draw: Draw) -> str | None:
     """A fatal fault of one client: the GPU's MPS server is in FAULT."""
     pod = choose(_pods(world, "holder"), draw.first)
@@ -149,20 +160,20 @@ def fault_mps(world: World, draw: Draw) -> str | None:
 # -- nodes ------------------------------------------------------------------------------------------------------------
 
 
-@event(3)
+@event(3, hollow=True)
 def reboot_node(world: World, draw: Draw) -> str | None:
     """Everything on a node is gone, and the node back at once."""
-    node = choose([n for n in world.nodes if n not in world.away | world.cut], draw.first)
+    node = choose([n for n in world.nodes if n not in world.away | world.cut.keys()], draw.first)
     return node if node and world.ask_node(f"nodes/{node}/reboot") else None
 
 
-@event(3)
+@event(3, hollow=True)
 def cut_node(world: World, draw: Draw) -> str | None:
-    """The node's agent is dead, or the network is: its pods run on unseen."""
-    node = choose([n for n in world.nodes if n not in world.away | world.cut], draw.first)
+    """The node's agent is dead, or the network is: its pods run on unseen, for up to twice as long as the plane puts up with."""
+    node = choose([n for n in world.nodes if n not in world.away | world.cut.keys()], draw.first)
     if node is None or "agent" in world.down or not world.ask_node(f"nodes/{node}/cut"):
         return None
-    world.cut.add(node)
+    world.cut[node] = time.monotonic() + draw.second * 2 * NODE_GRACE
     return node
 
 
@@ -191,10 +202,10 @@ def uncordon_node(world: World, draw: Draw) -> str | None:
     return node
 
 
-@event(2)
+@event(2, hollow=True)
 def lose_node(world: World, draw: Draw) -> str | None:
     """The machine is gone, and its Node deleted, until it comes back."""
-    node = choose([n for n in world.nodes if n not in world.away | world.cordoned | world.cut], draw.first)
+    node = choose([n for n in world.nodes if n not in world.away | world.cordoned | world.cut.keys()], draw.first)
     if node is None or world.away or "agent" in world.down or not world.ask_node(f"nodes/{node}/down"):
         return None
     world.client.delete("Node", "", node)
@@ -202,7 +213,7 @@ def lose_node(world: World, draw: Draw) -> str | None:
     return node
 
 
-@event(4)
+@event(4, hollow=True)
 def return_node(world: World, draw: Draw) -> str | None:
     """The machine is back."""
     node = choose(sorted(world.away), draw.first)
@@ -225,7 +236,7 @@ def _take_down(world: World, name: str) -> str | None:
 
 @event(5)
 def kill_operator(world: World, draw: Draw) -> str | None:
-    """SIGKILL; it is started again at the end of the burst."""
+    """SIGKILL to the operator; it is started again at the end of the burst."""
     return _take_down(world, "operator")
 
 
@@ -239,7 +250,7 @@ def kill_agent(world: World, draw: Draw) -> str | None:
 
 @event(2)
 def restart_api(world: World, draw: Draw) -> str | None:
-    """The API server goes away until the end of the burst (the embedded one, whose data are its own, only stands still)."""
+    """The API server is killed and started again (the embedded one, whose data would die with it, only stands still for a while)."""
     name = world.api_process
     if world.real:
         world.sandbox.kill_process(name)
@@ -247,7 +258,7 @@ def restart_api(world: World, draw: Draw) -> str | None:
         return name
     world.pause(name, signal.SIGSTOP)
     try:
-        world.sandbox.exec_in_namespace(["sleep", f"{0.5 + 2 * draw.first:.1f}"])
+        time.sleep(0.5 + 2 * draw.first)
     finally:
         world.pause(name, signal.SIGCONT)
     return name

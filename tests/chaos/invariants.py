@@ -31,6 +31,7 @@ class Tracker:
     engines: dict[str, dict[str, Entry]] = field(default_factory=dict)
     starting: dict[str, dict[str, Entry]] = field(default_factory=dict)
     starts: int = 0
+    """Engine starts that were seen so far."""
 
     def follow(self, entries: Iterable[Entry]) -> Iterator[str]:
         """Take entries in; yields what they violate."""
@@ -216,14 +217,11 @@ def _service(seen: Seen, key: tuple[str, str], asked: Object, service: Object) -
 def _justified(seen: Seen, asked: Object, ready: Object) -> bool:
     """Whether a service has the right to say so."""
     reason, spec = ready.get("reason"), asked["spec"]
-    match reason:
-        case "SLOInfeasible":
-            return bool(spec["slo"]["objectives"][0]["max"] == INFEASIBLE)
-        case "ImagePullFailed" | "TooFewReplicas":
-            return bool(spec["engine"]["image"] == MISSING_IMAGE)
-        case "InsufficientGPUs":
-            return free_gpus(seen) == 0
-    return False
+    if spec["engine"]["image"] == MISSING_IMAGE and MISSING_IMAGE in str(ready.get("message")):
+        return True
+    if reason == "SLOInfeasible":
+        return bool(spec["slo"]["objectives"][0]["max"] == INFEASIBLE)
+    return reason == "InsufficientGPUs" and free_gpus(seen) == 0
 
 
 def free_gpus(seen: Seen) -> int:
@@ -236,6 +234,16 @@ def free_gpus(seen: Seen) -> int:
         there = (node.get("status") or {}).get("allocatable") or {}
         free += max(0, int(there.get("nvidia.com/gpu", 0)) - taken[node["metadata"]["name"]])
     return max(0, free - taken[None])
+
+
+def concerned(obj: Object) -> set[tuple[str, str]]:
+    """Namespace and name of the services that an object is, or is of."""
+    namespace, name = _key(obj)
+    if obj["kind"] == "LLMService":
+        return {(namespace, name)}
+    if obj["kind"] == "GPUPack":
+        return {(obj["spec"]["namespace"], each["service"]) for each in obj["spec"].get("assignments") or []}
+    return {(namespace, _label(obj, "tightship.dev/service"))}
 
 
 def _gpu(pack: Object) -> str | None:

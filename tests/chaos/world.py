@@ -10,22 +10,25 @@ import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from chaos.client import Client, Object
+from chaos.news import JournalNews, LogNews, News
 from story import make_profile, make_service
 from tightship.sandbox.cluster import Sandbox, SandboxError
 
-NODES, GPUS = 3, 4
+NODES, GPUS, PROCESS_NODES = 3, 4, 2
 NAMESPACES = ("default", "team")
 IMAGES = ("vllm/vllm-openai:v0.33.0", "vllm/vllm-openai:v0.33.1")
-MISSING_IMAGE = "missing/vllm-openai:v1"
+MISSING_IMAGE = "missing/engine:v1"
 OBJECTIVES = ("30ms", "20ms", "12ms")
 INFEASIBLE = "1ms"
 SYSTEM = "tightship-system"
 TIMING = {"backoff_first": 0.5, "backoff_max": 2.0, "retry": 0.3, "probe_unit": 0.05}
+PROCESS_TIMING = {"backoff_first": 0.5, "backoff_max": 2.0, "retry": 0.3, "probe_unit": 0.2}
 HOLLOW: dict[str, Any] = {
     "start_seconds": 0.3,
     "daemon_seconds": 0.1,
@@ -38,26 +41,31 @@ HOLLOW: dict[str, Any] = {
     "missing_images": ["missing/"],
 }
 NODE_GRACE, EVICTION, HEARTBEAT = 6, 3, 1.0
+LEASE = ["--lease-duration=8", "--lease-renew-deadline=6", "--lease-retry=0.5"]
+"""Longer than the sandbox's own: on a machine that is busy an operator gets no turn for 3 s now and then, and would end for it."""
 
 
 @dataclass
 class World:
-    """What there is to torment. `cordoned`, `away` are nodes out of service; `down` are processes that were killed and not yet started."""
+    """What there is to torment. `cordoned`, `away` are nodes out of service, `cut` those that the API server can't hear, with the time
+    (monotonic) until when; `down` are processes that were killed and not yet started.
+    """
 
     sandbox: Sandbox
     client: Client
     real: bool
+    hollow: bool
+    news: News
     services: dict[tuple[str, str], Object] = field(default_factory=dict)
     cordoned: set[str] = field(default_factory=set)
     away: set[str] = field(default_factory=set)
-    cut: set[str] = field(default_factory=set)
-    lost: set[str] = field(default_factory=set)
+    cut: dict[str, float] = field(default_factory=dict)
     down: set[str] = field(default_factory=set)
 
     @property
     def nodes(self) -> list[str]:
         """All nodes there could be."""
-        return [f"sandbox-{index}" for index in range(NODES)]
+        return [f"sandbox-{index}" for index in range(NODES if self.hollow else PROCESS_NODES)]
 
     def apply(self, key: tuple[str, str]) -> None:
         """Bring a service to what was asked for."""
@@ -66,9 +74,14 @@ class World:
         self.client.merge("LLMService", *key, {"spec": wanted["spec"]})
 
     def ask_node(self, path: str) -> bool:
-        """A fault on hollow nodes; False where its target isn't there any more."""
+        """A fault on the nodes, as hollow ones name it; False where its target isn't there any more."""
         with contextlib.suppress(SandboxError, OSError):
-            self.sandbox.ask_hollow(path)
+            if self.hollow:
+                self.sandbox.ask_hollow(path)
+            else:
+                # of all faults only `pods/NAMESPACE/POD/CONTAINER/kill` has processes that it could strike
+                _, namespace, pod, container, _ = path.split("/")
+                self.sandbox.kill_container(pod, container, "OOMKilled", namespace)
             return True
         return False
 
@@ -87,23 +100,21 @@ class World:
         """End the disturbances that don't outlast a burst of events; says which."""
         ended = []
         for name in sorted(self.down):
-            if name == self.api_process and not self.real:
-                self.pause(name, signal.SIGCONT)
-            else:
-                self.sandbox.start_process(name)
+            self.sandbox.start_process(name)
             ended.append(f"{name} started")
         self.down.clear()
-        for node in sorted(self.cut):
+        for node, until in sorted(self.cut.items()):
+            time.sleep(max(0.0, until - time.monotonic()))
             self.ask_node(f"nodes/{node}/join")
             ended.append(f"{node} joined")
         self.cut.clear()
         return ended
 
 
-def make_world_service(index: int) -> Object:
-    """Service number `index` of 8: two namespaces, a few that share, one that spreads."""
+def make_world_service(index: int, hollow: bool) -> Object:
+    """Service number `index`: two namespaces, a few that share, one that spreads; without hollow nodes all have a replica or two."""
     name, namespace = f"svc-{index}", NAMESPACES[index % 2]
-    changes: dict[str, Any] = {"replicas": 1 + index % 3, "engine__image": IMAGES[0]}
+    changes: dict[str, Any] = {"replicas": 1 + index % (3 if hollow else 2), "engine__image": IMAGES[0]}
     if index in (2, 4):
         changes["packing__sharedWith"] = "SameNamespace"
     if index == 5:
@@ -123,29 +134,34 @@ def profiles() -> Iterator[Object]:
 
 
 @contextlib.contextmanager
-def world(plane: str, services: int = 8, state: str | None = None) -> Iterator[World]:
-    """A world with its services applied, not yet settled."""
+def world(plane: str, state: str | None = None, hollow: bool = True) -> Iterator[World]:
+    """A world with its services applied, not yet settled.
+
+    With `hollow` nodes 8 services on 12 GPUs; else, with real processes on simulated GPUs, 3 services on 4.
+    """
+    nodes, gpus, services = (NODES, GPUS, 8) if hollow else (PROCESS_NODES, 2, 3)
     sandbox = Sandbox(
         state,
         plane=plane,
-        nodes=NODES,
-        gpus_per_node=GPUS,
+        nodes=nodes,
+        gpus_per_node=gpus,
         cpus=64,
-        hollow=HOLLOW,
-        timing=TIMING,
+        hollow=HOLLOW if hollow else None,
+        timing=TIMING if hollow else PROCESS_TIMING,
         node_grace=NODE_GRACE,
         eviction=EVICTION,
         heartbeat=HEARTBEAT,
-        operator_arguments=["--resync=60", "--log-level=info"],
+        operator_arguments=LEASE,
     )
     with sandbox, contextlib.closing(Client(sandbox.kubeconfig)) as client:
-        made = World(sandbox, client, plane == "real")
+        news = JournalNews(sandbox.journal) if hollow else LogNews([sandbox.node_dir(index) for index in range(nodes)])
+        made = World(sandbox, client, plane == "real", hollow, news)
         for namespace in NAMESPACES[1:]:
             client.create("Namespace", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
         for profile in profiles():
             client.create("BatchProfile", profile)
         for index in range(services):
-            service = make_world_service(index)
+            service = make_world_service(index, hollow)
             key = service["metadata"]["namespace"], service["metadata"]["name"]
             made.services[key] = service
             made.apply(key)

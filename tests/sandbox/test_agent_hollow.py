@@ -6,15 +6,18 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from plane_world import Client, eventually
+from plane_world import MERGE, Client
+from plane_world import eventually as soon
 from tightship.sandbox.agent.api import Api
 from tightship.sandbox.agent.hollow import journal
+from tightship.sandbox.agent.hollow.board import Pack
 from tightship.sandbox.agent.hollow.control import Control
 from tightship.sandbox.agent.hollow.journal import Journal
 from tightship.sandbox.agent.hollow.machine import Machine
@@ -37,6 +40,10 @@ SETTINGS = HollowSettings(
     memory_seconds=0.3,
     missing_images=("missing/",),
 )
+
+
+eventually = partial(soon, seconds=30.0)
+"""On a machine that does other things too."""
 
 
 def make_holder(name: str, pack: str, node: str = "node-0") -> dict[str, Any]:
@@ -273,6 +280,19 @@ async def test_a_node_cut_off_runs_on_and_takes_up_what_it_missed(world: World) 
     await eventually(lambda: world.pod("r") is None)
 
 
+async def test_a_node_that_is_back_says_again_which_pods_are_ready(world: World) -> None:
+    """Of a silent node's pods the control plane says that they aren't."""
+    gpu = await world.holder()
+    await world.make(make_replica("r", "p", gpu))
+    await world.ready("r")
+    world.machine.cut("node-0")
+    conditions = [{"type": "Ready", "status": "False", "reason": "NodeNotReady"}]
+    await world.client.good("PATCH", f"{PODS}/r/status", {"status": {"conditions": conditions}}, MERGE)
+    assert not world.is_ready("r")
+    world.machine.join("node-0")
+    await world.ready("r")
+
+
 async def test_a_rebooted_node_starts_its_pods_anew(world: World) -> None:
     gpu = await world.holder()
     await world.make(make_replica("r", "p", gpu))
@@ -313,6 +333,20 @@ async def test_faults_can_be_asked_for_from_outside(world: World, tmp_path: Path
                 assert answer.status == status, await answer.text()
     await runner.cleanup()
     await eventually(lambda: (world.pod("r") or {})["status"]["containerStatuses"][0]["restartCount"] == 1)
+
+
+def test_an_mps_server_faults_by_its_clients_and_until_the_last_has_left() -> None:
+    pack = Pack("p", daemon=True)
+    assert pack.state == "IDLE"
+    for pid in (1, 2):
+        pack.attach(pid, f"pod-{pid}")
+    pack.break_server()
+    pack.detach(1)
+    assert pack.state == "FAULT"
+    pack.detach(2)
+    assert pack.state == "IDLE", "the next client finds a new server"
+    pack.break_server()
+    assert pack.state == "IDLE", "there is nobody who could have a fault"
 
 
 def test_a_journals_file_can_be_read_after_a_kill(tmp_path: Path) -> None:

@@ -222,6 +222,23 @@ def test_what_a_watch_shows_late_moves_no_condition_back() -> None:
     assert conditions(status.with_own(late, None), "Running", running())["Ready"]["lastTransitionTime"] == NOW
 
 
+@pytest.mark.parametrize(
+    ("seen", "contradicts"),
+    [
+        ({}, False),
+        ({"Ready": "True"}, False),
+        ({"Ready": "False"}, True),
+        ({"PodScheduled": "False"}, False),
+    ],
+)
+def test_a_condition_that_another_has_turned_is_noticed(seen: dict[str, str], contradicts: bool) -> None:
+    """The node controller marks the pods of a node that it hears nothing from; the agent is to say otherwise when it is back."""
+    pod = make_pod()
+    pod["status"]["conditions"] = [{"type": kind, "status": value} for kind, value in seen.items()]
+    wanted = {"conditions": [{"type": kind, "status": "True"} for kind in ("PodScheduled", "Ready")]}
+    assert status.contradicted(pod, wanted) is contradicts
+
+
 def test_conditions_move_only_when_they_flip_and_keep_what_others_wrote() -> None:
     pod = make_pod()
     pod["status"]["conditions"] = [

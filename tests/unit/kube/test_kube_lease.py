@@ -135,7 +135,7 @@ async def test_a_lease_that_was_only_touched_is_kept(api: FakeApi, clock: FakeCl
 
 async def test_trouble_is_told_and_standing_by_is_none(api: FakeApi, clock: FakeClock) -> None:
     told: list[str | None] = []
-    api.refuse["POST", "Lease"] = {"code": 404, "message": "namespaces system not found"}
+    api.refuse["POST", "Lease"] = {"code": 404, "reason": "NotFound", "message": "namespaces system not found"}
     cluster = Cluster(api, Store(), clock=clock)
     lease = Lease(cluster, clock, REF, "one", TIMES, on_trouble=told.append)
     waiting = asyncio.create_task(lease.acquire())

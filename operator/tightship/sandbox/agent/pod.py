@@ -330,7 +330,8 @@ class PodWorker:
     async def _patch_status(self) -> None:
         metadata = self.pod["metadata"]
         wanted = self.status()
-        if wanted == self._written or self._removed:
+        # what a watch shows late may look like a contradiction too: to write the same again changes nothing then
+        if (wanted == self._written and not status.contradicted(self.pod, wanted)) or self._removed:
             return
         path = f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}/status"
         try:

@@ -109,6 +109,16 @@ def with_own(pod: Mapping[str, Any], written: Mapping[str, Any] | None) -> Objec
     return {**pod, "status": {**(pod.get("status") or {}), "conditions": [*others, *own]}}
 
 
+def contradicted(pod: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether somebody else has turned a kubelet's condition: the node controller does, of a node that it hears nothing from."""
+    seen = {each["type"]: each["status"] for each in (pod.get("status") or {}).get("conditions") or []}
+    return any(
+        seen.get(each["type"], each["status"]) != each["status"]
+        for each in wanted.get("conditions") or []
+        if each["type"] in OWN
+    )
+
+
 def conditions(
     pod: Mapping[str, Any], current: str, inits: list[ContainerState], containers: list[ContainerState], now: str
 ) -> list[Object]:

@@ -76,8 +76,8 @@ class Pack:
         self.changed()
 
     def break_server(self) -> None:
-        """A client's fatal fault: the server takes no new client until the old ones have left."""
-        self.fault = self.server is not None
+        """A client's fatal fault: the server takes no new client until the old ones have left. Without clients there is no fault."""
+        self.fault = bool(self.clients)
         self.changed()
 
 

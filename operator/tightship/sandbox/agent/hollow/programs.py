@@ -28,7 +28,6 @@ from tightship.sandbox.agent.hollow.settings import HollowSettings
 
 log = logging.getLogger(__name__)
 
-START_VARIABLE = "TIGHTSHIP_SIM_START_SECONDS"
 HOST_PROBLEM = "CUDA error: an illegal memory access was encountered"
 _RETRY = 1.0
 
@@ -270,7 +269,7 @@ class Replica(Program):
         if self._cuda:
             self.node.board.engines[self.pid] = (gpu, memory)
             pack.attach(self.pid, self.uid)
-        end = self.now() + float(self.env.get(START_VARIABLE) or self.node.settings.start_seconds)
+        end = self.now() + self.node.settings.start_seconds
         while self.now() < end:
             await self._tick(pack, end - self.now())
         self.note(journal.HEALTHY, gpu, pack.uid, memory)

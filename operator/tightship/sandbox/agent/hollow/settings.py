@@ -10,7 +10,7 @@ class HollowSettings:
     """Times in seconds. Where a real part has the constant, the comment names it."""
 
     start_seconds: float = 1.0
-    """From an engine's start until it is healthy; a container's TIGHTSHIP_SIM_START_SECONDS goes before."""
+    """From an engine's start until it is healthy."""
     daemon_seconds: float = 0.1
     """From the start of an MPS daemon until it serves."""
     fence_seconds: float = 1.5

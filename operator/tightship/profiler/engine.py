@@ -259,7 +259,12 @@ class ProcessEngine:
 
     async def _get(self, path: str) -> str:
         try:
-            response = await self._http.get(path)
+            try:
+                response = await self._http.get(path)
+            except httpx.RemoteProtocolError:
+                # A server that was held up closes a connection for having been idle (vLLM's: 5 s) before it reads the question that has come
+                # on it meanwhile. That is no answer; on a new connection there is one, or the engine is in trouble.
+                response = await self._http.get(path)
             response.raise_for_status()
         except httpx.HTTPError as error:
             self.check()

@@ -125,6 +125,9 @@ class Engine(Protocol):
     def check(self) -> None:
         """Raise EngineError when it has died."""
 
+    def owns(self, pid: int) -> bool:
+        """Whether a process is one of its own."""
+
     def last_words(self) -> str:
         """The cause of its trouble, or the last that it printed; "" where it printed nothing."""
 
@@ -215,6 +218,13 @@ class ProcessEngine:
         """Raise EngineError, or OutOfMemory, with its last words when it has died."""
         if self._process.returncode is not None:
             raise self._obituary("the engine died")
+
+    def owns(self, pid: int) -> bool:
+        """Whether a process is of its group, in which it was started and its children stay."""
+        try:
+            return os.getpgid(pid) == self._process.pid
+        except ProcessLookupError:
+            return False
 
     def last_words(self) -> str:
         """The cause in its last lines (see `tightship.profiler.lastwords`)."""

@@ -3,7 +3,7 @@
 Needs an NVIDIA GPU that nobody else uses, its driver (libcuda, `nvidia-smi`, `nvidia-cuda-mps-control`) and root; no CUDA toolkit,
 no PyTorch. A real holder (`tightship node mps`) runs the daemon; clients are processes of this script that talk to the CUDA driver
 themselves, in namespaces as a pod's containers have them. Each check prints what is relied on, whether it holds, and what was seen;
-the exit status is 1 when something doesn't hold. It lasts about two minutes, and kills clients, server and daemon on purpose.
+the exit status is 1 when something doesn't hold. It lasts about half a minute, and kills clients, server and daemon on purpose.
 Nothing of the GPU's settings is changed.
 """
 
@@ -392,7 +392,7 @@ def check_users(bench: Bench) -> None:
     for directory in (bench.home, bench.home / "mps", bench.home / "mps/pipe"):
         directory.chmod(0o755)
     word = first_word(bench.env, timeout=15.0, user=USER)
-    bench.note("another user", "does not share the daemon's server", not attached(word), [word, asdict(bench.health())])
+    bench.note("another user", "good to know: is it served?", None, [word, asdict(bench.health())])
     time.sleep(1)
     bench.note(
         "after another user",
@@ -458,8 +458,9 @@ def check_kills(bench: Bench) -> None:
         answer = one.try_ask("sync", 30)
         time.sleep(0.5)
         seen = [answer, round(time.monotonic() - began, 2), asdict(bench.health())]
-        holds = isinstance(answer, dict) and answer["result"] == 0
-        bench.note("SIGKILL with work in flight", "the other client goes on", holds, seen)
+        bench.note(
+            "SIGKILL with work in flight", "good to know: does the other client go on? Nothing relies on it", None, seen
+        )
     with bench.clients(2) as (one, two):
         server = bench.health().server
         two.ask("spin 400000000")

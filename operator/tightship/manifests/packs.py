@@ -11,6 +11,7 @@ from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.batchprofile import ProfileKey
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.core import placement
+from tightship.manifests.claims import CLAIMED_DEVICE
 
 _SLUG_LIMIT = 30
 _HASH_DIGITS = 10
@@ -51,7 +52,7 @@ def measurement(service: LLMService) -> dict[str, Any]:
         "objectives": [each.to_dict() for each in spec.slo.objectives],
         "efficiencyFloor": spec.advisor.efficiency_floor,
         "memoryReserve": spec.packing.memory_reserve,
-        "maxReplicasPerGPU": spec.packing.max_replicas_per_gpu,
+        "maxReplicasPerGPU": spec.packing.most_per_gpu,
         "minimumGain": spec.packing.minimum_gain,
         "template": spec.template.to_dict(),
     }
@@ -79,12 +80,13 @@ def assignments(planned: Iterable[placement.Assignment]) -> list[dict[str, Any]]
 
 
 def gpu_pack(planned: placement.Pack, service: LLMService) -> dict[str, Any]:
-    """The GPUPack that a plan opens for a service."""
+    """The GPUPack that a plan opens for a service. The planner's mode begins with the pack's (`Reservation as 0`)."""
     accelerator = service.spec.accelerator
     spec: dict[str, Any] = {
         "namespace": planned.owner.namespace,
-        "device": planned.device,
-        "mode": "CPUSet" if planned.device == "cpu" else "Reservation",
+        "device": "cpu" if planned.device == "cpu" else "cuda",
+        "mode": planned.mode.split()[0],
+        "allocator": "DRA" if planned.device == CLAIMED_DEVICE else "DevicePlugin",
         "runAsUser": service.spec.template.spec.run_as_user,
         "assignments": assignments(planned.assignments),
     }

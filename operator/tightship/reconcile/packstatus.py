@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -14,7 +15,7 @@ from tightship.api.v1alpha1.gpupack import GPUPackStatus, PackLedger, PackMPS, P
 from tightship.core import conditions
 from tightship.core.conditions import Condition
 from tightship.kube.store import Object, labels_of
-from tightship.reconcile import admission, podstate
+from tightship.reconcile import admission, modes, podstate
 from tightship.reconcile.packview import Holding, Problem, View, current_revision, holding, replica_pods, rollout_pods
 
 ATTACH_SECONDS = 30.0
@@ -70,6 +71,9 @@ def status(view: View, problems: Sequence[Problem], now: datetime) -> dict[str, 
     return made | {"conditions": conditions.merge(existing, [*gates, ready], generation=generation, now=now)}
 
 
+_UNSHARED = (Reason.MPS_NOT_ATTACHED, Reason.GPU_NOT_VISIBLE)
+
+
 def _held(held: Holding, problems: Sequence[Problem]) -> Condition:
     """Whether the device is held; what keeps its holder from being made counts for more than that it isn't there."""
     found = next((each for each in problems if each.gate == names.HELD), None)
@@ -85,7 +89,7 @@ def next_look(view: View, problems: Sequence[Problem], now: datetime, retry: flo
     if any(admission.missing(view, found) for found in view.sets):
         left = admission.patience(view, now)
         waits.append(left + 1 if left > 0 else retry)
-    if not view.cpu:
+    if not view.cpu and view.pack.spec.mode != modes.EXCLUSIVE:
         for pod in replica_pods(view):
             since = podstate.ready_since(pod)
             left = ATTACH_SECONDS - (now - since).total_seconds() if since and podstate.is_ready(pod) else 0
@@ -98,7 +102,20 @@ def sharing(view: View, held: Holding, now: datetime) -> Condition:
     kind = names.SHARING_READY
     if view.cpu:
         return Condition(kind, "True", Reason.CPU_SET, "each replica has cores of its own; there is nothing to share")
-    mps = held.mps
+    condition = _sharing(view, held, now)
+    return replace(condition, message="; ".join(filter(None, (condition.message, view.why))))
+
+
+def _sharing(view: View, held: Holding, now: datetime) -> Condition:
+    kind, mps = names.SHARING_READY, held.mps
+    if view.pack.spec.mode == modes.EXCLUSIVE:
+        return Condition(kind, "True", Reason.EXCLUSIVE, "the replica has the GPU alone, without MPS")
+    if not view.pack.spec.has_holder:
+        refused = [
+            (pod, found) for pod in replica_pods(view) if (found := podstate.trouble(pod)) and found.reason in _UNSHARED
+        ]
+        for pod, found in refused:
+            return Condition(kind, "False", found.reason, f"{pod['metadata']['name']}: {found.message}")
     if held.status != "True" or mps is None:
         return Condition(kind, "Unknown", Reason.NOT_YET_KNOWN, "the MPS daemon has not been seen yet")
     if mps.state == "FAULT":
@@ -185,7 +202,7 @@ def _replica(view: View, pod: Object, attached: frozenset[str]) -> PackReplica:
         name=pod["metadata"]["name"],
         service=labels_of(pod).get(labels.SERVICE, ""),
         ready=podstate.is_ready(pod),
-        attached=None if view.cpu else pod["metadata"]["uid"] in attached,
+        attached=None if view.cpu or view.pack.spec.mode == modes.EXCLUSIVE else pod["metadata"]["uid"] in attached,
         message=f"{trouble.reason}: {trouble.message}"[:4096] if trouble else None,
     )
 

@@ -69,10 +69,17 @@ def check_pipe(settings: Settings) -> None:
         RefusalError: with the cause.
     """
     pipe = settings.mps_pipe
-    if pipe is not None and not (pipe / "control").exists():
+    if settings.sharing == "DRA" and pipe is None:
         raise RefusalError(
             Reason.MPS_NOT_ATTACHED,
-            f"no MPS daemon at {pipe}: the engine would run without MPS, taking turns; the holder pod's container `mps` tells why",
+            "the claim's driver has set no CUDA_MPS_PIPE_DIRECTORY: the engine would run without MPS, taking turns; "
+            "its MPSSupport feature gate may be off",
+        )
+    if pipe is not None and not (pipe / "control").exists():
+        where = "the holder pod's container `mps`" if settings.held else "the MPS control daemon of the claim's driver"
+        raise RefusalError(
+            Reason.MPS_NOT_ATTACHED,
+            f"no MPS daemon at {pipe}: the engine would run without MPS, taking turns; {where} tells why",
         )
 
 
@@ -82,6 +89,11 @@ def check_gpu(settings: Settings, gpu: Gpu) -> None:
     Raises:
         RefusalError: with the cause.
     """
+    if gpu.uuid is None and not settings.held:
+        raise RefusalError(
+            Reason.GPU_NOT_VISIBLE,
+            "the container requests a GPU and sees none: look at the node's device plugin or DRA driver, and at its container toolkit",
+        )
     if gpu.uuid is None:
         raise RefusalError(
             Reason.GPU_NOT_VISIBLE,

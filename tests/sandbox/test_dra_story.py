@@ -100,3 +100,19 @@ def test_from_the_manifest_to_claims_and_back(sandbox: Sandbox) -> None:
 
     sandbox.kubectl("delete", "llm/opt")
     story.wait_until(sandbox, "everything is given back", lambda: not story.packs(sandbox) and not claims(sandbox), 90)
+
+
+def test_a_measurement_claims_its_gpu(sandbox: Sandbox) -> None:
+    """Where only DRA has GPUs the profiling Job names a claim, and its engine runs on the GPU that it gets."""
+    story.apply(sandbox, story.make_service("new", engine__maxModelLen=1024))
+
+    def seen() -> bool:
+        measured = [each for each in story.items(sandbox, "bprof") if each["metadata"]["name"] != "imported"]
+        return any(each.get("status", {}).get("gpu", {}).get("product") == story.PRODUCT for each in measured)
+
+    story.wait_until(sandbox, "the profiler has told of its GPU", seen, 90)
+    (claim,) = claims(sandbox).values()
+    assert claim["metadata"]["name"].endswith("-profiler")
+    sandbox.kubectl("delete", "llm/new", "--wait=false")
+    sandbox.kubectl("delete", "bprof", "--all")
+    story.wait_until(sandbox, "the claim is gone", lambda: not claims(sandbox))

@@ -14,9 +14,11 @@ Whatever pods name it land on its node and see its GPU, and NVIDIA's driver runs
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.batchprofile import BatchProfile
 from tightship.api.v1alpha1.gpupack import GPUPack, GPUPackSpec
 from tightship.manifests.podparts import owned_metadata
 
@@ -40,7 +42,39 @@ def product_of(name: str) -> str:
 
 def resource_claim(pack: GPUPack) -> dict[str, Any]:
     """The ResourceClaim of a pack."""
-    product = (pack.spec.product or "").replace("\\", "\\\\").replace("'", "\\'")
+    carried = labels.common(pack.metadata.name, labels.COMPONENT_HOLDER, {labels.PACK: pack.metadata.name})
+    metadata = owned_metadata(claim_name(pack), pack.spec.namespace, carried, pack)
+    return _claim(metadata, pack.spec.product or "", mps=pack.spec.mode == "DRA")
+
+
+def profiling_claim(job: Mapping[str, Any], profile: BatchProfile) -> dict[str, Any]:
+    """The ResourceClaim of a profile's Jobs, which run one after the other: a whole GPU, on which the profiler runs its own MPS."""
+    name = profiling_claim_name(profile)
+    metadata = owned_metadata(name, profile.metadata.namespace, job["metadata"]["labels"], profile)
+    return _claim(metadata, profile.spec.key.accelerator.product or "", mps=False)
+
+
+def profiling_claim_name(profile: BatchProfile) -> str:
+    """Name of the ResourceClaim of a profile's Jobs."""
+    return f"{profile.metadata.name}-profiler"
+
+
+def with_claim(job: Mapping[str, Any], profile: BatchProfile) -> dict[str, Any]:
+    """A profiling Job that names its claim in place of requesting a GPU by the device plugin and by the node's label."""
+    made = deepcopy(dict(job))
+    spec = made["spec"]["template"]["spec"]
+    spec["resourceClaims"] = [{"name": REQUEST, "resourceClaimName": profiling_claim_name(profile)}]
+    spec.get("nodeSelector", {}).pop(labels.NODE_GPU_PRODUCT, None)
+    for container in spec["containers"]:
+        for amounts in ("requests", "limits"):
+            container["resources"].get(amounts, {}).pop(labels.GPU_RESOURCE, None)
+        container["resources"]["claims"] = [{"name": REQUEST}]
+    return made
+
+
+def _claim(metadata: dict[str, Any], product: str, *, mps: bool) -> dict[str, Any]:
+    """A claim for one GPU of a product, shared through MPS by its driver or not."""
+    product = product.replace("\\", "\\\\").replace("'", "\\'")
     selector = f"device.attributes['{labels.DRA_DRIVER}'].productName.replace(' ', '-') == '{product}'"
     devices: dict[str, Any] = {
         "requests": [
@@ -55,14 +89,13 @@ def resource_claim(pack: GPUPack) -> dict[str, Any]:
             }
         ]
     }
-    if pack.spec.mode == "DRA":
+    if mps:
         parameters = {"apiVersion": "resource.nvidia.com/v1beta1", "kind": "GpuConfig", "sharing": {"strategy": "MPS"}}
         devices["config"] = [{"requests": [REQUEST], "opaque": {"driver": labels.DRA_DRIVER, "parameters": parameters}}]
-    carried = labels.common(pack.metadata.name, labels.COMPONENT_HOLDER, {labels.PACK: pack.metadata.name})
     return {
         "apiVersion": "resource.k8s.io/v1",
         "kind": "ResourceClaim",
-        "metadata": owned_metadata(claim_name(pack), pack.spec.namespace, carried, pack),
+        "metadata": metadata,
         "spec": {"devices": devices},
     }
 

@@ -59,7 +59,7 @@ def _acceptable(service: LLMService, decision: Recommendation | None, store: Sto
     asked, product = service.spec.packing.mode, service.spec.accelerator.product or ""
     claimed = dra.offered(store, product) > 0
     alone = [Choice(EXCLUSIVE), Choice(EXCLUSIVE, DRA)]
-    if claimed and not _plugged(store, product):
+    if only_claims(store, product):
         alone.reverse()
     if asked == EXCLUSIVE:
         return alone
@@ -80,6 +80,11 @@ def is_alone(decision: Recommendation | None) -> bool:
         and decision.applied.replicas == 1
         and (decision.applied == decision.chosen)
     )
+
+
+def only_claims(store: Store, product: str) -> bool:
+    """Whether GPUs of a product are to be had by claims and not as whole ones of the device plugin."""
+    return dra.offered(store, product) > 0 and not _plugged(store, product)
 
 
 def _plugged(store: Store, product: str) -> int:

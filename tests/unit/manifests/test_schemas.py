@@ -105,7 +105,11 @@ def made_from(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     made["spec"]["measurement"]["extend"] = {"request": "a", "budget": "5m", "pairs": [{"batch": 96, "replicas": 2}]}
     profile = BatchProfile.model_validate(made)
     yield from profile_job.profiler_access(profile)
-    yield profile_job.profile_job(profile, 1, IMAGE, 3)
+    job = profile_job.profile_job(profile, 1, IMAGE, 3)
+    yield job
+    if llm.spec.packing.mode == "DRA":
+        yield claims.with_claim(job, profile)
+        yield claims.profiling_claim(job, profile)
     yield from _packed(llm, profile)
 
 

@@ -326,6 +326,22 @@ async def test_where_only_dra_has_gpus_an_exclusive_one_is_claimed_without_mps()
     assert told(world, "Ready")[:2] == ("True", "FullyRealised")
 
 
+async def test_where_only_dra_has_gpus_measurements_claim_one_too() -> None:
+    world = World(gpus=(0,), profiling=True)
+    world.put(make_class())
+    world.put(make_slice("n0", 2))
+    world.put(make_service())
+    await world.settle()
+    (job,) = world.all("Job")
+    (claim,) = world.all("ResourceClaim")
+    pod = job["spec"]["template"]["spec"]
+    assert pod["resourceClaims"] == [{"name": "gpu", "resourceClaimName": claim["metadata"]["name"]}]
+    assert pod["containers"][0]["resources"]["claims"] == [{"name": "gpu"}]
+    assert labels.GPU_RESOURCE not in str(job["spec"])
+    assert "config" not in claim["spec"]["devices"], "the profiler runs its own MPS"
+    assert claim["metadata"]["ownerReferences"][0]["kind"] == "BatchProfile"
+
+
 async def test_what_was_packed_and_no_longer_pays_is_not_moved_for_it() -> None:
     world = await pack(make_world(), replicas=2)
     before = {pod["metadata"]["uid"] for pod in world.all("Pod")}

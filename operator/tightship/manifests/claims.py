@@ -24,7 +24,8 @@ from tightship.manifests.podparts import owned_metadata
 
 DEVICE_CLASS = labels.DRA_DRIVER
 CLAIMED_DEVICE = "dra"
-"""What the planner calls GPUs that claims get: other ones than those that the device plugin gives (`cuda`)."""
+SHARED_DEVICE = "shared"
+"""What the planner calls GPUs that claims get, and those that the device plugin shares: other ones than those it gives whole (`cuda`)."""
 REQUEST = "gpu"
 REPORT_CONTAINER = "report"
 SHARING_VARIABLE = "TIGHTSHIP_SHARING"
@@ -111,7 +112,7 @@ def with_gpu(spec: GPUPackSpec, resources: Mapping[str, Any]) -> dict[str, Any]:
         return dict(resources)
     if spec.claims:
         return {**resources, "claims": [{"name": REQUEST}]}
-    one = {labels.GPU_RESOURCE: "1"}
+    one = {spec.resource: "1"}
     return {
         **resources,
         "requests": {**(resources.get("requests") or {}), **one},
@@ -121,4 +122,4 @@ def with_gpu(spec: GPUPackSpec, resources: Mapping[str, Any]) -> dict[str, Any]:
 
 def shares_directory(spec: GPUPackSpec) -> bool:
     """Whether replicas make the pack's directory on the node themselves: it has no holder, and they have to meet there."""
-    return spec.device == "cpu" or spec.mode == "DRA"
+    return spec.device == "cpu" or spec.mode in ("DRA", "DevicePlugin")

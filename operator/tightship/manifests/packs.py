@@ -80,12 +80,14 @@ def assignments(planned: Iterable[placement.Assignment]) -> list[dict[str, Any]]
 
 
 def gpu_pack(planned: placement.Pack, service: LLMService) -> dict[str, Any]:
-    """The GPUPack that a plan opens for a service. The planner's mode begins with the pack's (`Reservation as 0`)."""
+    """The GPUPack that a plan opens for a service. The planner's mode begins with the pack's, and with what it
+    requests where that isn't a whole GPU (`Reservation as 0`, `DevicePlugin:nvidia.com/gpu.shared as 0`)."""
     accelerator = service.spec.accelerator
+    mode, _, resource = planned.mode.split()[0].partition(":")
     spec: dict[str, Any] = {
         "namespace": planned.owner.namespace,
         "device": "cpu" if planned.device == "cpu" else "cuda",
-        "mode": planned.mode.split()[0],
+        "mode": mode,
         "allocator": "DRA" if planned.device == CLAIMED_DEVICE else "DevicePlugin",
         "runAsUser": service.spec.template.spec.run_as_user,
         "assignments": assignments(planned.assignments),
@@ -94,6 +96,8 @@ def gpu_pack(planned: placement.Pack, service: LLMService) -> dict[str, Any]:
         spec |= {"node": planned.node, "cores": planned.units, "memory": accelerator.memory}
     else:
         spec["product"] = planned.product
+    if resource:
+        spec["resource"] = resource
     if planned.excluded:
         spec["excludedNodes"] = sorted(planned.excluded)
     return {

@@ -215,8 +215,23 @@ def _affinity(setup: Setup) -> dict[str, Any]:
     pack, user = setup.pack, setup.service.spec.template.spec.affinity
     if setup.place.node is not None:
         return node_affinity(user, node=setup.place.node)
-    product = {} if pack.spec.claims else {labels.NODE_GPU_PRODUCT: [pack.spec.product or ""]}
-    return node_affinity(user, labels_in=product, not_nodes=pack.spec.excluded_nodes)
+    product, wanted = pack.spec.product or "", {}
+    if pack.spec.mode == "DevicePlugin":
+        # Of a node that shares, feature discovery marks the product unless the resource has a name of its own.
+        wanted = {labels.NODE_GPU_PRODUCT: [product, f"{product}-SHARED"], labels.NODE_GPU_SHARING: ["mps"]}
+    elif not pack.spec.claims:
+        wanted = {labels.NODE_GPU_PRODUCT: [product]}
+    made = node_affinity(user, labels_in=wanted, not_nodes=pack.spec.excluded_nodes)
+    if pack.spec.mode != "DevicePlugin":
+        return made
+    # Nothing gives two pods one GPU; that they are on one node is what can be asked for. The first of them matches itself.
+    near = {
+        "labelSelector": {"matchLabels": {labels.COMPONENT: labels.COMPONENT_REPLICA, labels.PACK: pack.metadata.name}},
+        "topologyKey": "kubernetes.io/hostname",
+    }
+    pods = dict(made.get("podAffinity") or {})
+    field = "requiredDuringSchedulingIgnoredDuringExecution"
+    return {**made, "podAffinity": {**pods, field: [*(pods.get(field) or []), near]}}
 
 
 def _spread(setup: Setup) -> list[dict[str, Any]]:

@@ -300,7 +300,7 @@ def _refuses_all(view: View, mps: Mps) -> bool:
     """
     pods = [pod for pod in replica_pods(view) if pod["metadata"]["uid"] in mps.pods]
     refused = [found for pod in pods if (found := podstate.trouble(pod)) and found.reason == Reason.MPS_NOT_ATTACHED]
-    return not view.pack.spec.has_holder and bool(refused) and not any(podstate.is_ready(pod) for pod in pods)
+    return view.pack.spec.claims and bool(refused) and not any(podstate.is_ready(pod) for pod in pods)
 
 
 async def _roll(ctx: Context, view: View) -> list[Problem]:

@@ -106,6 +106,7 @@ def gather(
         shortfall=shortfall,
         absent=absent,
         mode_problem=_mode_problem(verdict, store, absent),
+        share_problem=_share_problem(verdict, store),
         approved=verdict.service is not None and snapshot.approved(verdict.service, verdict, packs),
     )
 
@@ -227,3 +228,9 @@ def _divided(store: Store) -> tuple[tuple[str, str, str], ...]:
 
 def _mode_problem(verdict: Verdict, store: Store, absent: frozenset[str]) -> str | None:
     return modes.unavailable(verdict.service, store, absent) if verdict.service is not None else None
+
+
+def _share_problem(verdict: Verdict, store: Store) -> str | None:
+    if verdict.service is None or verdict.shape is None:
+        return None
+    return modes.too_small(verdict.service, verdict.shape.memory, store)

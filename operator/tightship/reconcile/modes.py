@@ -11,34 +11,47 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tightship.api import units
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.core.advisor import Recommendation
 from tightship.kube.kinds import DRA_KINDS, KINDS
 from tightship.kube.store import Store
-from tightship.manifests.claims import CLAIMED_DEVICE, DEVICE_CLASS
+from tightship.manifests.claims import CLAIMED_DEVICE, DEVICE_CLASS, SHARED_DEVICE
 from tightship.reconcile import dra, nodes
 
-RESERVATION, DRA, EXCLUSIVE, CPU_SET = "Reservation", "DRA", "Exclusive", "CPUSet"
+RESERVATION, DRA, DEVICE_PLUGIN, EXCLUSIVE, CPU_SET = "Reservation", "DRA", "DevicePlugin", "Exclusive", "CPUSet"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A pack's mode and who hands its GPU out (GPUPack's `mode` and `allocator`)."""
+    """A pack's mode, who hands its GPU out, and as what (GPUPack's `mode`, `allocator` and `resource`)."""
 
     mode: str
     allocator: str = "DevicePlugin"
+    resource: str = labels.GPU_RESOURCE
 
     @property
     def device(self) -> str:
         """What the planner counts such packs in."""
+        if self.mode == DEVICE_PLUGIN:
+            return SHARED_DEVICE
         return "cpu" if self.mode == CPU_SET else CLAIMED_DEVICE if self.allocator == DRA else "cuda"
+
+    @property
+    def key(self) -> str:
+        """The same in one word: what begins the planner's mode."""
+        return f"{self.mode}:{self.resource}" if self.mode == DEVICE_PLUGIN else self.mode
 
 
 def of_pack(pack: GPUPack) -> Choice:
     """The mode a pack was made in."""
-    return Choice(pack.spec.mode, pack.spec.allocator) if pack.spec.device == "cuda" else Choice(CPU_SET)
+    return (
+        Choice(pack.spec.mode, pack.spec.allocator, pack.spec.resource)
+        if pack.spec.device == "cuda"
+        else Choice(CPU_SET)
+    )
 
 
 def choose(service: LLMService, decision: Recommendation | None, packs: Iterable[GPUPack], store: Store) -> Choice:
@@ -63,6 +76,11 @@ def _acceptable(service: LLMService, decision: Recommendation | None, store: Sto
         alone.reverse()
     if asked == EXCLUSIVE:
         return alone
+    if asked == DEVICE_PLUGIN:
+        # Its nodes have no whole GPUs to give, so one replica has a share there as well.
+        return [Choice(DEVICE_PLUGIN, resource=each.resource) for each in shared_nodes(store, product)] or [
+            Choice(DEVICE_PLUGIN)
+        ]
     shared = {
         RESERVATION: [Choice(RESERVATION)],
         DRA: [Choice(DRA, DRA)],
@@ -95,12 +113,66 @@ def _plugged(store: Store, product: str) -> int:
 def unavailable(service: LLMService, store: Store, absent: frozenset[str]) -> str | None:
     """What is in the way of the mode that a manifest asks for by name; None where nothing is."""
     accelerator = service.spec.accelerator
+    if accelerator.device == "cuda" and service.spec.packing.mode == DEVICE_PLUGIN:
+        return _unshared(store, accelerator.product or "")
     if service.spec.packing.mode != DRA or accelerator.device == "cpu":
         return None
     lack = _lack(store, accelerator.product or "", absent)
     if lack is None:
         return None
     return f"packing.mode DRA can't be had: {lack}; install NVIDIA's DRA driver with GPU allocation and its MPSSupport gate, or set Auto"
+
+
+def shared_nodes(store: Store, product: str) -> list[nodes.Shares]:
+    """The nodes whose device plugin shares GPUs of a product by MPS."""
+    return [each for each in nodes.shares(store.list("Node")) if each.product == product]
+
+
+def _unshared(store: Store, product: str) -> str | None:
+    if shared_nodes(store, product):
+        return None
+    others = sorted({each.product for each in nodes.shares(store.list("Node"))})
+    there = f"only GPUs of {', '.join(others)} are" if others else "no node's GPUs are"
+    return (
+        f"packing.mode DevicePlugin needs nodes whose device plugin shares {product} by MPS (label {labels.NODE_GPU_SHARING}=mps), and {there} "
+        "shared so: set sharing.mps in the device plugin's configuration on a node, or packing.mode Reservation"
+    )
+
+
+def most_shares(store: Store, product: str) -> int:
+    """Replicas that get a share of one GPU on any of those nodes; 0 where there is none."""
+    return min((each.clients for each in shared_nodes(store, product)), default=0)
+
+
+def too_small(service: LLMService, memory: int, store: Store) -> str | None:
+    """Why a replica of so many bytes can't live with a share of a GPU; None where it can, or where it gets none."""
+    if service.spec.accelerator.device == "cpu" or service.spec.packing.mode != DEVICE_PLUGIN:
+        return None
+    for each in shared_nodes(store, service.spec.accelerator.product or ""):
+        if each.memory is not None and memory > each.memory // each.clients:
+            need, limit, whole = (
+                units.format_quantity(amount) for amount in (memory, each.memory // each.clients, each.memory)
+            )
+            return (
+                f"a replica needs {need}, and the device plugin on node {each.node} lets each of {each.clients} clients have {limit} of {whole}: "
+                f"at most {each.memory // memory} would do in its sharing.mps, or use packing.mode Reservation, which sets no such limit"
+            )
+    return None
+
+
+def limits(pack: GPUPack, store: Store) -> str:
+    """What the device plugin forces on the replicas of a pack, in words and numbers."""
+    found = [each for each in shared_nodes(store, pack.spec.product or "") if pack.status.node in (None, each.node)]
+    if not found:
+        return "the device plugin limits each replica's memory and threads"
+    each, memory = found[0], "that share of its memory"
+    if each.memory is not None:
+        memory = f"{units.format_quantity(each.memory // each.clients)} of {units.format_quantity(each.memory)}"
+    return (
+        f"each of {each.clients} clients of a GPU has at most {memory} and {100 / each.clients:.3g} % of its threads, as the device plugin "
+        f"sets them, so throughput isn't what was measured; one daemon serves all GPUs of node {each.node}, and a fault of one blocks the "
+        "others; that replicas get one GPU is luck, and checked"
+    )
 
 
 def _lack(store: Store, product: str, absent: frozenset[str]) -> str | None:

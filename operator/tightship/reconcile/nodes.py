@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from tightship.api import units
 from tightship.api.v1alpha1 import labels
@@ -62,3 +63,36 @@ def divided(node: Object) -> str | None:
         how = sharing if sharing != "none" else "strategy not told"
         return f"{count}handed to {replicas} pods each by the device plugin ({how})"
     return None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What the device plugin gives of a node that it shares by MPS: `gpus` GPUs to `clients` pods each, as `resource`; `memory` bytes each GPU."""
+
+    node: str
+    product: str
+    gpus: int
+    clients: int
+    resource: str
+    memory: int | None
+
+
+def shares(nodes: Iterable[Object]) -> list[Shares]:
+    """The nodes whose device plugin shares GPUs by MPS."""
+    found = []
+    for node in nodes:
+        carried, there = labels_of(node), (node.get("status") or {}).get("allocatable") or {}
+        replicas = carried.get(labels.NODE_GPU_REPLICAS, "")
+        if (
+            carried.get(labels.NODE_GPU_SHARING) != "mps"
+            or not replicas.isdigit()
+            or int(replicas) < 1
+            or not product(node)
+        ):
+            continue
+        resource = labels.SHARED_GPU_RESOURCE if labels.SHARED_GPU_RESOURCE in there else labels.GPU_RESOURCE
+        gpus = units.parse_quantity(there.get(resource, "0")) // int(replicas)
+        memory = carried.get(labels.NODE_GPU_MEMORY, "")
+        size = int(memory) << 20 if memory.isdigit() else None
+        found.append(Shares(str(node["metadata"]["name"]), product(node), gpus, int(replicas), resource, size))
+    return found

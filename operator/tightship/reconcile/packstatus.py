@@ -16,7 +16,16 @@ from tightship.core import conditions
 from tightship.core.conditions import Condition
 from tightship.kube.store import Object, labels_of
 from tightship.reconcile import admission, modes, podstate
-from tightship.reconcile.packview import Holding, Problem, View, current_revision, holding, replica_pods, rollout_pods
+from tightship.reconcile.packview import (
+    Holding,
+    Problem,
+    View,
+    apart,
+    current_revision,
+    holding,
+    replica_pods,
+    rollout_pods,
+)
 
 ATTACH_SECONDS = 30.0
 """A ready replica without an MPS client for so long runs without MPS; the watcher publishes every few seconds."""
@@ -116,6 +125,10 @@ def _sharing(view: View, held: Holding, now: datetime) -> Condition:
         ]
         for pod, found in refused:
             return Condition(kind, "False", found.reason, f"{pod['metadata']['name']}: {found.message}")
+    if view.pack.spec.mode == modes.DEVICE_PLUGIN and (words := apart(view)):
+        text = f"the device plugin gave the replicas of this pack different GPUs: {words}; they don't share as was measured. "
+        text += "A node with one GPU can't, and packing.mode Reservation never does"
+        return Condition(kind, "False", Reason.GPU_MISMATCH, text)
     if held.status != "True" or mps is None:
         return Condition(kind, "Unknown", Reason.NOT_YET_KNOWN, "the MPS daemon has not been seen yet")
     if mps.state == "FAULT":
@@ -134,6 +147,8 @@ def _sharing(view: View, held: Holding, now: datetime) -> Condition:
         return Condition(
             kind, "Unknown", Reason.NOT_YET_KNOWN, f"{_names(loose)} has not been seen among MPS's clients yet"
         )
+    if view.pack.spec.mode == modes.DEVICE_PLUGIN:
+        return Condition(kind, "True", Reason.DEVICE_LIMITS_FORCED, f"warning: {view.limits}")
     return Condition(kind, "True", Reason.MPS_ACTIVE, f"MPS is {mps.state} with {mps.clients} clients")
 
 

@@ -46,7 +46,8 @@ class View:
     """The pack and what belongs to it.
 
     `opener` is the service whose template its holder gets: the one that opened it, or where that is gone or can't be read, another one on it.
-    `claim` is its ResourceClaim, if it has one, and `claimed` the GPU allocated to that; `why` says how the GPU is shared and why so.
+    `claim` is its ResourceClaim, if it has one, and `claimed` the GPU allocated to that; `why` says how the GPU is shared and why so,
+    and `limits` what the device plugin forces on its replicas.
     """
 
     obj: Object
@@ -59,6 +60,7 @@ class View:
     claim: Object | None = None
     claimed: dra.Gpu | None = None
     why: str = ""
+    limits: str = ""
 
     @property
     def cpu(self) -> bool:
@@ -121,6 +123,7 @@ def gather(store: Store, obj: Object, absent: frozenset[str] = frozenset()) -> V
         dra.claim_of(store, pack) if pack.spec.claims else None,
         dra.gpu_of(store, pack) if pack.spec.claims else None,
         modes.explain(pack, opener, store, absent),
+        modes.limits(pack, store) if pack.spec.mode == modes.DEVICE_PLUGIN else "",
     )
 
 
@@ -248,10 +251,13 @@ def _own_gpu(view: View) -> Holding:
     told = reports.of(pods)
     node = view.claimed.node if view.claimed else next((podstate.node_of(pod) for pod in pods), None)
     gpu = view.claimed.as_pack_gpu() if view.claimed else next((each.as_pack_gpu() for each in told.values()), None)
-    mps = _told_mps(told) if told and view.pack.spec.mode == modes.DRA else None
-    strayed = _strayed(pods, told, gpu)
+    mps = _told_mps(told) if told and view.pack.spec.mode != modes.EXCLUSIVE else None
+    # What the device plugin gave apart it would give apart again: the pack serves on, and `SharingReady` says so.
+    strayed = None if view.pack.spec.mode == modes.DEVICE_PLUGIN else _strayed(pods, told, gpu)
     if strayed is not None:
         return Holding("False", Reason.GPU_MISMATCH, strayed, node=node, gpu=gpu, mps=mps)
+    if gpu and view.pack.spec.mode == modes.DEVICE_PLUGIN:
+        gpu = gpu.model_copy(update={"memory": None})  # what CUDA shows may be the share, which the ledger is not of
     recorded = view.pack.status.gpu
     known = gpu or (PackGPU(product=recorded.product, memory=recorded.memory) if recorded else None)
     memory = units.parse_quantity(known.memory) if known and known.memory else None
@@ -264,7 +270,7 @@ def _own_gpu(view: View) -> Holding:
     place = Place(None, None, memory)
     if gpu and gpu.uuid and pods:
         by = f"by {claim}" if view.pack.spec.claims else f"requested by {pods[0]['metadata']['name']}"
-        text = f"{gpu.uuid} ({gpu.product}, {gpu.memory}) on node {node}, {by}"
+        text = f"{gpu.uuid} ({', '.join(filter(None, (gpu.product, gpu.memory)))}) on node {node}, {by}"
         return Holding("True", Reason.GPU_HELD, text, place, node, gpu, mps)
     waiting = [
         (pod, found) for pod in replica_pods(view) if (found := podstate.trouble(pod)) and not podstate.node_of(pod)
@@ -289,6 +295,16 @@ def _strayed(pods: list[Object], told: Mapping[str, reports.Report], gpu: PackGP
     if not others or gpu is None:
         return None
     return f"{', '.join(others)}, the pack has {gpu.uuid}: its replicas can't share, so the placement pass replaces it"
+
+
+def apart(view: View) -> str | None:
+    """The GPUs that replicas of one pack see, in words, where they are not the same; None where they are."""
+    seen: dict[str, list[str]] = {}
+    told = reports.of(replica_pods(view))
+    for pod in replica_pods(view):
+        if (report := told.get(str(pod["metadata"]["uid"]))) and not podstate.is_going(pod):
+            seen.setdefault(report.uuid.lower(), []).append(f"{pod['metadata']['name']} on {report.uuid}")
+    return ", ".join(name for names_here in seen.values() for name in names_here) if len(seen) > 1 else None
 
 
 def _told_mps(told: Mapping[str, reports.Report]) -> Mps:

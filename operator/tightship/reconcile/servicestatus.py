@@ -94,6 +94,7 @@ class View:
     divided: tuple[tuple[str, str, str], ...] = ()  # product, node, how its GPUs are divided
     absent: frozenset[str] = frozenset()
     mode_problem: str | None = None  # why the mode that was asked for by name can't be had
+    share_problem: str | None = None  # why a share of a GPU is too little for a replica
 
     @property
     def generation(self) -> int:
@@ -188,6 +189,8 @@ def _unsupported(view: View) -> Condition | None:
             f"no node has {accelerator.cores} cores; the largest has {view.largest_cores}: lower spec.accelerator.cores"
         )
         return Condition(names.ACCEPTED, "False", reason, text)
+    if service.spec.packing.mode == "DevicePlugin":
+        return None  # what it needs of nodes is said above
     if any(product == accelerator.product for product, _, _ in view.products):
         return None
     shared = _divided(view)
@@ -372,6 +375,12 @@ def _unapproved(view: View) -> Condition | None:
     return Condition(names.PACKED, "False", Reason.AWAITING_APPROVAL, text)
 
 
+def _share_too_small(view: View) -> Condition | None:
+    if view.share_problem is None:
+        return None
+    return Condition(names.PACKED, "False", Reason.SHARING_UNAVAILABLE, view.share_problem)
+
+
 def _too_few_gpus(view: View) -> Condition | None:
     short = view.shortfall
     if short is None:
@@ -388,7 +397,7 @@ def _too_few_gpus(view: View) -> Condition | None:
         text += f" on nodes with the {need} that a pack takes (at most {most} is free on one)"
     if short.kept:
         text += f"; {short.kept} replicas stay where they are until then"
-    if divided := _divided(view) if short.device != "cpu" else "":
+    if divided := _divided(view) if short.device in ("cuda", "dra") else "":
         text += f". Not counted, since they give no whole GPUs: {divided}"
     text += ". Add a node, free a GPU, or lower spec.replicas"
     return Condition(names.PACKED, "False", Reason.INSUFFICIENT_GPUS, text)
@@ -526,6 +535,7 @@ PACKED: tuple[Check, ...] = (
     _nothing_to_pack,
     _unknown_memory,
     _unapproved,
+    _share_too_small,
     _too_few_gpus,
     _unplaced,
     _not_held,

@@ -21,7 +21,7 @@ from tightship.core.placement import Demand, Devices, Health, Pack, ServiceRef, 
 from tightship.decide import ledger_from_profile, parse_reserve
 from tightship.kube.clock import parse_timestamp
 from tightship.kube.store import Object, Store, labels_of
-from tightship.manifests.claims import CLAIMED_DEVICE
+from tightship.manifests.claims import CLAIMED_DEVICE, SHARED_DEVICE
 from tightship.reconcile import dra, modes, nodes, podstate
 from tightship.reconcile.verdict import Verdict, examine
 
@@ -58,6 +58,8 @@ def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: St
     choice = modes.choose(service, verdict.decision, packs, store)
     exclusive = choice.mode == modes.EXCLUSIVE
     shape = verdict.shape if accepted(obj) and approved(service, verdict, packs) else None
+    if shape is not None and modes.too_small(service, shape.memory, store):
+        shape = None
     cpu = accelerator.device == "cpu"
     return Demand(
         ref,
@@ -67,7 +69,7 @@ def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: St
         CPU_PRODUCT if cpu else accelerator.product or "",
         _sharing(choice, service.spec.template.spec.run_as_user, accelerator.memory),
         shape,
-        min(1, verdict.per_device) if exclusive else verdict.per_device,
+        _per_device(choice, verdict, accelerator.product or "", store),
         (accelerator.cores or 1) if cpu else 1,
         frozenset(node["metadata"]["name"] for node in store.list("Node") if _usable(node, service)),
         since,
@@ -79,6 +81,15 @@ def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: St
         reserve=parse_reserve(packing.memory_reserve),
         device_memory=_device_memory(verdict),
     )
+
+
+def _per_device(choice: modes.Choice, verdict: Verdict, product: str, store: Store) -> int:
+    """Replicas that may share a device, as measured and as its mode lets them."""
+    if choice.mode == modes.EXCLUSIVE:
+        return min(1, verdict.per_device)
+    if choice.mode == modes.DEVICE_PLUGIN:
+        return min(modes.most_shares(store, product), verdict.per_device)
+    return verdict.per_device
 
 
 def _device_memory(verdict: Verdict) -> int | None:
@@ -243,6 +254,8 @@ def devices_of(store: Store) -> Iterable[Devices]:
     for (name, product), count in sorted(dra.by_node(dra.free(store)).items()):
         if name in names_of_open:
             yield Devices(name, CLAIMED_DEVICE, product, count)
+    for each in nodes.shares(open_nodes):
+        yield Devices(each.node, SHARED_DEVICE, each.product, each.gpus)
     for node in open_nodes:
         name, there = node["metadata"]["name"], (node.get("status") or {}).get("allocatable") or {}
         if cores_of(node):
@@ -267,7 +280,8 @@ def _homeless_since(pack: GPUPack, store: Store) -> dict[str, datetime]:
     Where no node is the pack's yet, none has room: another pack would find none either.
     """
     waits: dict[str, datetime] = {}
-    if pack.spec.mode == modes.EXCLUSIVE or (pack.spec.mode == modes.DRA and pack.status.node is None):
+    bound = pack.spec.has_holder or pack.spec.device == "cpu" or pack.status.node is not None
+    if pack.spec.mode == modes.EXCLUSIVE or not bound:
         return waits
     for pod in store.list("Pod", label=(labels.PACK, pack.metadata.name)):
         carried = labels_of(pod)
@@ -317,7 +331,7 @@ def _tolerated(taint: Mapping[str, Any], tolerations: Iterable[Any]) -> bool:
 def _sharing(choice: modes.Choice, user: int, memory: str | None) -> str:
     """What must agree for a replica to be put on a pack: the planner calls it the mode."""
     size = f" of {units.parse_quantity(memory or '0')} bytes" if choice.mode == modes.CPU_SET else ""
-    return f"{choice.mode}{size} as {user}"
+    return f"{choice.key}{size} as {user}"
 
 
 def _ref(obj: Object) -> ServiceRef:

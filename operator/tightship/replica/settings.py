@@ -11,7 +11,7 @@ from pathlib import Path
 from tightship.replica.outcome import Reason, RefusalError
 
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
-SHARING = ("Reservation", "DRA", "Exclusive")
+SHARING = ("Reservation", "DRA", "DevicePlugin", "Exclusive")
 
 
 @dataclass(frozen=True)

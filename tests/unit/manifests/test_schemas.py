@@ -80,6 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "profiling": {"budget": "10m", "rerun": "again"},
     },
     "GPUs by DRA": {"packing": {"mode": "DRA"}, "template": EVERYTHING},
+    "shares of the device plugin": {"packing": {"mode": "DevicePlugin"}, "template": EVERYTHING},
     "a GPU each": {"packing": {"mode": "Exclusive"}, "template": EVERYTHING},
     "a GPU each, by DRA": {"packing": {"mode": "Exclusive"}, "accelerator": {"device": "cuda", "product": "by DRA"}},
     "a model on a claim": {"model": {"source": "pvc://models/opt"}},

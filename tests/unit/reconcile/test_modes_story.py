@@ -367,3 +367,72 @@ async def test_nodes_that_give_no_whole_gpus_are_named_where_gpus_are_missing() 
     status, reason, message = world.condition("LLMService", NS, "opt", "Packed")
     assert (status, reason) == ("False", "InsufficientGPUs")
     assert "node n1 has 8 GPUs handed to 4 pods each by the device plugin (time-slicing)" in message
+
+
+def make_shared_world(clients: int, gpus: int = 1) -> World:
+    """A node whose device plugin shares its GPUs of 80 GiB among that many pods each."""
+    world = make_world(gpus=(0,))
+
+    def share(node: dict[str, Any]) -> None:
+        node["metadata"]["labels"] = {
+            labels.NODE_GPU_PRODUCT: PRODUCT,
+            labels.NODE_GPU_SHARING: "mps",
+            labels.NODE_GPU_REPLICAS: str(clients),
+            labels.NODE_GPU_COUNT: str(gpus),
+            labels.NODE_GPU_MEMORY: str(80 << 10),
+        }
+        node["status"]["allocatable"] |= {labels.GPU_RESOURCE: "0", labels.SHARED_GPU_RESOURCE: str(gpus * clients)}
+
+    world.change("Node", "", "n0", share)
+    world.reports = lambda pod: world.seen_by(pod) | {"uuid": "GPU-n0-0", "total": 40 << 30, "mps": True}
+    return world
+
+
+SHARED = {"packing": {"mode": "DevicePlugin", "maxReplicasPerGPU": 2}}
+
+
+async def test_shares_of_the_device_plugin_come_with_a_warning_in_numbers() -> None:
+    world = await pack(make_shared_world(2), **SHARED)
+    (found,) = world.all("GPUPack")
+    assert (found["spec"]["mode"], found["spec"]["resource"]) == ("DevicePlugin", labels.SHARED_GPU_RESOURCE)
+    assert (found["status"]["gpu"]["uuid"], found["status"]["mps"]["attachedReplicas"]) == ("GPU-n0-0", 2)
+    assert "memory" not in found["status"]["gpu"], "what a client sees may be its share"
+    status, reason, message = told(world, "SharingReady")
+    assert (status, reason) == ("True", "DeviceLimitsForced")
+    assert "each of 2 clients of a GPU has at most 40Gi of 80Gi and 50 % of its threads" in message
+    assert "mode DevicePlugin: as packing.mode asks" in message
+    pod = world.all("StatefulSet")[0]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"] == {labels.SHARED_GPU_RESOURCE: "1"}
+    (near,) = pod["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert near["labelSelector"]["matchLabels"][labels.PACK] == PACK
+    assert world.condition("LLMService", NS, "opt", "Ready")[:2] == ("True", "FullyRealised")
+
+
+async def test_replicas_that_got_different_gpus_are_told_and_go_on() -> None:
+    world = make_shared_world(2, gpus=2)
+    world.reports = lambda pod: world.seen_by(pod) | {"mps": True}
+    await pack(world, **SHARED)
+    before = {pod["metadata"]["uid"] for pod in replica_pods(world)}
+    status, reason, message = told(world, "SharingReady")
+    assert (status, reason) == ("False", "GPUMismatch")
+    assert message.count("on GPU-of-") == 2
+    assert world.condition("LLMService", NS, "opt", "Packed")[:2] == ("False", "SharingUnavailable")
+    await world.run()
+    assert {pod["metadata"]["uid"] for pod in replica_pods(world)} == before
+
+
+async def test_a_share_that_is_too_small_takes_no_gpu() -> None:
+    world = await pack(make_shared_world(10), **SHARED)
+    assert not world.all("GPUPack")
+    status, reason, message = world.condition("LLMService", NS, "opt", "Packed")
+    assert (status, reason) == ("False", "SharingUnavailable")
+    assert "lets each of 10 clients have 8Gi of 80Gi: at most" in message
+
+
+async def test_shares_by_name_where_no_node_has_any_are_a_condition() -> None:
+    world = make_world()
+    world.put(make_service(**SHARED))
+    await world.settle()
+    status, reason, message = world.condition("LLMService", NS, "opt", "Accepted")
+    assert (status, reason) == ("False", "UnsupportedAccelerator")
+    assert "needs nodes whose device plugin shares NVIDIA-H100-80GB-HBM3 by MPS" in message

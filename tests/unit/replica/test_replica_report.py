@@ -48,6 +48,12 @@ def test_the_gpu_is_told_under_the_start_lock(tell: Any) -> None:
     assert tell("DRA") == (0, json.dumps(SEEN))
 
 
+def test_a_share_without_mps_is_refused(tell: Any) -> None:
+    status, message = tell("DevicePlugin", pipe=False)
+    assert status == EXIT_STATUS[Reason.MPS_NOT_ATTACHED]
+    assert "the device plugin has set no CUDA_MPS_PIPE_DIRECTORY" in message
+
+
 def test_one_that_has_its_gpu_alone_needs_no_mps_and_tells_of_none(tell: Any) -> None:
     status, message = tell("Exclusive", pipe=False, mps=False)
     assert (status, json.loads(message)) == (0, SEEN | {"mps": None})

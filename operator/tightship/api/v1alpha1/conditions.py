@@ -77,6 +77,7 @@ class Reason:
     MPS_ACTIVE: Final = "MPSActive"
     CPU_SET: Final = "CPUSet"
     EXCLUSIVE: Final = "Exclusive"
+    DEVICE_LIMITS_FORCED: Final = "DeviceLimitsForced"
     MPS_FAULT: Final = "MPSFault"
     MPS_NOT_ATTACHED: Final = "MPSNotAttached"
     GPU_MISMATCH: Final = "GPUMismatch"

@@ -32,10 +32,11 @@ class GPUPackSpec(Model):
     device: Annotated[Literal["cuda", "cpu"], Field(description="cuda, or cpu for a set of cores.")] = "cuda"
     product: Annotated[Text | None, Field(description="GPU product, as on the node's label.")] = None
     mode: Annotated[
-        Literal["Reservation", "DRA", "Exclusive", "CPUSet"],
+        Literal["Reservation", "DRA", "DevicePlugin", "Exclusive", "CPUSet"],
         Field(
             description="How the GPU is shared. Reservation: a holder pod has it and runs MPS. DRA: a ResourceClaim of all replicas, MPS by its "
-            "driver. Exclusive: one replica has it alone. CPUSet: cores in place of a GPU."
+            "driver. DevicePlugin: each replica has a share that the device plugin makes by MPS. Exclusive: one replica has it alone. CPUSet: "
+            "cores in place of a GPU."
         ),
     ] = "Reservation"
     allocator: Annotated[
@@ -44,6 +45,9 @@ class GPUPackSpec(Model):
             description="Who hands the GPU out: the device plugin for nvidia.com/gpu, or DRA for a ResourceClaim of the pack's name."
         ),
     ] = "DevicePlugin"
+    resource: Annotated[
+        Text, Field(description="With allocator DevicePlugin: what the holder, or each replica, requests one of.")
+    ] = labels.GPU_RESOURCE
     run_as_user: Annotated[int, Field(ge=0, description="User of the MPS daemon and of every replica.")] = 0
     node: Annotated[Text | None, Field(description="With device cpu: the node whose cores these are.")] = None
     cores: Annotated[int | None, Field(ge=1, description="With device cpu: how many cores.")] = None

@@ -79,10 +79,11 @@ class PackingSpec(Model):
     """How replicas share a GPU."""
 
     mode: Annotated[
-        Literal["Auto", "Reservation", "DRA", "Exclusive"],
+        Literal["Auto", "Reservation", "DRA", "DevicePlugin", "Exclusive"],
         Field(
             description="Reservation: a holder pod takes the GPU and runs MPS. DRA: the replicas share a ResourceClaim, and NVIDIA's DRA driver runs "
-            "MPS. Exclusive: one replica a GPU, without MPS; also what a GPU gets where packing doesn't pay. Auto: DRA where the cluster "
+            "MPS. DevicePlugin: each replica has a share of a node whose device plugin shares by MPS, with its limits on memory and threads. "
+            "Exclusive: one replica a GPU, without MPS; also what a GPU gets where packing doesn't pay. Auto: DRA where the cluster "
             "offers GPUs so, else Reservation; the packs' SharingReady says which, and why."
         ),
     ] = "Auto"

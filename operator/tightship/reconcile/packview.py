@@ -268,10 +268,15 @@ def _own_gpu(view: View) -> Holding:
     if view.pack.spec.claims and view.claim is None:
         return Holding("Unknown", Reason.NOT_YET_KNOWN, f"{claim} is being made", gpu=known)
     place = Place(None, None, memory)
+    by = f"by {claim}" if view.pack.spec.claims else f"requested by {pods[0]['metadata']['name']}" if pods else ""
     if gpu and gpu.uuid and pods:
-        by = f"by {claim}" if view.pack.spec.claims else f"requested by {pods[0]['metadata']['name']}"
         text = f"{gpu.uuid} ({', '.join(filter(None, (gpu.product, gpu.memory)))}) on node {node}, {by}"
         return Holding("True", Reason.GPU_HELD, text, place, node, gpu, mps)
+    if any(podstate.is_ready(pod) for pod in pods):
+        # What serves has its GPU, whether it has told which or not.
+        return Holding(
+            "True", Reason.GPU_HELD, f"a GPU on node {node}, {by}; which one is not known", place, node, known, mps
+        )
     waiting = [
         (pod, found) for pod in replica_pods(view) if (found := podstate.trouble(pod)) and not podstate.node_of(pod)
     ]

@@ -436,3 +436,13 @@ async def test_shares_by_name_where_no_node_has_any_are_a_condition() -> None:
     status, reason, message = world.condition("LLMService", NS, "opt", "Accepted")
     assert (status, reason) == ("False", "UnsupportedAccelerator")
     assert "needs nodes whose device plugin shares NVIDIA-H100-80GB-HBM3 by MPS" in message
+
+
+async def test_a_replica_that_serves_has_its_gpu_even_if_it_has_not_told_which() -> None:
+    world = make_world()
+    world.reports = lambda pod: {}
+    await pack(world, replicas=1, packing={"mode": "Exclusive"})
+    status, reason, message = told(world, "Held")
+    assert (status, reason) == ("True", "GPUHeld")
+    assert "which one is not known" in message
+    assert told(world, "Ready")[:2] == ("True", "FullyRealised")

@@ -5,6 +5,8 @@
     apply    holder, StatefulSets (each once admission lets its pods pass), and the one pod that is to be replaced next
     report   one status write, from a fresh look
 
+A pack without a holder has a ResourceClaim in its place, or nothing: its replicas bring the GPU, and are made at once.
+
 What must always hold: no GPU is taken for replicas that their namespace refuses; no replica is started before the holder has
 said which GPU it holds; a pack never moves to another node or GPU; a holder that leaves gets its replicas drained first; one
 that dies is made anew on the same node, and until its daemon is back the replicas stop by themselves (fencing is theirs); of
@@ -28,6 +30,7 @@ from tightship.core import rollout
 from tightship.kube.errors import Conflict, Forbidden, Invalid, KubeError, NameConflict, OutlivedOwner
 from tightship.kube.kinds import Ref
 from tightship.kube.store import Object, labels_of
+from tightship.manifests import claims
 from tightship.manifests import holder as holder_manifests
 from tightship.manifests import replicas as replica_manifests
 from tightship.manifests.podparts import OperatorImage
@@ -35,6 +38,7 @@ from tightship.manifests.replicas import Place
 from tightship.reconcile import admission, packstatus, podstate, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.packview import (
+    Mps,
     Problem,
     View,
     current_revision,
@@ -61,12 +65,12 @@ async def reconcile(ctx: Context, key: Key) -> Result:
         return Result()
     if obj["metadata"].get("deletionTimestamp"):
         return Result()
-    view = gather(ctx.store, obj)
+    view = gather(ctx.store, obj, ctx.absent)
     if view.finished:
         await ctx.cluster.delete(Ref.of(obj), uid=view.pack.metadata.uid)
         return Result()
     problems = await _apply(ctx, view)
-    view = gather(ctx.store, obj)
+    view = gather(ctx.store, obj, ctx.absent)
     status = packstatus.status(view, problems, ctx.clock.now())
     await ctx.report(obj, status)
     return Result(requeue_after=packstatus.next_look(view, problems, ctx.clock.now(), ctx.settings.retry_seconds))
@@ -101,6 +105,8 @@ def _problem(error: KubeError, gate: str = names.REPLICAS_READY) -> Problem:
 async def _hold(ctx: Context, view: View) -> list[Problem]:
     """One holder for a pack that has somebody on it; one that has ended is cleared away and made anew."""
     pack = view.pack
+    if not view.cpu and not pack.spec.has_holder:
+        return await _claim(ctx, view)
     if view.cpu or (not pack.spec.assignments and view.holder is None):
         return []
     if view.holder is not None:
@@ -117,6 +123,13 @@ async def _hold(ctx: Context, view: View) -> list[Problem]:
     for obj in holder_manifests.holder_access(pack, namespace):
         await ctx.cluster.apply(obj)
     await ctx.cluster.apply(holder)
+    return []
+
+
+async def _claim(ctx: Context, view: View) -> list[Problem]:
+    """The ResourceClaim of a pack that gets its GPU by one; it takes no GPU before a replica that names it is scheduled."""
+    if view.pack.spec.claims and view.claim is None and view.pack.spec.assignments:
+        await ctx.cluster.apply(claims.resource_claim(view.pack))
     return []
 
 
@@ -272,12 +285,22 @@ def _same_but_for_us(desired: Object, live: Object) -> bool:
 async def _relieve(ctx: Context, view: View) -> list[Problem]:
     """After a fatal fault the MPS server takes nobody until its last client has left: all of them go."""
     held = holding(view)
-    if held.mps is None or held.mps.state != "FAULT":
+    if held.mps is None or not (held.mps.state == "FAULT" or _refuses_all(view, held.mps)):
         return []
     for pod in replica_pods(view):
         if pod["metadata"]["uid"] in held.mps.pods and not podstate.is_going(pod):
             await ctx.cluster.delete(Ref.of(pod), uid=pod["metadata"]["uid"])
     return []
+
+
+def _refuses_all(view: View, mps: Mps) -> bool:
+    """Whether a daemon that nobody watches takes clients no more: none of those it had serves, and one was refused when it came back.
+
+    Once all have left, their claim is released, and its driver ends the daemon.
+    """
+    pods = [pod for pod in replica_pods(view) if pod["metadata"]["uid"] in mps.pods]
+    refused = [found for pod in pods if (found := podstate.trouble(pod)) and found.reason == Reason.MPS_NOT_ATTACHED]
+    return view.pack.spec.claims and bool(refused) and not any(podstate.is_ready(pod) for pod in pods)
 
 
 async def _roll(ctx: Context, view: View) -> list[Problem]:

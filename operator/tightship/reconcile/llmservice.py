@@ -35,7 +35,7 @@ from tightship.manifests import packs as pack_manifests
 from tightship.manifests import service as service_manifests
 from tightship.manifests.budget import disruption_budget
 from tightship.manifests.pool import inference_pool
-from tightship.reconcile import extension, rerun, servicestatus, snapshot
+from tightship.reconcile import dra, extension, modes, nodes, rerun, servicestatus, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.lengths import measurable
 from tightship.reconcile.queue import PLACEMENT, Key, Result
@@ -91,7 +91,7 @@ def gather(
     packs = [GPUPack.model_validate(each) for each in store.list("GPUPack")]
     mine = [pack for pack in packs if servicestatus.assigned_to(pack, uid)]
     verdict = examine(obj, store)
-    devices = list(snapshot.devices_of(store.list("Node")))
+    devices = list(snapshot.devices_of(store))
     pods = store.list("Pod", namespace, (labels.SERVICE, name))
     return View(
         obj=obj,
@@ -105,6 +105,8 @@ def gather(
         pods=tuple(pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA),
         shortfall=shortfall,
         absent=absent,
+        mode_problem=_mode_problem(verdict, store, absent),
+        share_problem=_share_problem(verdict, store),
         approved=verdict.service is not None and snapshot.approved(verdict.service, verdict, packs),
     )
 
@@ -203,16 +205,16 @@ def _lost_lengths(store: Store, profile: Object) -> bool:
 
 def _products(devices: list[Devices], store: Store) -> tuple[tuple[str, int, int], ...]:
     """The GPU products of the cluster with their nodes and GPUs. Nodes that are down for the moment still count."""
-    nodes = Counter(
-        product
-        for node in store.list("Node")
-        if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT)) and snapshot.divided(node) is None
-    )
+    found = {
+        (nodes.product(node), node["metadata"]["name"]) for node in store.list("Node") if nodes.divided(node) is None
+    }
+    found |= {(gpu.product, gpu.node) for gpu in dra.gpus(store)}
+    counts = Counter(product for product, _ in found if product)
     gpus: Counter[str] = Counter()
     for each in devices:
-        if each.device == "cuda":
+        if each.device != "cpu":
             gpus[each.product] += each.units
-    return tuple((product, nodes[product], gpus[product]) for product in sorted(nodes))
+    return tuple((product, counts[product], gpus[product]) for product in sorted(counts))
 
 
 def _divided(store: Store) -> tuple[tuple[str, str, str], ...]:
@@ -220,5 +222,15 @@ def _divided(store: Store) -> tuple[tuple[str, str, str], ...]:
     return tuple(
         (product, str(node["metadata"]["name"]), how)
         for node in store.list("Node")
-        if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT)) and (how := snapshot.divided(node))
+        if (product := nodes.product(node)) and (how := nodes.divided(node))
     )
+
+
+def _mode_problem(verdict: Verdict, store: Store, absent: frozenset[str]) -> str | None:
+    return modes.unavailable(verdict.service, store, absent) if verdict.service is not None else None
+
+
+def _share_problem(verdict: Verdict, store: Store) -> str | None:
+    if verdict.service is None or verdict.shape is None:
+        return None
+    return modes.too_small(verdict.service, verdict.shape.memory, store)

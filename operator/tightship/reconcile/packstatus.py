@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -14,8 +15,17 @@ from tightship.api.v1alpha1.gpupack import GPUPackStatus, PackLedger, PackMPS, P
 from tightship.core import conditions
 from tightship.core.conditions import Condition
 from tightship.kube.store import Object, labels_of
-from tightship.reconcile import admission, podstate
-from tightship.reconcile.packview import Holding, Problem, View, current_revision, holding, replica_pods, rollout_pods
+from tightship.reconcile import admission, modes, podstate
+from tightship.reconcile.packview import (
+    Holding,
+    Problem,
+    View,
+    apart,
+    current_revision,
+    holding,
+    replica_pods,
+    rollout_pods,
+)
 
 ATTACH_SECONDS = 30.0
 """A ready replica without an MPS client for so long runs without MPS; the watcher publishes every few seconds."""
@@ -70,6 +80,9 @@ def status(view: View, problems: Sequence[Problem], now: datetime) -> dict[str, 
     return made | {"conditions": conditions.merge(existing, [*gates, ready], generation=generation, now=now)}
 
 
+_UNSHARED = (Reason.MPS_NOT_ATTACHED, Reason.GPU_NOT_VISIBLE)
+
+
 def _held(held: Holding, problems: Sequence[Problem]) -> Condition:
     """Whether the device is held; what keeps its holder from being made counts for more than that it isn't there."""
     found = next((each for each in problems if each.gate == names.HELD), None)
@@ -85,7 +98,7 @@ def next_look(view: View, problems: Sequence[Problem], now: datetime, retry: flo
     if any(admission.missing(view, found) for found in view.sets):
         left = admission.patience(view, now)
         waits.append(left + 1 if left > 0 else retry)
-    if not view.cpu:
+    if not view.cpu and view.pack.spec.mode != modes.EXCLUSIVE:
         for pod in replica_pods(view):
             since = podstate.ready_since(pod)
             left = ATTACH_SECONDS - (now - since).total_seconds() if since and podstate.is_ready(pod) else 0
@@ -98,7 +111,24 @@ def sharing(view: View, held: Holding, now: datetime) -> Condition:
     kind = names.SHARING_READY
     if view.cpu:
         return Condition(kind, "True", Reason.CPU_SET, "each replica has cores of its own; there is nothing to share")
-    mps = held.mps
+    condition = _sharing(view, held, now)
+    return replace(condition, message="; ".join(filter(None, (condition.message, view.why))))
+
+
+def _sharing(view: View, held: Holding, now: datetime) -> Condition:
+    kind, mps = names.SHARING_READY, held.mps
+    if view.pack.spec.mode == modes.EXCLUSIVE:
+        return Condition(kind, "True", Reason.EXCLUSIVE, "the replica has the GPU alone, without MPS")
+    if not view.pack.spec.has_holder:
+        refused = [
+            (pod, found) for pod in replica_pods(view) if (found := podstate.trouble(pod)) and found.reason in _UNSHARED
+        ]
+        for pod, found in refused:
+            return Condition(kind, "False", found.reason, f"{pod['metadata']['name']}: {found.message}")
+    if view.pack.spec.mode == modes.DEVICE_PLUGIN and (words := apart(view)):
+        text = f"the device plugin gave the replicas of this pack different GPUs: {words}; they don't share as was measured. "
+        text += "A node with one GPU can't, and packing.mode Reservation never does"
+        return Condition(kind, "False", Reason.GPU_MISMATCH, text)
     if held.status != "True" or mps is None:
         return Condition(kind, "Unknown", Reason.NOT_YET_KNOWN, "the MPS daemon has not been seen yet")
     if mps.state == "FAULT":
@@ -117,6 +147,8 @@ def sharing(view: View, held: Holding, now: datetime) -> Condition:
         return Condition(
             kind, "Unknown", Reason.NOT_YET_KNOWN, f"{_names(loose)} has not been seen among MPS's clients yet"
         )
+    if view.pack.spec.mode == modes.DEVICE_PLUGIN:
+        return Condition(kind, "True", Reason.DEVICE_LIMITS_FORCED, f"warning: {view.limits}")
     return Condition(kind, "True", Reason.MPS_ACTIVE, f"MPS is {mps.state} with {mps.clients} clients")
 
 
@@ -185,7 +217,7 @@ def _replica(view: View, pod: Object, attached: frozenset[str]) -> PackReplica:
         name=pod["metadata"]["name"],
         service=labels_of(pod).get(labels.SERVICE, ""),
         ready=podstate.is_ready(pod),
-        attached=None if view.cpu else pod["metadata"]["uid"] in attached,
+        attached=None if view.cpu or view.pack.spec.mode == modes.EXCLUSIVE else pod["metadata"]["uid"] in attached,
         message=f"{trouble.reason}: {trouble.message}"[:4096] if trouble else None,
     )
 

@@ -1,7 +1,9 @@
 """One pack as it is observed: the objects that belong to it, and what its holder says of the device. Pure over the store.
 
 The holder's annotations are the only word on which GPU it is; the pack's own status remembers the first one, and a later
-holder that says otherwise does not move the pack, it makes it unusable (`GPUMismatch`).
+holder that says otherwise does not move the pack, it makes it unusable (`GPUMismatch`). A pack without a holder has a GPU only while
+a replica of it is there: the allocation of its claim says which (else the replicas' reports do), it may be another one after the last
+replica has left, and replicas that see another one make the pack unusable.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from tightship.api.v1alpha1.gpupack import GPUPack, PackGPU
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.core.rollout import Replica
 from tightship.kube.store import Object, Store, labels_of
+from tightship.manifests import claims
 from tightship.manifests import holder as holder_manifests
 from tightship.manifests.replicas import Place, memory_of
-from tightship.reconcile import podstate
+from tightship.reconcile import dra, modes, podstate, reports
 from tightship.reconcile.snapshot import owner_of
 
 _REVISION = "controller-revision-hash"
@@ -43,6 +46,8 @@ class View:
     """The pack and what belongs to it.
 
     `opener` is the service whose template its holder gets: the one that opened it, or where that is gone or can't be read, another one on it.
+    `claim` is its ResourceClaim, if it has one, and `claimed` the GPU allocated to that; `why` says how the GPU is shared and why so,
+    and `limits` what the device plugin forces on its replicas.
     """
 
     obj: Object
@@ -52,6 +57,10 @@ class View:
     pods: tuple[Object, ...]
     node: Object | None
     opener: LLMService | None
+    claim: Object | None = None
+    claimed: dra.Gpu | None = None
+    why: str = ""
+    limits: str = ""
 
     @property
     def cpu(self) -> bool:
@@ -90,8 +99,8 @@ class Holding:
     mps: Mps | None = None
 
 
-def gather(store: Store, obj: Object) -> View:
-    """Collect what belongs to a pack."""
+def gather(store: Store, obj: Object, absent: frozenset[str] = frozenset()) -> View:
+    """Collect what belongs to a pack; `absent`: optional kinds that the cluster lacks."""
     pack = GPUPack.model_validate(store.get("GPUPack", "", obj["metadata"]["name"]) or obj)
     mine = (labels.PACK, pack.metadata.name)
     pods = store.list("Pod", label=mine)
@@ -102,6 +111,7 @@ def gather(store: Store, obj: Object) -> View:
     owner = owner_of(pack)
     name = pack.spec.node or pack.status.node
     openers = [owner.name, *(each.service for each in pack.spec.assignments)]
+    opener = next(filter(None, (readable(store.get("LLMService", owner.namespace, each)) for each in openers)), None)
     return View(
         obj,
         pack,
@@ -109,7 +119,11 @@ def gather(store: Store, obj: Object) -> View:
         tuple(store.list("StatefulSet", label=mine)),
         tuple(pods),
         store.get("Node", "", name) if name else None,
-        next(filter(None, (readable(store.get("LLMService", owner.namespace, name)) for name in openers)), None),
+        opener,
+        dra.claim_of(store, pack) if pack.spec.claims else None,
+        dra.gpu_of(store, pack) if pack.spec.claims else None,
+        modes.explain(pack, opener, store, absent),
+        modes.limits(pack, store) if pack.spec.mode == modes.DEVICE_PLUGIN else "",
     )
 
 
@@ -174,7 +188,7 @@ def revision_of(pod: Object) -> str | None:
 
 def holding(view: View) -> Holding:
     """How it stands with the pack's device."""
-    return _core_set(view) if view.cpu else _gpu(view)
+    return _core_set(view) if view.cpu else _gpu(view) if view.pack.spec.has_holder else _own_gpu(view)
 
 
 def _core_set(view: View) -> Holding:
@@ -229,6 +243,79 @@ def _without_holder(view: View, node: str | None) -> Holding:
     ended = ": " + text if view.holder and (text := (view.holder.get("status") or {}).get("message")) else ""
     text = f"holder {name} is gone{ended}; it is made anew on node {node}, and the replicas stop until then"
     return Holding("False", Reason.HOLDER_LOST, text, node=node, gpu=recorded)
+
+
+def _own_gpu(view: View) -> Holding:
+    """How it stands with a GPU that the replicas themselves have."""
+    pods = [pod for pod in replica_pods(view) if podstate.node_of(pod) and not podstate.is_over(pod)]
+    told = reports.of(pods)
+    node = view.claimed.node if view.claimed else next((podstate.node_of(pod) for pod in pods), None)
+    gpu = view.claimed.as_pack_gpu() if view.claimed else next((each.as_pack_gpu() for each in told.values()), None)
+    mps = _told_mps(told) if told and view.pack.spec.mode != modes.EXCLUSIVE else None
+    # What the device plugin gave apart it would give apart again: the pack serves on, and `SharingReady` says so.
+    strayed = None if view.pack.spec.mode == modes.DEVICE_PLUGIN else _strayed(pods, told, gpu)
+    if strayed is not None:
+        return Holding("False", Reason.GPU_MISMATCH, strayed, node=node, gpu=gpu, mps=mps)
+    if gpu and view.pack.spec.mode == modes.DEVICE_PLUGIN:
+        gpu = gpu.model_copy(update={"memory": None})  # what CUDA shows may be the share, which the ledger is not of
+    recorded = view.pack.status.gpu
+    known = gpu or (PackGPU(product=recorded.product, memory=recorded.memory) if recorded else None)
+    memory = units.parse_quantity(known.memory) if known and known.memory else None
+    claim = f"ResourceClaim {claims.claim_name(view.pack)}"
+    if not view.pack.spec.assignments:
+        text = "nobody is assigned; the GPU is given back with the last replica"
+        return Holding("False", Reason.NOT_ASSIGNED, text, node=node, gpu=known, mps=mps)
+    if view.pack.spec.claims and view.claim is None:
+        return Holding("Unknown", Reason.NOT_YET_KNOWN, f"{claim} is being made", gpu=known)
+    place = Place(None, None, memory)
+    by = f"by {claim}" if view.pack.spec.claims else f"requested by {pods[0]['metadata']['name']}" if pods else ""
+    if gpu and gpu.uuid and pods:
+        text = f"{gpu.uuid} ({', '.join(filter(None, (gpu.product, gpu.memory)))}) on node {node}, {by}"
+        return Holding("True", Reason.GPU_HELD, text, place, node, gpu, mps)
+    if any(podstate.is_ready(pod) for pod in pods):
+        # What serves has its GPU, whether it has told which or not.
+        return Holding(
+            "True", Reason.GPU_HELD, f"a GPU on node {node}, {by}; which one is not known", place, node, known, mps
+        )
+    waiting = [
+        (pod, found) for pod in replica_pods(view) if (found := podstate.trouble(pod)) and not podstate.node_of(pod)
+    ]
+    if waiting and not pods:
+        pod, found = waiting[0]
+        return Holding("False", found.reason, f"{pod['metadata']['name']}: {found.message}", place, node, known)
+    text = f"no replica on node {node} has told yet which GPU it sees" if pods else "the first replica is to get a GPU"
+    return Holding("Unknown", Reason.NOT_YET_KNOWN, text, place, node, known, mps)
+
+
+def _strayed(pods: list[Object], told: Mapping[str, reports.Report], gpu: PackGPU | None) -> str | None:
+    """The replicas that see another GPU than the pack's, in words."""
+    others = [
+        f"{pod['metadata']['name']} sees {report.uuid}"
+        for pod in pods
+        if (report := told.get(str(pod["metadata"]["uid"])))
+        and gpu
+        and gpu.uuid
+        and report.uuid.lower() != gpu.uuid.lower()
+    ]
+    if not others or gpu is None:
+        return None
+    return f"{', '.join(others)}, the pack has {gpu.uuid}: its replicas can't share, so the placement pass replaces it"
+
+
+def apart(view: View) -> str | None:
+    """The GPUs that replicas of one pack see, in words, where they are not the same; None where they are."""
+    seen: dict[str, list[str]] = {}
+    told = reports.of(replica_pods(view))
+    for pod in replica_pods(view):
+        if (report := told.get(str(pod["metadata"]["uid"]))) and not podstate.is_going(pod):
+            seen.setdefault(report.uuid.lower(), []).append(f"{pod['metadata']['name']} on {report.uuid}")
+    return ", ".join(name for names_here in seen.values() for name in names_here) if len(seen) > 1 else None
+
+
+def _told_mps(told: Mapping[str, reports.Report]) -> Mps:
+    """MPS as the replicas told of it; nobody here sees the daemon itself."""
+    attached = frozenset(uid for uid, report in told.items() if report.mps)
+    return Mps("ACTIVE" if attached else "IDLE", None, len(attached), attached)
 
 
 def _published(holder: Object) -> PackGPU | None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from tightship.api.v1alpha1 import conditions, labels
 from tightship.core.conditions import find
-from tightship.kube.kinds import OPTIONAL
+from tightship.kube.kinds import DRA_KINDS, OPTIONAL
 from tightship.kube.store import Object, Store, labels_of
+from tightship.reconcile import dra
 from tightship.reconcile.jobstate import end_of
 from tightship.reconcile.queue import PLACEMENT, Key
 from tightship.reconcile.verdict import is_settled
@@ -31,6 +32,8 @@ def keys_for(store: Store, kind: str, before: Object | None, after: Object | Non
         return _lengths(store, versions[-1])
     if kind == "Node":
         return _node(store, before, after, versions[-1]) if _node_matters(before, after) else set()
+    if kind in DRA_KINDS:
+        return _claimable(store, kind, before, after, versions[-1])
     if kind in OPTIONAL and before is not None and after is not None and _same_but_status(before, after):
         return set()  # others write there what they see of pods, and those tell us themselves
     keys = {key for obj in versions for key in _labelled(obj)}
@@ -115,6 +118,23 @@ def _node(store: Store, before: Object | None, after: Object | None, node: Objec
     # A node that comes may be what a waiting profile or pack needs; one that goes takes Jobs with it.
     if before is None or after is None:
         keys |= {_key("BatchProfile", profile) for profile in store.list("BatchProfile") if not is_settled(profile)}
+    return keys
+
+
+def _claimable(store: Store, kind: str, before: Object | None, after: Object | None, either: Object) -> set[Key]:
+    """A pack's claim concerns the pack; everybody's, and what the driver offers, which GPUs there are and which are free."""
+
+    def facts(obj: Object | None) -> object:
+        return None if obj is None else dra.allocated(obj) if kind == "ResourceClaim" else obj.get("spec")
+
+    changed = facts(before) != facts(after)
+    keys = {PLACEMENT} if changed else set()
+    if kind == "ResourceClaim":
+        return keys | set(_labelled(either))
+    if changed:
+        # Whether services may be as they are depends on what is offered, and packs are told by it which GPU they have.
+        keys |= {_key("GPUPack", pack) for pack in store.list("GPUPack") if pack["spec"].get("allocator") == "DRA"}
+        keys |= {_key("LLMService", service) for service in store.list("LLMService")}
     return keys
 
 

@@ -21,7 +21,8 @@ from tightship.core.placement import Demand, Devices, Health, Pack, ServiceRef, 
 from tightship.decide import ledger_from_profile, parse_reserve
 from tightship.kube.clock import parse_timestamp
 from tightship.kube.store import Object, Store, labels_of
-from tightship.reconcile import podstate
+from tightship.manifests.claims import CLAIMED_DEVICE, SHARED_DEVICE
+from tightship.reconcile import dra, modes, nodes, podstate
 from tightship.reconcile.verdict import Verdict, examine
 
 NODE_GONE_SECONDS = 300.0
@@ -42,7 +43,7 @@ def take(store: Store, now: datetime) -> Snapshot:
     return Snapshot(
         demands=tuple(demand_of(obj, verdicts[_ref(obj)], packs, store) for obj in services),
         packs=tuple(pack_of(pack, store, now) for pack in packs),
-        devices=tuple(devices_of(store.list("Node"))),
+        devices=tuple(devices_of(store)),
     )
 
 
@@ -54,28 +55,41 @@ def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: St
         # Nobody can tell how many an unreadable manifest wants: nothing is taken away for it.
         return Demand(ref, uid, _UNKNOWN_COUNT, "", "", "", since=since)
     accelerator, packing = service.spec.accelerator, service.spec.packing
+    choice = modes.choose(service, verdict.decision, packs, store)
+    exclusive = choice.mode == modes.EXCLUSIVE
     shape = verdict.shape if accepted(obj) and approved(service, verdict, packs) else None
+    if shape is not None and modes.too_small(service, shape.memory, store):
+        shape = None
     cpu = accelerator.device == "cpu"
     return Demand(
         ref,
         uid,
         service.spec.replicas,
-        accelerator.device,
+        choice.device,
         CPU_PRODUCT if cpu else accelerator.product or "",
-        _sharing(cpu, service.spec.template.spec.run_as_user, accelerator.memory),
+        _sharing(choice, service.spec.template.spec.run_as_user, accelerator.memory),
         shape,
-        verdict.per_device,
+        _per_device(choice, verdict, accelerator.product or "", store),
         (accelerator.cores or 1) if cpu else 1,
         frozenset(node["metadata"]["name"] for node in store.list("Node") if _usable(node, service)),
         since,
         memory=units.parse_quantity(accelerator.memory or "0") if cpu else 0,
         # What else a pod wants of its node than can be told here would keep it off a pack that stands already.
-        shared=packing.shared_with == "SameNamespace" and not _requires_affinity(service),
+        shared=packing.shared_with == "SameNamespace" and not exclusive and not _requires_affinity(service),
         priority=service.spec.template.spec.priority_class_name or "",
         spread=packing.spread,
         reserve=parse_reserve(packing.memory_reserve),
         device_memory=_device_memory(verdict),
     )
+
+
+def _per_device(choice: modes.Choice, verdict: Verdict, product: str, store: Store) -> int:
+    """Replicas that may share a device, as measured and as its mode lets them."""
+    if choice.mode == modes.EXCLUSIVE:
+        return min(1, verdict.per_device)
+    if choice.mode == modes.DEVICE_PLUGIN:
+        return min(modes.most_shares(store, product), verdict.per_device)
+    return verdict.per_device
 
 
 def _device_memory(verdict: Verdict) -> int | None:
@@ -117,14 +131,14 @@ def owner_of(pack: GPUPack) -> ServiceRef:
 
 def pack_of(pack: GPUPack, store: Store, now: datetime) -> Pack:
     """A pack as the planner sees it."""
-    spec, cpu = pack.spec, pack.spec.device == "cpu"
+    spec, cpu, choice = pack.spec, pack.spec.device == "cpu", modes.of_pack(pack)
     return Pack(
         name=pack.metadata.name,
         owner=owner_of(pack),
         ordinal=placement.ordinal_of(pack.metadata.name),
-        device=spec.device,
+        device=choice.device,
         product=CPU_PRODUCT if cpu else spec.product or "",
-        mode=_sharing(cpu, spec.run_as_user, spec.memory),
+        mode=_sharing(choice, spec.run_as_user, spec.memory),
         units=(spec.cores or 1) if cpu else 1,
         node=spec.node if cpu else pack.status.node,
         capacity=memory_of(pack),
@@ -227,29 +241,25 @@ def next_look(store: Store, now: datetime) -> float | None:
     return min((seconds + 1 for seconds in left if seconds > 0), default=None)
 
 
-def devices_of(nodes: Iterable[Object]) -> Iterable[Devices]:
+def devices_of(store: Store) -> Iterable[Devices]:
     """GPUs by product, and cores, of the nodes that take pods."""
-    for node in nodes:
-        if (node.get("spec") or {}).get("unschedulable") or not_ready_since(node) is not None:
-            continue
+    open_nodes = [
+        node
+        for node in store.list("Node")
+        if not (node.get("spec") or {}).get("unschedulable") and not_ready_since(node) is None
+    ]
+    for name, product, count in nodes.whole_gpus(open_nodes):
+        yield Devices(name, "cuda", product, count)
+    names_of_open = {node["metadata"]["name"] for node in open_nodes}
+    for (name, product), count in sorted(dra.by_node(dra.free(store)).items()):
+        if name in names_of_open:
+            yield Devices(name, CLAIMED_DEVICE, product, count)
+    for each in nodes.shares(open_nodes):
+        yield Devices(each.node, SHARED_DEVICE, each.product, each.gpus)
+    for node in open_nodes:
         name, there = node["metadata"]["name"], (node.get("status") or {}).get("allocatable") or {}
-        product = labels_of(node).get(labels.NODE_GPU_PRODUCT)
-        if product and labels.GPU_RESOURCE in there and divided(node) is None:
-            yield Devices(name, "cuda", product, units.parse_quantity(there[labels.GPU_RESOURCE]))
         if cores_of(node):
             yield Devices(name, "cpu", CPU_PRODUCT, cores_of(node), units.parse_quantity(there.get("memory", "0")))
-
-
-def divided(node: Object) -> str | None:
-    """How a node's GPUs are divided among pods already, in words; None where a pod gets a whole one."""
-    carried, there = labels_of(node), (node.get("status") or {}).get("allocatable") or {}
-    strategy = carried.get(labels.NODE_MIG_STRATEGY, "none")
-    slices = any(key.startswith(labels.MIG_RESOURCES) and units.parse_quantity(amount) for key, amount in there.items())
-    # Strategy `mixed` gives slices resources of their own, `single` gives them the whole GPU's name and a product of their own.
-    if strategy != "none" and (slices or "-MIG-" in carried.get(labels.NODE_GPU_PRODUCT, "")):
-        return f"into MIG slices (strategy {strategy})"
-    sharing = carried.get(labels.NODE_GPU_SHARING, "none")
-    return f"by the device plugin ({sharing})" if sharing != "none" else None
 
 
 def cores_of(node: Object) -> int:
@@ -265,8 +275,14 @@ def _homeless(pack: GPUPack, store: Store, now: datetime) -> frozenset[str]:
 
 
 def _homeless_since(pack: GPUPack, store: Store) -> dict[str, datetime]:
-    """Since when replicas of the pack have found no room on the pack's node, by service."""
+    """Since when replicas of the pack have found no room on the pack's node, by service.
+
+    Where no node is the pack's yet, none has room: another pack would find none either.
+    """
     waits: dict[str, datetime] = {}
+    bound = pack.spec.has_holder or pack.spec.device == "cpu" or pack.status.node is not None
+    if pack.spec.mode == modes.EXCLUSIVE or not bound:
+        return waits
     for pod in store.list("Pod", label=(labels.PACK, pack.metadata.name)):
         carried = labels_of(pod)
         since = podstate.short_of_room_since(pod)
@@ -312,9 +328,10 @@ def _tolerated(taint: Mapping[str, Any], tolerations: Iterable[Any]) -> bool:
     )
 
 
-def _sharing(cpu: bool, user: int, memory: str | None) -> str:
+def _sharing(choice: modes.Choice, user: int, memory: str | None) -> str:
     """What must agree for a replica to be put on a pack: the planner calls it the mode."""
-    return f"CPUSet of {units.parse_quantity(memory or '0')} bytes as {user}" if cpu else f"Reservation as {user}"
+    size = f" of {units.parse_quantity(memory or '0')} bytes" if choice.mode == modes.CPU_SET else ""
+    return f"{choice.key}{size} as {user}"
 
 
 def _ref(obj: Object) -> ServiceRef:

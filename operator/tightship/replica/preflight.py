@@ -19,6 +19,13 @@ PROBE_TIMEOUT = 120.0
 """Seconds the probe may take: a context on a busy GPU takes a few, a faulted MPS server never answers."""
 
 
+_DAEMONS = {
+    "Reservation": "the holder pod's container `mps`",
+    "DRA": "the MPS control daemon of the claim's driver",
+    "DevicePlugin": "the device plugin's MPS control daemon on this node",
+}
+
+
 @dataclass(frozen=True)
 class Gpu:
     """The GPU as the engine will see it; memory in bytes, `mps` None where the probe doesn't say."""
@@ -69,10 +76,18 @@ def check_pipe(settings: Settings) -> None:
         RefusalError: with the cause.
     """
     pipe = settings.mps_pipe
+    if pipe is None and settings.shared and not settings.held:
+        who = (
+            "the claim's driver has set no CUDA_MPS_PIPE_DIRECTORY (its MPSSupport feature gate may be off)"
+            if settings.sharing == "DRA"
+            else "the device plugin has set no CUDA_MPS_PIPE_DIRECTORY (it may share by time slicing)"
+        )
+        raise RefusalError(Reason.MPS_NOT_ATTACHED, f"{who}: the engine would run without MPS, taking turns")
     if pipe is not None and not (pipe / "control").exists():
+        where = _DAEMONS[settings.sharing]
         raise RefusalError(
             Reason.MPS_NOT_ATTACHED,
-            f"no MPS daemon at {pipe}: the engine would run without MPS, taking turns; the holder pod's container `mps` tells why",
+            f"no MPS daemon at {pipe}: the engine would run without MPS, taking turns; {where} tells why",
         )
 
 
@@ -82,6 +97,11 @@ def check_gpu(settings: Settings, gpu: Gpu) -> None:
     Raises:
         RefusalError: with the cause.
     """
+    if gpu.uuid is None and not settings.held:
+        raise RefusalError(
+            Reason.GPU_NOT_VISIBLE,
+            "the container requests a GPU and sees none: look at the node's device plugin or DRA driver, and at its container toolkit",
+        )
     if gpu.uuid is None:
         raise RefusalError(
             Reason.GPU_NOT_VISIBLE,

@@ -197,14 +197,14 @@ class Supervisor:
             raise _StopRequested
         if self._engine is not None and (status := self._engine.poll()) is not None:
             raise _EngineEnded(status)
-        if self._settings.cuda and time.monotonic() >= self._next_holder_look:
+        if self._settings.held and time.monotonic() >= self._next_holder_look:
             self._next_holder_look = time.monotonic() + self._pace.holder
             self._holder_misses = 0 if is_held(self._settings.holder_lock) else self._holder_misses + 1
             if self._holder_misses > 1:
                 self._require_holder()
 
     def _require_holder(self) -> None:
-        if self._settings.cuda and not is_held(self._settings.holder_lock):
+        if self._settings.held and not is_held(self._settings.holder_lock):
             raise RefusalError(
                 Reason.HOLDER_LOST,
                 f"nobody holds {self._settings.holder_lock}: the GPU may belong to another pod by now; "

@@ -179,6 +179,7 @@ class Inside:
             "engine_python": settings.engine_python,
             "engine_environment": settings.engine_environment,
             "timing": settings.timing,
+            "dra": settings.dra,
         }
         path = self._state / "agent.json"
         path.touch(mode=0o600)

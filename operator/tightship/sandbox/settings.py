@@ -17,7 +17,8 @@ class Settings:
     """One sandbox.
 
     `state` is its directory; `sockets` a short path for Unix sockets. `memory` and `gpu_memory` are bytes. `timing` are
-    fields of the agent's Timing; `environment` goes into the operator's process, `engine_environment` into engines.
+    fields of the agent's Timing; `environment` goes into the operator's process, `engine_environment` into engines. With `dra` a fake of
+    NVIDIA's DRA driver hands GPUs out by claims, in place of the device plugin.
     """
 
     state: str
@@ -38,6 +39,7 @@ class Settings:
     timing: dict[str, float] = field(default_factory=dict)
     device_arguments: list[str] = field(default_factory=list)
     crds: str | None = None
+    dra: bool = False
 
     def write(self, path: Path) -> None:
         """Write as JSON."""

@@ -552,10 +552,26 @@ async def test_a_new_rerun_text_is_passed_on_to_the_profile() -> None:
             PRODUCT,
             {labels.NODE_MIG_STRATEGY: "mixed"},
             {"nvidia.com/mig-1g.10gb": "4"},
-            "into MIG slices (strategy mixed)",
+            "node n0 has 2 GPUs cut into MIG slices: 4 nvidia.com/mig-1g.10gb (strategy mixed)",
         ),
-        (f"{PRODUCT}-MIG-1g.10gb", {labels.NODE_MIG_STRATEGY: "single"}, {}, "into MIG slices (strategy single)"),
-        (f"{PRODUCT}-SHARED", {labels.NODE_GPU_SHARING: "time-slicing"}, {}, "by the device plugin (time-slicing)"),
+        (
+            f"{PRODUCT}-MIG-1g.10gb",
+            {labels.NODE_MIG_STRATEGY: "single"},
+            {labels.GPU_RESOURCE: "14"},
+            "node n0 has 2 GPUs cut into 14 MIG slices 1g.10gb (strategy single)",
+        ),
+        (
+            f"{PRODUCT}-SHARED",
+            {labels.NODE_GPU_SHARING: "time-slicing", labels.NODE_GPU_REPLICAS: "4"},
+            {labels.GPU_RESOURCE: "8"},
+            "node n0 has 2 GPUs handed to 4 pods each by the device plugin (time-slicing)",
+        ),
+        (
+            PRODUCT,
+            {labels.NODE_GPU_SHARING: "mps", labels.NODE_GPU_REPLICAS: "10"},
+            {labels.GPU_RESOURCE: "0", "nvidia.com/gpu.shared": "20"},
+            "node n0 has 2 GPUs handed to 10 pods each by the device plugin (mps)",
+        ),
         (
             PRODUCT,
             {labels.NODE_GPU_SHARING: "none", labels.NODE_MIG_STRATEGY: "mixed"},
@@ -570,12 +586,15 @@ async def test_gpus_that_are_divided_already_are_refused(
     world = World(gpus=(2,), product=product)
 
     def divide(node: dict[str, Any]) -> None:
-        node["metadata"]["labels"].update(carried)
+        node["metadata"]["labels"].update(carried | {labels.NODE_GPU_COUNT: "2"})
         node["status"]["allocatable"].update(resources)
 
     world.change("Node", "", "n0", divide)
-    world.put(make_service(accelerator={"device": "cuda", "product": product}))
-    await world.settle()
-    status, reason, message = world.condition("LLMService", NS, "opt", "Accepted")
-    assert (status, reason) == (("False", "UnsupportedAccelerator") if words else ("True", "Valid"))
-    assert words in message
+    for asked in dict.fromkeys((PRODUCT, product)):
+        world.put(make_service(accelerator={"device": "cuda", "product": asked}))
+        await world.settle()
+        status, reason, message = world.condition("LLMService", NS, "opt", "Accepted")
+        assert (status, reason) == (("False", "UnsupportedAccelerator") if words else ("True", "Valid"))
+        assert words in message
+        assert not words or "turn that off on a node" in message
+        world.remove("LLMService", NS, "opt")

@@ -137,6 +137,14 @@ def test_it_serves_until_asked_to_stop_and_ends_well(pack: Pack) -> None:
     assert not replica.message_path.exists()
 
 
+def test_a_gpu_of_its_own_needs_no_holder(pack: Pack) -> None:
+    pack.holder.release()
+    replica = pack.start(TIGHTSHIP_SHARING="Exclusive", TIGHTSHIP_GPU_UUID="")
+    eventually(serving(pack))
+    replica.process.terminate()
+    assert replica.ends() == 0
+
+
 def test_engines_start_one_at_a_time(pack: Pack) -> None:
     for _ in range(3):
         pack.start("--healthy-after", "1")

@@ -76,6 +76,8 @@ class Reason:
     GPU_HELD: Final = "GPUHeld"
     MPS_ACTIVE: Final = "MPSActive"
     CPU_SET: Final = "CPUSet"
+    EXCLUSIVE: Final = "Exclusive"
+    DEVICE_LIMITS_FORCED: Final = "DeviceLimitsForced"
     MPS_FAULT: Final = "MPSFault"
     MPS_NOT_ATTACHED: Final = "MPSNotAttached"
     GPU_MISMATCH: Final = "GPUMismatch"

@@ -31,7 +31,23 @@ class GPUPackSpec(Model):
     namespace: Annotated[Name, Field(description="Namespace of the services on this GPU.")]
     device: Annotated[Literal["cuda", "cpu"], Field(description="cuda, or cpu for a set of cores.")] = "cuda"
     product: Annotated[Text | None, Field(description="GPU product, as on the node's label.")] = None
-    mode: Annotated[Literal["Reservation", "CPUSet"], Field(description="How the GPU is shared.")] = "Reservation"
+    mode: Annotated[
+        Literal["Reservation", "DRA", "DevicePlugin", "Exclusive", "CPUSet"],
+        Field(
+            description="How the GPU is shared. Reservation: a holder pod has it and runs MPS. DRA: a ResourceClaim of all replicas, MPS by its "
+            "driver. DevicePlugin: each replica has a share that the device plugin makes by MPS. Exclusive: one replica has it alone. CPUSet: "
+            "cores in place of a GPU."
+        ),
+    ] = "Reservation"
+    allocator: Annotated[
+        Literal["DevicePlugin", "DRA"],
+        Field(
+            description="Who hands the GPU out: the device plugin for nvidia.com/gpu, or DRA for a ResourceClaim of the pack's name."
+        ),
+    ] = "DevicePlugin"
+    resource: Annotated[
+        Text, Field(description="With allocator DevicePlugin: what the holder, or each replica, requests one of.")
+    ] = labels.GPU_RESOURCE
     run_as_user: Annotated[int, Field(ge=0, description="User of the MPS daemon and of every replica.")] = 0
     node: Annotated[Text | None, Field(description="With device cpu: the node whose cores these are.")] = None
     cores: Annotated[int | None, Field(ge=1, description="With device cpu: how many cores.")] = None
@@ -48,6 +64,16 @@ class GPUPackSpec(Model):
         list[Assignment],
         Field(max_length=16, description="Who is on it.", json_schema_extra=list_map("uid")),
     ] = Field(default_factory=list)
+
+    @property
+    def has_holder(self) -> bool:
+        """Whether a pod of its own holds the GPU, so that the replicas request none."""
+        return self.device == "cuda" and self.mode == "Reservation"
+
+    @property
+    def claims(self) -> bool:
+        """Whether the replicas get the GPU by a ResourceClaim."""
+        return self.allocator == "DRA"
 
 
 class PackGPU(Model):

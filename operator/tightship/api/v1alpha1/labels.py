@@ -55,7 +55,13 @@ NODE_GPU_PRODUCT: Final = "nvidia.com/gpu.product"
 NODE_GPU_SHARING: Final = "nvidia.com/gpu.sharing-strategy"
 NODE_MIG_STRATEGY: Final = "nvidia.com/mig.strategy"
 GPU_RESOURCE: Final = "nvidia.com/gpu"
+SHARED_GPU_RESOURCE: Final = "nvidia.com/gpu.shared"
+NODE_GPU_MEMORY: Final = "nvidia.com/gpu.memory"
 MIG_RESOURCES: Final = "nvidia.com/mig-"
+NODE_GPU_COUNT: Final = "nvidia.com/gpu.count"
+NODE_GPU_REPLICAS: Final = "nvidia.com/gpu.replicas"
+DRA_DRIVER: Final = "gpu.nvidia.com"
+"""NVIDIA's driver for dynamic resource allocation; its DeviceClass for whole GPUs has the same name."""
 
 _VALUE_LIMIT: Final = 63  # characters of a label's value
 

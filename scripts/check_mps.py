@@ -470,9 +470,14 @@ def check_kills(bench: Bench) -> None:
         took = round(time.monotonic() - began, 2)
         answers = [one.try_ask("sync", 30), two.try_ask("sync", 30)]
         time.sleep(0.5)
-        seen = {"said": said, "seconds": took, "the other, itself": answers, "health": asdict(bench.health())}
+        told: dict[str, Any] = {
+            "said": said,
+            "seconds": took,
+            "the other, itself": answers,
+            "health": asdict(bench.health()),
+        }
         holds = isinstance(answers[0], dict) and answers[0]["result"] == 0
-        bench.note("terminate_client", "the other client goes on", holds, seen)
+        bench.note("terminate_client", "the other client goes on", holds, told)
         two.kill()
 
 
@@ -534,7 +539,7 @@ def check_daemon_killed(bench: Bench) -> None:
     for pid in processes(parent=holder.pid):
         os.kill(pid, signal.SIGKILL)
     status = holder.wait(20)
-    seen = {
+    seen: dict[str, Any] = {
         "holder": status,
         "words": _words(bench),
         "health": asdict(bench.health()),

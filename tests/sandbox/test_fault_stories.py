@@ -204,4 +204,4 @@ def test_holders_that_leave_in_order_leave_nothing_on_the_node(sandbox: Sandbox)
         ),
         90,
     )
-    assert [list(path.iterdir()) for path in directories] == [[], []]
+    assert [[each for each in path.rglob("*") if not each.is_dir()] for path in directories] == [[], []]

@@ -121,6 +121,8 @@ class Holder:
                 _say("another holder of this pack still has the lock; waiting")
             waiting = True
             time.sleep(self._pace.tick)
+        if waiting:
+            self._write_identity(identity)  # the other one took everything away when it left
         self._clean_pipe()
         _say(f"holding {identity.product} {identity.uuid}; starting {control.PROGRAM}")
         try:

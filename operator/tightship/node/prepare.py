@@ -36,15 +36,19 @@ def prepare(directory: Path, uid: int) -> None:
 
 
 def empty(directory: Path) -> bool:
-    """Take away all that is in it; whether that was done.
+    """Take away everything but the directories that `prepare` makes; whether that was done.
 
-    Nothing is touched while a replica is starting: a lock file that vanishes under its owner would let a second one start beside it.
+    Those stay, since the next holder of the pack may have them mounted already and wait for the lock. Nothing is touched while a replica is
+    starting: a lock file that vanishes under its owner would let a second one start beside it.
     """
+    kept = {directory / name for name in _MODES}
     start = HolderLock(directory / "start.lock")
     if not start.try_acquire(""):
         return False
     try:
-        for path in sorted(directory.iterdir()):
+        for path in [each for place in kept for each in place.glob("*")]:
+            if path in kept:
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -352,7 +352,8 @@ def test_it_waits_for_the_clients_before_the_daemon_goes(running: Running, fakes
     (running.pack / "preflight.uid.json").write_text("{}")
     fakes.show(clients=[])
     assert running.process.wait(20) == 0
-    assert list(running.pack.iterdir()) == [], "it leaves nothing behind"
+    left = {path.relative_to(running.pack).as_posix() for path in running.pack.rglob("*")}
+    assert left == {"mps", "mps/pipe", "mps/log", "shm"}, "it leaves nothing behind but the directories"
 
 
 def test_a_holder_that_leaves_while_a_replica_starts_leaves_the_directory_as_it_is(running: Running) -> None:
@@ -514,6 +515,21 @@ def test_a_second_holder_waits_for_the_first(running: Running, fakes: Fakes) -> 
     second.terminate()
     assert second.wait(10) == 0
     assert running.holds()
+
+
+def test_a_holder_that_waited_for_the_one_before_finds_everything_in_place(running: Running, fakes: Fakes) -> None:
+    eventually(running.holds)
+    second = start("mps", running.pack, running.env, stderr=subprocess.PIPE)
+    assert second.stderr is not None
+    assert "still has the lock" in second.stderr.readline()
+    running.process.terminate()
+    assert running.process.wait(20) == 0
+    (fakes.folder / "quit").unlink()
+    eventually(lambda: len(fakes.events("daemon")) == 2)
+    assert (running.pack / "gpu.json").exists()
+    assert is_held(running.lock)
+    second.terminate()
+    assert second.wait(20) == 0
 
 
 def test_no_gpu_ends_the_container_in_words(fakes: Fakes) -> None:

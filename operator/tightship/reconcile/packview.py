@@ -86,7 +86,8 @@ class Holding:
     """How it stands with the device: a condition (status, reason, message), and what is known of it.
 
     `place` is there only while replicas may be made: the device is held and is the one it always was. `watched` tells whether the
-    watcher runs, whose word `mps` is, and `watched_since` since when (None: not known). `preflights` are what replicas saw, by pod UID.
+    watcher runs, whose word `mps` is (where it is a watcher's), and `watched_since` since when (None: not known). `preflights` are what
+    replicas saw, by pod UID.
     """
 
     status: str
@@ -96,7 +97,7 @@ class Holding:
     node: str | None = None
     gpu: PackGPU | None = None
     mps: Mps | None = None
-    watched: bool = False
+    watched: bool = True
     watched_since: datetime | None = None
     preflights: Mapping[str, PackPreflight] = field(default_factory=dict)
 

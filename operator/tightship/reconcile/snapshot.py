@@ -189,12 +189,12 @@ def _without_gpu_since(pack: GPUPack, store: Store) -> datetime | None:
 
     A pack that never had its GPU is left alone: the next one would fare no better. One try is none: after a reboot the driver may be late.
     """
+    held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
+    if held is None or pack.status.gpu is None or (held.status, held.reason) != ("False", Reason.GPU_NOT_VISIBLE):
+        return None
     pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
     holders = [pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_HOLDER]
     if all(podstate.restarts(pod, MPS_CONTAINER) < LOST_GPU_TRIES for pod in holders):
-        return None
-    held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
-    if held is None or pack.status.gpu is None or (held.status, held.reason) != ("False", Reason.GPU_NOT_VISIBLE):
         return None
     return parse_timestamp(held.last_transition_time) if held.last_transition_time else None
 

@@ -113,6 +113,9 @@ class World:
     With `profiling` measurements are reconciled too: Jobs are made, and `report` plays their profiler. Without, a story writes what
     a profile says itself (`complete`).
 
+    `mps_states` are what single packs' MPS says otherwise than `mps_state`, `unattached` the replica pods (by name) that run without it,
+    `preflights` what replicas saw, by pod UID.
+
     `api.refuses` is admission: a function of a pod that says why it is not taken, or None.
     """
 
@@ -130,6 +133,9 @@ class World:
         self.started: Callable[[dict[str, Any]], bool] = lambda pod: True
         self.watched: Callable[[tuple[str, str]], object] = lambda key: None
         self.mps_state = "ACTIVE"
+        self.mps_states: dict[str, str] = {}
+        self.unattached: set[str] = set()
+        self.preflights: dict[str, dict[str, Any]] = {}
         self.uuids: dict[str, str] = {}
         self.reports: Callable[[dict[str, Any]], dict[str, Any]] = self.seen_by
         for index, count in enumerate(gpus):
@@ -372,14 +378,19 @@ class World:
                 if p["metadata"]["labels"].get(labels.PACK) == pack
                 and p["metadata"]["labels"][labels.COMPONENT] == "replica"
                 and p.get("status")
+                and p["metadata"]["name"] not in self.unattached
             ]
             clients = [{"pid": 100 + i, "podUID": p["metadata"]["uid"]} for i, p in enumerate(engines)]
             said = {
                 labels.ANNOTATION_GPU: json.dumps(
                     {"uuid": uuid, "product": PRODUCT, "memory": 80 * GIB, "driver": "580.1"}
                 ),
-                labels.ANNOTATION_MPS: json.dumps({"state": self.mps_state, "server": 7, "clients": clients}),
+                labels.ANNOTATION_MPS: json.dumps(
+                    {"state": self.mps_states.get(pack, self.mps_state), "server": 7, "clients": clients}
+                ),
             }
+            if self.preflights:
+                said[labels.ANNOTATION_PREFLIGHT] = json.dumps(self.preflights)
             if pod["metadata"].get("annotations", {}).items() >= said.items():
                 continue
             changed = copy.deepcopy(pod)

@@ -187,8 +187,9 @@ class MpsSharing:
 
         A daemon's clients count its devices anew: "when a client connects to the server it will see the remapped devices", and the
         daemon's own CUDA_VISIBLE_DEVICES in a client "would lead to an error" (NVIDIA's MPS documentation, Environment Variables). So
-        whatever number or UUID chose the GPU before, to the clients of a daemon with one GPU it is 0 (seen on an H200, as is that a UUID works too). That UUIDs
-        are recommended there is no help: many releases of vLLM read the variable's entries as numbers (vllm-project/vllm issues 13815 and 20939).
+        whatever number or UUID chose the GPU before, to the clients of a daemon with one GPU it is 0 (seen on an
+        H200, as is that a UUID works too). That UUIDs are recommended there is no help: many releases of vLLM read the variable's
+        entries as numbers (vllm-project/vllm issues 13815 and 20939).
         """
         home = self._opened()
         return {

@@ -8,8 +8,9 @@
 
 Placement is not done here. This only asks for a pass when the planner would change something, and says with numbers what found no
 place. What must always hold: objects that aren't ours are never written; a profile that is complete for the key is used, not
-measured again; replicas that run are left alone by everything that goes wrong with a newer manifest; a text in `profiling.rerun` or
-`profiling.extend` asks once, and is used up where there is nothing to do, so that deciding again never starts a Job.
+measured again; replicas that run are left alone by everything that goes wrong with a newer manifest; somebody else's budget
+under a service's name keeps it from nothing; a text in `profiling.rerun` or `profiling.extend` asks once, and is used up where there is
+nothing to do, so that deciding again never starts a Job.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ async def reconcile(ctx: Context, key: Key) -> Result:
         _tell_profiles(ctx, key.namespace)
     if not planned.empty:
         ctx.queue.add(PLACEMENT)
-    return Result(requeue_after=ctx.settings.retry_seconds if refusals else None)
+    retry = any(not each.spared for each in refusals)
+    return Result(requeue_after=ctx.settings.retry_seconds if retry else None)
 
 
 def _tell_profiles(ctx: Context, namespace: str) -> None:
@@ -118,12 +120,15 @@ async def _apply(ctx: Context, view: View) -> Refusals:
         return ()
     service = verdict.service
     pool = inference_pool(service)
+    spared: Refusals = ()
     for made in (service_manifests.service_object(service), disruption_budget(service), *([pool] if pool else [])):
-        if made["kind"] not in ctx.absent and (refusal := await _write(ctx, made)) is not None:
+        refusal = await _write(ctx, made) if made["kind"] not in ctx.absent else None
+        if refusal is not None and not refusal.spared:
             return (refusal,)
+        spared += (refusal,) if refusal is not None else ()
     if pool is None:
         await _remove_pool(ctx, service)
-    return await _profile(ctx, verdict)
+    return spared + await _profile(ctx, verdict)
 
 
 async def _remove_pool(ctx: Context, service: LLMService) -> None:
@@ -140,6 +145,9 @@ async def _write(ctx: Context, made: Object) -> Refusal | None:
     try:
         await ctx.cluster.apply(made)
     except NameConflict as error:
+        if kind == "PodDisruptionBudget":
+            text = f"it serves without a budget of its own, so evictions may take any number of its replicas: {error}"
+            return Refusal(Reason.NAME_CONFLICT, text, spared=True)
         return Refusal(Reason.NAME_CONFLICT, str(error))
     except (Invalid, Forbidden) as error:
         return Refusal(Reason.INVALID_SPEC, f"the {kind} was refused: {error}")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,15 +20,16 @@ from tightship.api import units
 from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.conditions import Reason
-from tightship.api.v1alpha1.gpupack import GPUPack, PackGPU
+from tightship.api.v1alpha1.gpupack import GPUPack, PackGPU, PackPreflight
 from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.core.conditions import timestamp
 from tightship.core.rollout import Replica
 from tightship.kube.store import Object, Store, labels_of
 from tightship.manifests import claims
 from tightship.manifests import holder as holder_manifests
 from tightship.manifests.replicas import Place, memory_of
 from tightship.reconcile import dra, modes, podstate, reports
-from tightship.reconcile.snapshot import owner_of
+from tightship.reconcile.snapshot import NODE_GONE_SECONDS, not_ready_since, owner_of
 
 _REVISION = "controller-revision-hash"
 
@@ -47,7 +49,7 @@ class View:
 
     `opener` is the service whose template its holder gets: the one that opened it, or where that is gone or can't be read, another one on it.
     `claim` is its ResourceClaim, if it has one, and `claimed` the GPU allocated to that; `why` says how the GPU is shared and why so,
-    and `limits` what the device plugin forces on its replicas.
+    and `limits` what the device plugin forces on its replicas. `node_gone`: the pack has a node, and the cluster has others but not that one.
     """
 
     obj: Object
@@ -61,6 +63,7 @@ class View:
     claimed: dra.Gpu | None = None
     why: str = ""
     limits: str = ""
+    node_gone: bool = False
 
     @property
     def cpu(self) -> bool:
@@ -75,19 +78,24 @@ class View:
 
 @dataclass(frozen=True)
 class Mps:
-    """What the holder's watcher published: the server's state, its clients' number, and the UIDs of their pods."""
+    """What the holder's watcher published: the server's state, its clients' number, the UIDs of their pods, and how many of them are of
+    a pod that could not be told.
+    """
 
     state: str
     server: int | None
     clients: int
     pods: frozenset[str]
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
 class Holding:
     """How it stands with the device: a condition (status, reason, message), and what is known of it.
 
-    `place` is there only while replicas may be made: the device is held and is the one it always was.
+    `place` is there only while replicas may be made: the device is held and is the one it always was. `watched` tells whether the
+    watcher runs, whose word `mps` is (where it is a watcher's), and `watched_since` since when (None: not known). `preflights` are what
+    replicas saw, by pod UID.
     """
 
     status: str
@@ -97,6 +105,9 @@ class Holding:
     node: str | None = None
     gpu: PackGPU | None = None
     mps: Mps | None = None
+    watched: bool = True
+    watched_since: datetime | None = None
+    preflights: Mapping[str, PackPreflight] = field(default_factory=dict)
 
 
 def gather(store: Store, obj: Object, absent: frozenset[str] = frozenset()) -> View:
@@ -124,6 +135,8 @@ def gather(store: Store, obj: Object, absent: frozenset[str] = frozenset()) -> V
         dra.gpu_of(store, pack) if pack.spec.claims else None,
         modes.explain(pack, opener, store, absent),
         modes.limits(pack, store) if pack.spec.mode == modes.DEVICE_PLUGIN else "",
+        # A cluster without nodes is one whose nodes have not been listed yet.
+        bool(name) and store.get("Node", "", name or "") is None and bool(store.list("Node")),
     )
 
 
@@ -188,7 +201,21 @@ def revision_of(pod: Object) -> str | None:
 
 def holding(view: View) -> Holding:
     """How it stands with the pack's device."""
-    return _core_set(view) if view.cpu else _gpu(view) if view.pack.spec.has_holder else _own_gpu(view)
+    if view.cpu:
+        return _core_set(view)
+    if not view.pack.spec.has_holder:
+        told = {uid: report.as_preflight() for uid, report in reports.of(replica_pods(view)).items()}
+        return replace(_own_gpu(view), preflights=told)
+    held = _gpu(view)
+    watcher = holder_manifests.WATCH_CONTAINER
+    if view.holder is None:
+        return held
+    return replace(
+        held,
+        watched=podstate.is_running(view.holder, watcher),
+        watched_since=podstate.running_since(view.holder, watcher),
+        preflights=_preflights(view.holder),
+    )
 
 
 def _core_set(view: View) -> Holding:
@@ -205,6 +232,8 @@ def _core_set(view: View) -> Holding:
 def _gpu(view: View) -> Holding:
     recorded, holder = view.pack.status.gpu, view.holder
     node = (podstate.node_of(holder) if holder else None) or view.pack.status.node
+    if recorded is not None and (away := _node_away(view)) is not None:
+        return Holding("False", Reason.HOLDER_LOST, away, node=node, gpu=recorded)
     if holder is None or podstate.is_going(holder) or podstate.is_over(holder):
         return _without_holder(view, node)
     published, mps = _published(holder), _mps(holder)
@@ -224,12 +253,26 @@ def _gpu(view: View) -> Holding:
         return Holding("True", Reason.GPU_HELD, text, Place(node, published.uuid, memory), node, gpu, mps)
     if trouble:
         return Holding("False", trouble.reason, f"holder {name}: {trouble.message}", node=node, gpu=gpu, mps=mps)
-    if published:
+    if published or recorded:
         text = (
-            f"container {holder_manifests.MPS_CONTAINER} of holder {name} does not run; its replicas stop until it does"
+            f"container {holder_manifests.MPS_CONTAINER} of holder {name} does not run, or has not said yet which GPU it has; "
+            "its replicas stop until it does"
         )
         return Holding("False", Reason.HOLDER_LOST, text, node=node, gpu=gpu, mps=mps)
     return Holding("Unknown", Reason.NOT_YET_KNOWN, f"holder {name} is starting", node=node, gpu=gpu)
+
+
+def _node_away(view: View) -> str | None:
+    """That the pack's node is gone, or silent: what runs there can't be told, so nobody may count on it."""
+    if view.node_gone:
+        return f"node {view.pack.status.node} is gone; the placement pass replaces this pack"
+    since = not_ready_since(view.node) if view.node is not None else None
+    if since is None:
+        return None
+    return (
+        f"node {view.pack.status.node} has not been ready since {timestamp(since)}; "
+        f"after {NODE_GONE_SECONDS:g} s it counts as gone, and the placement pass replaces this pack"
+    )
 
 
 def _without_holder(view: View, node: str | None) -> Holding:
@@ -342,7 +385,18 @@ def _mps(holder: Object) -> Mps | None:
         server if isinstance(server, int) else None,
         len(clients),
         frozenset(str(each["podUID"]) for each in clients if each.get("podUID")),
+        sum(not each.get("podUID") for each in clients),
     )
+
+
+def _preflights(holder: Object) -> dict[str, PackPreflight]:
+    """What replicas saw before their engines started, by pod UID; entries that aren't whole are left out."""
+    found = {}
+    for uid, seen in _annotation(holder, labels.ANNOTATION_PREFLIGHT).items():
+        if isinstance(seen, Mapping) and isinstance(seen.get("total"), int) and isinstance(seen.get("free"), int):
+            total, free = units.format_quantity(seen["total"]), units.format_quantity(seen["free"])
+            found[uid] = PackPreflight(uuid=str(seen.get("uuid")), total=total, free=free)
+    return found
 
 
 def _annotation(holder: Object, name: str) -> dict[str, Any]:

@@ -8,19 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightship.api import units
-from tightship.api.v1alpha1.gpupack import PackGPU
+from tightship.api.v1alpha1.gpupack import PackGPU, PackPreflight
 from tightship.kube.store import Object
 from tightship.manifests.claims import REPORT_CONTAINER, product_of
 
 
 @dataclass(frozen=True)
 class Report:
-    """The GPU that CUDA showed a replica: `total` bytes; `mps` whether its contexts go through MPS (None: not told)."""
+    """The GPU that CUDA showed a replica: `total` and `free` bytes; `mps` whether its contexts go through MPS (None: not told)."""
 
     uuid: str
     name: str
     total: int
+    free: int
     mps: bool | None
+
+    def as_preflight(self) -> PackPreflight:
+        """The same as a replica's line in the pack's status has it."""
+        total, free = units.format_quantity(self.total), units.format_quantity(self.free)
+        return PackPreflight(uuid=self.uuid, total=total, free=free)
 
     def as_pack_gpu(self) -> PackGPU:
         """The same as a pack's status has it."""
@@ -46,7 +52,11 @@ def _report(pod: Object) -> Report | None:
             return None
         mps = said.get("mps")
         return Report(
-            str(said["uuid"]), str(said.get("name") or ""), int(said["total"]), None if mps is None else bool(mps)
+            str(said["uuid"]),
+            str(said.get("name") or ""),
+            int(said["total"]),
+            int(said["free"]),
+            None if mps is None else bool(mps),
         )
     except (ValueError, LookupError, TypeError):
         return None

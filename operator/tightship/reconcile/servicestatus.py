@@ -65,11 +65,12 @@ _PHASES = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an object that every service needs could not be written; `passing` when the next look may settle it."""
+    """Why an object of a service could not be written; `passing` when the next look may settle it, `spared` when it serves without."""
 
     reason: str
     message: str
     passing: bool = False
+    spared: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,15 +215,15 @@ def _divided(view: View) -> str:
 
 
 def _refused(view: View) -> Condition | None:
-    if not view.refusals:
+    refusal = next((each for each in view.refusals if not each.spared), None)
+    if refusal is None:
         return None
-    refusal = view.refusals[0]
     return Condition(names.ACCEPTED, "Unknown" if refusal.passing else "False", refusal.reason, refusal.message)
 
 
 def _valid(view: View) -> Condition:
     text = "the manifest is valid, and a GPU or CPU of its kind is in the cluster"
-    return Condition(names.ACCEPTED, "True", Reason.VALID, "; ".join([text, *_lacking(view)]))
+    return Condition(names.ACCEPTED, "True", Reason.VALID, "; ".join([text, *_lacking(view), *_spared(view)]))
 
 
 def _lacking(view: View) -> list[str]:
@@ -234,6 +235,11 @@ def _lacking(view: View) -> list[str]:
         for kind in sorted(view.absent)
         if kind not in DRA_KINDS and (pooled or kind != "InferencePool")
     ]
+
+
+def _spared(view: View) -> list[str]:
+    """What the service does without, since somebody else has it under its name."""
+    return [each.message for each in view.refusals if each.spared]
 
 
 # Profiled

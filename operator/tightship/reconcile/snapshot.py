@@ -22,11 +22,17 @@ from tightship.decide import ledger_from_profile, parse_reserve
 from tightship.kube.clock import parse_timestamp
 from tightship.kube.store import Object, Store, labels_of
 from tightship.manifests.claims import CLAIMED_DEVICE, SHARED_DEVICE
+from tightship.manifests.holder import MPS_CONTAINER
 from tightship.reconcile import dra, modes, nodes, podstate
 from tightship.reconcile.verdict import Verdict, examine
 
 NODE_GONE_SECONDS = 300.0
 """A node that has not been ready for so long is treated as gone: as Kubernetes does by default when it evicts pods."""
+
+LOST_GPU_SECONDS = 60.0
+"""A GPU that its holder has not seen for so long is lost. A holder that starts anew needs seconds to find one that came back."""
+
+LOST_GPU_TRIES = 2
 
 UNFIT_SECONDS = 60.0
 """A replica without a place on its pack's node for so long gives the pack back."""
@@ -181,12 +187,30 @@ def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
     held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
     if held is not None and held.status == "False" and held.reason == Reason.GPU_MISMATCH:
         return Health.LOST
+    since = _without_gpu_since(pack, store)
+    if since is not None and (now - since).total_seconds() >= LOST_GPU_SECONDS:
+        return Health.LOST
     homeless = _homeless(pack, store, now)
     if homeless and homeless >= {each.service for each in pack.spec.assignments}:
         return Health.UNFIT
     if node and _cordoned(store.get("Node", "", node)) and (_is_down(pack) or _stranded(pack, store)):
         return Health.UNFIT
     return Health.SOUND
+
+
+def _without_gpu_since(pack: GPUPack, store: Store) -> datetime | None:
+    """Since when the holder of a GPU that was there has not seen it; None where it does, or where another cause is known.
+
+    A pack that never had its GPU is left alone: the next one would fare no better. One try is none: after a reboot the driver may be late.
+    """
+    held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
+    if held is None or pack.status.gpu is None or (held.status, held.reason) != ("False", Reason.GPU_NOT_VISIBLE):
+        return None
+    pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
+    holders = [pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_HOLDER]
+    if all(podstate.restarts(pod, MPS_CONTAINER) < LOST_GPU_TRIES for pod in holders):
+        return None
+    return parse_timestamp(held.last_transition_time) if held.last_transition_time else None
 
 
 def _cordoned(node: Object | None) -> bool:
@@ -224,7 +248,7 @@ def not_ready_since(node: Object) -> datetime | None:
 
 
 def next_look(store: Store, now: datetime) -> float | None:
-    """Seconds until a wait that placement counts ends: of a silent node, or of a replica that finds no place."""
+    """Seconds until a wait that placement counts ends: of a silent node, a GPU that isn't seen, a replica that finds no place."""
     waits = [
         (since, NODE_GONE_SECONDS)
         for pack in map(GPUPack.model_validate, store.list("GPUPack"))
@@ -236,6 +260,11 @@ def next_look(store: Store, now: datetime) -> float | None:
         (since, UNFIT_SECONDS)
         for pack in map(GPUPack.model_validate, store.list("GPUPack"))
         for since in _homeless_since(pack, store).values()
+    ]
+    waits += [
+        (since, LOST_GPU_SECONDS)
+        for pack in map(GPUPack.model_validate, store.list("GPUPack"))
+        if (since := _without_gpu_since(pack, store))
     ]
     left = [limit - (now - since).total_seconds() for since, limit in waits]
     return min((seconds + 1 for seconds in left if seconds > 0), default=None)

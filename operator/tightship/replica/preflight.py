@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tightship.replica.outcome import Reason, RefusalError
 from tightship.replica.settings import Settings
+
+# What the driver answers while its MPS server takes no client: 806 MPS_RPC_FAILURE, 807 MPS_SERVER_NOT_READY (cuda.h), and their text.
+_MPS_BUSY = re.compile(r"CUDA error 80[67]\b|MPS server is not ready")
 
 PROBE_TIMEOUT = 120.0
 """Seconds the probe may take: a context on a busy GPU takes a few, a faulted MPS server never answers."""
@@ -56,6 +60,11 @@ def run_probe(command: Sequence[str], timeout: float = PROBE_TIMEOUT) -> Gpu:
         raise RefusalError(Reason.INVALID_SETTINGS, f"the CUDA probe {command[0]} does not run: {error}") from error
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no words"])[-1]
+        if _MPS_BUSY.search(last):
+            text = (
+                f"the MPS server takes no clients ({last}): after a fatal fault it waits for the last old one to leave"
+            )
+            raise RefusalError(Reason.MPS_FAULT, text)
         raise RefusalError(Reason.GPU_NOT_VISIBLE, f"CUDA can't be initialised: {last}")
     try:
         seen = json.loads(done.stdout.strip().splitlines()[-1])

@@ -12,6 +12,8 @@ from tightship.replica.outcome import Reason, RefusalError
 
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
 SHARING = ("Reservation", "DRA", "DevicePlugin", "Exclusive")
+HANG_SECONDS = {"cuda": 120.0, "cpu": 600.0}
+"""How long requests may run without a step ending: the longest prompt of one step takes seconds on a GPU, minutes on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,12 @@ class Settings:
     sharing: str
     pack_dir: Path
     pod_name: str
+    pod_uid: str
     gpu_uuid: str | None
     memory_bytes: int | None
     start_timeout: float
     drain_timeout: float
+    hang_timeout: float
     mps_pipe: Path | None
     probe: tuple[str, ...]
     termination_message: Path
@@ -78,10 +82,12 @@ class Settings:
             sharing=sharing,
             pack_dir=Path(env.get("TIGHTSHIP_PACK_DIR") or "/run/tightship/pack"),
             pod_name=env.get("TIGHTSHIP_POD_NAME", ""),
+            pod_uid=env.get("TIGHTSHIP_POD_UID", ""),
             gpu_uuid=env.get("TIGHTSHIP_GPU_UUID") or None,
             memory_bytes=int(memory) or None,
             start_timeout=_number(env, "TIGHTSHIP_START_TIMEOUT", 600),
             drain_timeout=_number(env, "TIGHTSHIP_DRAIN_TIMEOUT", 30),
+            hang_timeout=_number(env, "TIGHTSHIP_HANG_TIMEOUT", HANG_SECONDS[device]),
             mps_pipe=Path(pipe) if pipe and device == "cuda" and sharing != "Exclusive" else None,
             probe=tuple(shlex.split(probe)) if probe else (sys.executable, "-m", "tightship.replica.cuda_probe"),
             termination_message=Path(env.get("TIGHTSHIP_TERMINATION_MESSAGE") or TERMINATION_MESSAGE_PATH),

@@ -355,21 +355,27 @@ async def test_where_the_cluster_has_no_pools_those_who_asked_for_one_are_told(r
     assert not world.all("InferencePool")
 
 
-async def test_a_budget_that_is_not_ours_is_left_alone() -> None:
+async def test_a_budget_that_is_not_ours_is_left_alone_and_keeps_the_service_from_nothing() -> None:
     world = World()
     theirs = {"minAvailable": 1, "selector": {"matchLabels": {labels.SERVICE: NAME}}}
     metadata = {"name": NAME, "namespace": NS}
     world.put({"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": metadata, "spec": theirs})
     world.put(make_service())
     await world.settle()
-    assert condition(world, "Accepted") == ("False", "NameConflict")
-    assert "PodDisruptionBudget 'opt'" in message(world, "Accepted")
-    assert world.get("PodDisruptionBudget", NS, NAME)["spec"] == theirs
-    assert not world.all("BatchProfile")
-    world.remove("PodDisruptionBudget", NS, NAME)
-    world.queue.add(Key("LLMService", NS, NAME))
-    await world.settle()
     assert condition(world, "Accepted") == ("True", "Valid")
+    assert "without a budget of its own" in message(world, "Accepted")
+    assert "PodDisruptionBudget 'opt'" in message(world, "Accepted")
+    world.change("BatchProfile", NS, world.all("BatchProfile")[0]["metadata"]["name"], complete)
+    await world.run()
+    before = world.get("LLMService", NS, NAME)["status"]["readyReplicas"]
+    world.change("LLMService", NS, NAME, lambda service: service["spec"].update(replicas=before + 1))
+    await world.run(rounds=10)
+    assert world.get("LLMService", NS, NAME)["status"]["readyReplicas"] == before + 1
+    assert world.get("PodDisruptionBudget", NS, NAME)["spec"] == theirs
+    world.remove("PodDisruptionBudget", NS, NAME)
+    await world.look_at_everything()
+    assert world.get("PodDisruptionBudget", NS, NAME)["spec"] != theirs
+    assert "budget" not in message(world, "Accepted")
 
 
 async def test_a_service_that_is_not_ours_is_left_alone_and_nothing_is_half_made() -> None:

@@ -88,5 +88,6 @@ class Reason:
     REPLICAS_STARTING: Final = "ReplicasStarting"
     OOM_KILLED: Final = "OOMKilled"
     CRASH_LOOP: Final = "CrashLoop"
+    ENGINE_HUNG: Final = "EngineHung"
     IMAGE_PULL_FAILED: Final = "ImagePullFailed"
     NOT_ASSIGNED: Final = "NotAssigned"

@@ -100,6 +100,28 @@ class PackMPS(Model):
     attached_replicas: Annotated[int, Field(description="Replica pods with a process attached to it.")] = 0
 
 
+class PackPreflight(Model):
+    """What a replica saw of the GPU before its engine started."""
+
+    uuid: Annotated[Text, Field(description="UUID of the GPU.")]
+    total: Annotated[Quantity, Field(description="Memory of the GPU, as the engine sees it.")]
+    free: Annotated[Quantity, Field(description="Of it free just before the engine started.")]
+
+
+class PackRepair(Model):
+    """What was done last to make replicas share this GPU again."""
+
+    reason: Annotated[Literal["MPSFault", "MPSNotAttached"], Field(description="What was wrong.")]
+    count: Annotated[
+        int, Field(ge=1, description="How many repairs there were, with less than an hour between each two.")
+    ]
+    since: Annotated[Text, Field(description="When the last one began (RFC 3339).")]
+    ended: Annotated[
+        Text | None,
+        Field(description="When replicas could start again, or were seen to share again; absent until then."),
+    ] = None
+
+
 class PackReplica(Model):
     """One replica pod on this GPU."""
 
@@ -107,6 +129,10 @@ class PackReplica(Model):
     service: Annotated[Text, Field(description="Its LLMService.")]
     ready: Annotated[bool, Field(description="Whether it answers.")]
     attached: Annotated[bool | None, Field(description="Whether it runs under MPS; absent without MPS.")] = None
+    restarts: Annotated[int, Field(description="How often its engine was started anew in this pod.")] = 0
+    preflight: Annotated[
+        PackPreflight | None, Field(description="What it saw of the GPU before its engine started.")
+    ] = None
     message: Annotated[str | None, Field(max_length=4096, description="What keeps it from being ready.")] = None
 
 
@@ -128,6 +154,7 @@ class GPUPackStatus(Model):
         list[PackReplica],
         Field(max_length=64, description="The replica pods.", json_schema_extra=list_map("name")),
     ] = Field(default_factory=list)
+    repair: Annotated[PackRepair | None, Field(description="The last repair, if there was one.")] = None
     conditions: Conditions = Field(default_factory=list)
 
 

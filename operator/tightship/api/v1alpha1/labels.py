@@ -39,6 +39,8 @@ COMPONENT_SERVICE: Final = "service"
 
 ANNOTATION_GPU: Final = f"{GROUP}/gpu"
 ANNOTATION_MPS: Final = f"{GROUP}/mps"
+ANNOTATION_PREFLIGHT: Final = f"{GROUP}/preflight"
+"""On a holder: what each replica saw of the GPU before its engine started, as JSON by pod UID."""
 ANNOTATION_TEMPLATE: Final = f"{GROUP}/template"
 ANNOTATION_GENERATION: Final = f"{GROUP}/service-generation"
 ANNOTATION_RERUN: Final = f"{GROUP}/rerun"

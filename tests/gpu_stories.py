@@ -450,6 +450,22 @@ def waiting_for_approval(sandbox: Sandbox) -> None:
 
 
 @told
+def a_gpu_each(sandbox: Sandbox) -> None:
+    """Exclusive: each replica requests its own GPU, without holder and MPS, says which one it got, and gives it back."""
+    service = story.make_service(replicas=2, packing={"mode": "Exclusive"})
+    story.apply(sandbox, story.make_profile(service), service)
+    story.wait_ready(sandbox, "opt", 2)
+    gpacks = story.items(sandbox, "gpupacks")
+    there = {uuid for node in range(2) for uuid in sandbox.gpu_uuids(node)}
+    assert len({pack["status"]["gpu"]["uuid"] for pack in gpacks} & there) == 2
+    for pack in gpacks:
+        assert story.condition(pack, "SharingReady")["reason"] == "Exclusive"
+    assert not story.items(sandbox, "pods", "-A", "-l", "app.kubernetes.io/component=holder")
+    assert story.complete(sandbox, "opt", "opt-1.3b")["choices"][0]["text"]
+    story.check_settled(sandbox)
+
+
+@told
 def two_services_share_a_gpu(sandbox: Sandbox) -> None:
     """Services that allow it run on one GPU under one MPS daemon, started one after the other; who opened the GPU may go, the other stays."""
     sharing = {"maxReplicasPerGPU": 2, "sharedWith": "SameNamespace"}

@@ -19,7 +19,7 @@ from tightship.kube.cluster import Cluster
 from tightship.kube.events import Events
 from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL, Ref
 from tightship.kube.store import Store
-from tightship.reconcile import batchprofile, gpupack, llmservice, placement
+from tightship.reconcile import batchprofile, dra, gpupack, llmservice, placement
 from tightship.reconcile.context import Context, Settings
 from tightship.reconcile.indexes import INDEXERS
 from tightship.reconcile.queue import PLACEMENT, Key, Queue, Result
@@ -114,6 +114,9 @@ class World:
     With `profiling` measurements are reconciled too: Jobs are made, and `report` plays their profiler. Without, a story writes what
     a profile says itself (`complete`).
 
+    `mps_states` are what single packs' MPS says otherwise than `mps_state`, `unattached` the replica pods (by name) that run without it,
+    `preflights` what replicas saw, by pod UID.
+
     `api.refuses` is admission: a function of a pod that says why it is not taken, or None.
     """
 
@@ -137,7 +140,11 @@ class World:
         self.started: Callable[[dict[str, Any]], bool] = lambda pod: True
         self.watched: Callable[[tuple[str, str]], object] = lambda key: None
         self.mps_state = "ACTIVE"
+        self.mps_states: dict[str, str] = {}
+        self.unattached: set[str] = set()
+        self.preflights: dict[str, dict[str, Any]] = {}
         self.uuids: dict[str, str] = {}
+        self.reports: Callable[[dict[str, Any]], dict[str, Any]] = self.seen_by
         for index, count in enumerate(gpus):
             self.put(make_node(f"n{index}", count, cores, product))
 
@@ -236,6 +243,7 @@ class World:
     def nodes_act(self) -> None:
         """One round of garbage collector, StatefulSet controller, scheduler and kubelets."""
         self._collect()
+        self._release()
         for found in self.all("StatefulSet"):
             self._run_set(found)
         for pod in self.all("Pod"):
@@ -302,6 +310,9 @@ class World:
             ]
             ready = {"type": "Ready", "status": "True", "lastTransitionTime": now}
             changed["status"] = {"phase": "Running", "conditions": [ready], "containerStatuses": containers}
+            if any(each["name"] == "report" for each in pod["spec"].get("initContainers", [])):
+                ended = {"exitCode": 0, "reason": "Completed", "message": json.dumps(self.reports(changed))}
+                changed["status"]["initContainerStatuses"] = [{"name": "report", "state": {"terminated": ended}}]
         self.api._store(path, changed)
 
     def _schedule(self, pod: dict[str, Any]) -> str | None:
@@ -310,18 +321,59 @@ class World:
             name = node["metadata"]["name"]
             if pinned not in (None, name) or node["spec"].get("unschedulable"):
                 continue
-            if not any(
-                "nvidia.com/gpu" in (c.get("resources") or {}).get("limits", {}) for c in pod["spec"]["containers"]
-            ):
+            if pod["spec"].get("resourceClaims") and not self._allocate(pod, name):
+                continue
+            if not _requests_gpu(pod):
                 return name
-            held = [
-                p
-                for p in self.all("Pod")
-                if p["spec"].get("nodeName") == name and p["metadata"]["labels"][labels.COMPONENT] == "holder"
-            ]
-            if len(held) < int(node["status"]["allocatable"][labels.GPU_RESOURCE]):
+            held = [p for p in self.all("Pod") if p["spec"].get("nodeName") == name and _requests_gpu(p)]
+            if len(held) < int(node["status"]["allocatable"].get(labels.GPU_RESOURCE, 0)):
                 return name
         return None
+
+    def _allocate(self, pod: dict[str, Any], node: str) -> bool:
+        """Give the pod's claim a GPU of the node, as the scheduler does; False where its GPU is elsewhere, or none is free."""
+        namespace, wanted = pod["metadata"]["namespace"], pod["spec"]["resourceClaims"][0]["resourceClaimName"]
+        claim = self.api.find("ResourceClaim", namespace, wanted)
+        if claim is None:
+            return False
+        taken = {pair for each in self.all("ResourceClaim") for pair in dra.allocated(each)}
+        there = [gpu for gpu in dra.gpus(self.store) if gpu.node == node]
+        if mine := dra.allocated(claim):
+            return any((gpu.pool, gpu.device) in mine for gpu in there)
+        free = [gpu for gpu in there if (gpu.pool, gpu.device) not in taken]
+        if not free:
+            return False
+        given = {"request": "gpu", "driver": labels.DRA_DRIVER, "pool": free[0].pool, "device": free[0].device}
+        status = {"allocation": {"devices": {"results": [given]}}}
+        self.api._store(KINDS["ResourceClaim"].path(namespace, wanted), {**claim, "status": status})
+        return True
+
+    def _release(self) -> None:
+        """Take the GPU back from claims that no pod uses any more, as Kubernetes' controller does."""
+        used = {
+            (pod["metadata"]["namespace"], each["resourceClaimName"])
+            for pod in self.all("Pod")
+            if pod["spec"].get("nodeName")
+            for each in pod["spec"].get("resourceClaims", [])
+        }
+        for claim in self.all("ResourceClaim"):
+            key = claim["metadata"]["namespace"], claim["metadata"]["name"]
+            if key not in used and claim.get("status") and labels.PACK in claim["metadata"].get("labels", {}):
+                self.api._store(KINDS["ResourceClaim"].path(*key), {**claim, "status": {}})
+
+    def seen_by(self, pod: dict[str, Any]) -> dict[str, Any]:
+        """What the preflight of a pod that has a GPU of its own reports: the one its claim has, or one of its own."""
+        name = next((each["resourceClaimName"] for each in pod["spec"].get("resourceClaims", [])), None)
+        claim = self.api.find("ResourceClaim", pod["metadata"]["namespace"], name) if name else None
+        mine = dra.allocated(claim) if claim else []
+        uuid = next((gpu.uuid for gpu in dra.gpus(self.store) if (gpu.pool, gpu.device) in mine), None)
+        return {
+            "uuid": uuid or f"GPU-of-{pod['metadata']['name']}",
+            "name": PRODUCT.replace("-", " "),
+            "total": 80 * GIB,
+            "free": 79 * GIB,
+            "mps": True if name else None,
+        }
 
     def _publish(self) -> None:
         """What the holders' watchers say."""
@@ -336,14 +388,19 @@ class World:
                 if p["metadata"]["labels"].get(labels.PACK) == pack
                 and p["metadata"]["labels"][labels.COMPONENT] == "replica"
                 and p.get("status")
+                and p["metadata"]["name"] not in self.unattached
             ]
             clients = [{"pid": 100 + i, "podUID": p["metadata"]["uid"]} for i, p in enumerate(engines)]
             said = {
                 labels.ANNOTATION_GPU: json.dumps(
                     {"uuid": uuid, "product": PRODUCT, "memory": 80 * GIB, "driver": "580.1"}
                 ),
-                labels.ANNOTATION_MPS: json.dumps({"state": self.mps_state, "server": 7, "clients": clients}),
+                labels.ANNOTATION_MPS: json.dumps(
+                    {"state": self.mps_states.get(pack, self.mps_state), "server": 7, "clients": clients}
+                ),
             }
+            if self.preflights:
+                said[labels.ANNOTATION_PREFLIGHT] = json.dumps(self.preflights)
             if pod["metadata"].get("annotations", {}).items() >= said.items():
                 continue
             changed = copy.deepcopy(pod)
@@ -361,6 +418,41 @@ def make_node(name: str, gpus: int, cores: int = 8, product: str = PRODUCT) -> d
             "allocatable": {labels.GPU_RESOURCE: str(gpus), "cpu": str(cores), "memory": "256Gi"},
             "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}],
         },
+    }
+
+
+def make_slice(node: str, gpus: int, product: str = PRODUCT, generation: int = 1) -> dict[str, Any]:
+    """What NVIDIA's DRA driver publishes of a node, MIG slices apart."""
+    devices = [
+        {
+            "name": f"gpu-{index}",
+            "attributes": {
+                "type": {"string": "gpu"},
+                "uuid": {"string": f"GPU-{node}-{index}"},
+                "productName": {"string": product.replace("-", " ")},
+                "driverVersion": {"version": "580.105.8"},
+            },
+            "capacity": {"memory": {"value": "80Gi"}},
+        }
+        for index in range(gpus)
+    ]
+    pool = {"name": node, "generation": generation, "resourceSliceCount": 1}
+    return {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": "ResourceSlice",
+        "metadata": {"name": f"{node}-{labels.DRA_DRIVER}-{generation}"},
+        "spec": {"driver": labels.DRA_DRIVER, "nodeName": node, "pool": pool, "devices": devices},
+    }
+
+
+def make_class() -> dict[str, Any]:
+    """The DeviceClass that comes with the driver."""
+    selector = f"device.driver == '{labels.DRA_DRIVER}' && device.attributes['{labels.DRA_DRIVER}'].type == 'gpu'"
+    return {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": "DeviceClass",
+        "metadata": {"name": labels.DRA_DRIVER},
+        "spec": {"selectors": [{"cel": {"expression": selector}}]},
     }
 
 
@@ -478,6 +570,11 @@ def _carries(obj: Mapping[str, Any], selector: str | None) -> bool:
 
 def _controller(obj: Mapping[str, Any]) -> str | None:
     return next((each["uid"] for each in obj["metadata"].get("ownerReferences") or [] if each.get("controller")), None)
+
+
+def _requests_gpu(pod: Mapping[str, Any]) -> bool:
+    limits = [(each.get("resources") or {}).get("limits", {}) for each in pod["spec"]["containers"]]
+    return any(labels.GPU_RESOURCE in each for each in limits)
 
 
 def _pin(pod: Mapping[str, Any]) -> str | None:

@@ -19,6 +19,8 @@ from tightship.api.v1alpha1 import labels
 
 CURRENT = kubernetes_validate.latest_version()
 VERSIONS = ("1.25", CURRENT)
+DRA_VERSIONS = ("1.34", CURRENT)
+"""Of what is made only where resource.k8s.io/v1 is served: the first version that has it, and the newest."""
 
 
 def check(obj: Mapping[str, Any], version: str = CURRENT) -> None:

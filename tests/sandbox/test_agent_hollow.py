@@ -15,6 +15,8 @@ import pytest
 
 from plane_world import MERGE, Client
 from plane_world import eventually as soon
+from tightship.manifests.holder import WATCH_CONTAINER
+from tightship.reconcile import podstate, reports
 from tightship.sandbox.agent.api import Api
 from tightship.sandbox.agent.hollow import journal
 from tightship.sandbox.agent.hollow.board import Pack
@@ -172,6 +174,31 @@ async def test_a_pack_starts_its_replicas_one_after_the_other(world: World) -> N
     await world.client.good("DELETE", f"{PODS}/r0")
     await eventually(lambda: world.pod("r0") is None)
     await eventually(lambda: len(world.annotation("h", "mps")["clients"]) == 3)
+
+
+async def test_a_replica_that_has_a_gpu_alone_tells_which_and_needs_no_holder(world: World) -> None:
+    """As in packs of mode Exclusive: the GPU is the pod's own, its init container reports it, and nothing of MPS is asked for."""
+    made = make_replica("r", "p", "")
+    (engine,) = made["spec"]["containers"]
+    left_out = ("TIGHTSHIP_GPU_UUID", "NVIDIA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY")
+    engine["env"] = [each for each in engine["env"] if each["name"] not in left_out]
+    engine["env"].append({"name": "TIGHTSHIP_SHARING", "value": "Exclusive"})
+    engine["resources"] = {"limits": {"nvidia.com/gpu": "1"}}
+    tells = ["python3", "-m", "tightship.replica.report"]
+    made["spec"]["initContainers"].append({**engine, "name": "report", "command": tells})
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        made["spec"]["initContainers"][-1].pop(probe)
+    await world.make(made)
+    await world.ready("r")
+    told = reports.of([world.pod("r") or {}])[(world.pod("r") or {})["metadata"]["uid"]]
+    assert (told.uuid in world.gpus, told.name, told.total, told.free) == (True, "P", 80 * GIB, 80 * GIB)
+    assert world.machine.journal.entries[-1].gpu == told.uuid
+
+
+async def test_a_watcher_that_runs_is_shown(world: World) -> None:
+    """Where it isn't, the operator takes no replica's absence from the daemon's clients for a fact."""
+    await world.holder()
+    await eventually(lambda: podstate.is_running(world.pod("h") or {}, WATCH_CONTAINER))
 
 
 async def test_each_holder_gets_a_gpu_of_its_own(world: World) -> None:

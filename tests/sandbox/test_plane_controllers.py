@@ -408,3 +408,73 @@ async def test_a_budget_that_says_nothing_is_refused(world: World, spec: dict[st
     body = {"metadata": {"name": "b"}, "spec": {**spec, "selector": {"matchLabels": {"app": "s"}}}}
     code, answer = await world.client("POST", budgets, body)
     assert (code, answer["details"]["causes"][0]["field"]) == (422, field)
+
+
+CLAIMS = "/apis/resource.k8s.io/v1/namespaces/default/resourceclaims"
+
+
+def make_claim(name: str, product: str = "NVIDIA H100") -> dict[str, Any]:
+    rule = f"device.attributes['gpu.example.com'].productName.replace(' ', '-') == '{product.replace(' ', '-')}'"
+    exactly = {"deviceClassName": "gpu.example.com", "selectors": [{"cel": {"expression": rule}}]}
+    spec = {"devices": {"requests": [{"name": "gpu", "exactly": exactly}]}}
+    return {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceClaim", "metadata": {"name": name}, "spec": spec}
+
+
+def make_slice(node: str, generation: int, *products: str) -> dict[str, Any]:
+    devices = [
+        {
+            "name": f"gpu-{index}",
+            "attributes": {"productName": {"string": product}},
+            "capacity": {"memory": {"value": "80Gi"}},
+        }
+        for index, product in enumerate(products)
+    ]
+    pool = {"name": node, "generation": generation, "resourceSliceCount": 1}
+    spec = {"driver": "gpu.example.com", "nodeName": node, "pool": pool, "devices": devices}
+    metadata = {"name": f"{node}-{generation}"}
+    return {"apiVersion": "resource.k8s.io/v1", "kind": "ResourceSlice", "metadata": metadata, "spec": spec}
+
+
+async def test_claims_get_devices_that_fit_and_lose_them_with_their_last_pod(world: World) -> None:
+    pytest.importorskip("celpy")
+    rule = {"cel": {"expression": "device.driver == 'gpu.example.com'"}}
+    classes = {"metadata": {"name": "gpu.example.com"}, "spec": {"selectors": [rule]}}
+    await world.client.good("POST", "/apis/resource.k8s.io/v1/deviceclasses", classes)
+    for made in (
+        make_slice("node-0", 1, "NVIDIA H100"),
+        make_slice("node-0", 2, "NVIDIA L4"),
+        make_slice("node-1", 1, "NVIDIA H100"),
+    ):
+        await world.client.good("POST", "/apis/resource.k8s.io/v1/resourceslices", made)
+    for name in ("one", "two"):
+        await world.client.good("POST", CLAIMS, make_claim(name))
+    for pod, claim in (("a", "one"), ("b", "one"), ("c", "two")):
+        named = {"resourceClaims": [{"name": "gpu", "resourceClaimName": claim}]}
+        made = make_pod(pod)
+        made["spec"] |= named
+        await world.client.good("POST", PODS, made)
+
+    def claim_of(name: str) -> Any:
+        return world.get("resource.k8s.io", "resourceclaims", name).get("status") or {}
+
+    # The pool of node-0 has nothing but an L4 any more, and what one claim has on node-1 no other one gets.
+    await eventually(lambda: len(claim_of("one").get("reservedFor") or []) == 2)
+    (result,) = claim_of("one")["allocation"]["devices"]["results"]
+    assert (result["pool"], result["device"]) == ("node-1", "gpu-0")
+    assert {world.get("", "pods", name)["spec"]["nodeName"] for name in "ab"} == {"node-1"}
+    refused = await eventually(lambda: condition(world.get("", "pods", "c"), "PodScheduled"))
+    assert refused["message"] == "0/2 nodes are available: 2 cannot allocate all claims."
+    await world.client.good("DELETE", f"{PODS}/a")
+    await eventually(lambda: len(claim_of("one").get("reservedFor") or []) == 1)
+    assert not claim_of("two"), "the other pod still uses it"
+    await world.client.good("DELETE", f"{PODS}/b")
+    await eventually(lambda: claim_of("two").get("allocation"))
+    assert not claim_of("one").get("allocation")
+
+
+async def test_a_pod_waits_for_a_claim_that_is_not_there(world: World) -> None:
+    made = make_pod("p")
+    made["spec"]["resourceClaims"] = [{"name": "gpu", "resourceClaimName": "missing"}]
+    await world.client.good("POST", PODS, made)
+    refused = await eventually(lambda: condition(world.get("", "pods", "p"), "PodScheduled"))
+    assert refused["message"] == '0/2 nodes are available: resourceclaim "missing" not found.'

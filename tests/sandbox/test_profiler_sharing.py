@@ -35,6 +35,21 @@ def start(one: Machine, environment: dict[str, str]) -> None:
     wait_for("the engine is healthy", engine.healthy)
 
 
+class Running:
+    """An engine of these tests: its processes, each of which may be a client."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = pids
+
+    def owns(self, pid: int) -> bool:
+        return pid in self._pids
+
+
+def engines(one: Machine) -> list[Running]:
+    """Those that were started, without the machine's device server."""
+    return [Running(process.pid) for process in one.processes[1:]]
+
+
 def homes(directory: Path) -> list[Path]:
     """What daemons have left behind."""
     return list(directory.glob("mps-*"))
@@ -50,9 +65,9 @@ async def test_engines_are_proven_to_be_clients_and_the_daemon_ends_with_the_tri
     assert (pipe / "control").exists()
 
     await asyncio.to_thread(start, one, environment)
-    await mps.prove(1)
+    await mps.prove(engines(one))
     await asyncio.to_thread(start, one, environment)
-    await mps.prove(2)
+    await mps.prove(engines(one))
     assert await mps.condition() is None
 
     for process in one.processes[1:]:
@@ -76,10 +91,10 @@ async def test_clients_count_the_daemons_gpu_anew(tmp_path: Path, visible: str) 
         environ.pop("CUDA_MPS_PIPE_DIRECTORY")
         mps = MpsSharing(SECOND, environ, SystemClock(), preferred=tmp_path)
         await mps.open()
-        for engines in (1, 2):
-            environment = {name: value or "" for name, value in mps.environment(engines - 1).items()}
+        for index in (0, 1):
+            environment = {name: value or "" for name, value in mps.environment(index).items()}
             await asyncio.to_thread(start, one, {**chosen, **environment})
-            await mps.prove(engines)
+            await mps.prove(engines(one))
         assert one.gpu(1)["used"] > idle + 2 * 10**9
         assert one.gpu(0)["used"] == idle
         # What chose the GPU before chooses none of the daemon's.
@@ -102,8 +117,30 @@ async def test_an_engine_that_is_no_client_is_found_out(
     await asyncio.to_thread(start, one, environment)
     # To CUDA an empty pipe directory is no error: the engine starts, and takes turns.
     await asyncio.to_thread(start, one, {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path / "elsewhere")})
-    with pytest.raises(NotAttachedError, match=r"MPSNotAttached: 2 engines run, but the MPS daemon says: 1 clients"):
-        await mps.prove(2)
+    with pytest.raises(
+        NotAttachedError,
+        match=r"MPSNotAttached: 2 engines run, but the MPS daemon says: 1 clients, none of them of engine 2",
+    ):
+        await mps.prove(engines(one))
+    await mps.close()
+
+
+async def test_two_clients_of_one_engine_prove_nothing_of_another(
+    one: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's engine core and its API server are a client each."""
+    monkeypatch.setattr(sharing, "ATTACH_SECONDS", 0.5)
+    mps = make(one, tmp_path)
+    await mps.open()
+    environment = {name: value or "" for name, value in mps.environment(0).items()}
+    for _ in range(2):
+        await asyncio.to_thread(start, one, environment)
+    core, server = (process.pid for process in one.processes[1:])
+    await mps.prove([Running(core, server)])
+    with pytest.raises(
+        NotAttachedError, match=r"2 engines run, but the MPS daemon says: 2 clients, none of them of engine 2"
+    ):
+        await mps.prove([Running(core, server), Running(1)])
     await mps.close()
 
 
@@ -111,7 +148,7 @@ async def test_a_fault_is_told(one: Machine, tmp_path: Path) -> None:
     mps = make(one, tmp_path)
     await mps.open()
     await asyncio.to_thread(start, one, {name: value or "" for name, value in mps.environment(0).items()})
-    await mps.prove(1)
+    await mps.prove(engines(one))
     one.control("fault")
     assert "FAULT" in (await mps.condition() or "")
     await mps.close()

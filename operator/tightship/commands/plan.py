@@ -215,7 +215,7 @@ def _pack(pack: Pack, free: int | None) -> dict[str, Any]:
         "name": pack.name,
         "device": pack.device,
         "node": _node(pack),
-        "product": pack.product if pack.device == "cuda" else None,
+        "product": pack.product if pack.device != "cpu" else None,
         "cores": pack.units if pack.device == "cpu" else None,
         "assignments": [
             {
@@ -275,7 +275,7 @@ def _cells(each: Assignment) -> list[str]:
 
 def _summary(answer: Rehearsal) -> Iterator[str]:
     used, alone = _gpus(answer)
-    products = Counter(pack.product for pack in answer.after.packs if pack.device == "cuda")
+    products = Counter(pack.product for pack in answer.after.packs if pack.device != "cpu")
     if used:
         what = ", ".join(f"{count} {product}" for product, count in sorted(products.items()))
         yield f"{_count(used, 'GPU')} ({what}) for {_count(alone, 'replica')}: {alone - used} fewer than with one replica on each"
@@ -289,7 +289,7 @@ def _summary(answer: Rehearsal) -> Iterator[str]:
 
 def _gpus(answer: Rehearsal) -> tuple[int, int]:
     """GPUs that the plan takes, and those that the same replicas would take one on each."""
-    held = [pack for pack in answer.after.packs if pack.device == "cuda"]
+    held = [pack for pack in answer.after.packs if pack.device != "cpu"]
     return len(held), sum(each.replicas for pack in held for each in pack.assignments)
 
 

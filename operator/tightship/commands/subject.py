@@ -93,7 +93,7 @@ class Subject:
                 "cache": None,
                 "rerun": None,
                 "lengths_from": self.service.spec.workload.lengths_from,
-                "max_replicas_per_gpu": self.service.spec.packing.max_replicas_per_gpu,
+                "max_replicas_per_gpu": self.service.spec.packing.most_per_gpu,
                 "minimum_gain": self.service.spec.packing.minimum_gain,
             }
         )

@@ -57,6 +57,9 @@ _TABLE = (
     Kind("batch/v1", "Job", "jobs"),
     Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
     Kind("inference.networking.k8s.io/v1", "InferencePool", "inferencepools"),
+    Kind("resource.k8s.io/v1", "ResourceClaim", "resourceclaims"),
+    Kind("resource.k8s.io/v1", "ResourceSlice", "resourceslices", namespaced=False),
+    Kind("resource.k8s.io/v1", "DeviceClass", "deviceclasses", namespaced=False),
     Kind("rbac.authorization.k8s.io/v1", "Role", "roles"),
     Kind("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings"),
     Kind("coordination.k8s.io/v1", "Lease", "leases"),
@@ -72,12 +75,15 @@ WATCHED_BY_LABEL: Mapping[str, str] = {
     "ConfigMap": labels.LENGTHS,
 }
 """Of the busy kinds only what carries a label is watched, by this selector: what we made, and ConfigMaps that hold lengths."""
-WATCHED = (*WATCHED_OWN, "Node", *WATCHED_BY_LABEL)
+DRA_KINDS = ("ResourceClaim", "ResourceSlice", "DeviceClass")
+"""What GPUs are handed out by: of claims everybody's are watched, since each takes GPUs that packs cannot have."""
+WATCHED = (*WATCHED_OWN, "Node", *WATCHED_BY_LABEL, *DRA_KINDS)
 """The kinds kept in the watch cache, as far as the server has them."""
 
 OPTIONAL: Mapping[str, str] = {
     "PodDisruptionBudget": "evictions of replicas are not limited",
     "InferencePool": "requests find replicas by the Service alone",
+    **dict.fromkeys(DRA_KINDS, "packing.mode DRA can't be had, and Auto is Reservation"),
 }
 """Kinds that a server may lack, each with what is so then."""
 

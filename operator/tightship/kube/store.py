@@ -56,6 +56,7 @@ class Store:
         self._entries: dict[tuple[str, _Name], list[tuple[str, str, str]]] = {}
         self._derived: dict[tuple[str, _Name], dict[Any, tuple[tuple[Any, ...], Any]]] = {}
         self._summaries: dict[str, tuple[int, dict[Any, Any]]] = {}
+        self._joint: dict[Any, tuple[tuple[int, ...], Any]] = {}
         self._versions: dict[str, int] = defaultdict(int)
         self._gone: OrderedDict[str, int | None] = OrderedDict()
 
@@ -106,6 +107,14 @@ class Store:
         if what not in known:
             known[what] = what(self.list(kind))
         found: T = known[what]
+        return found
+
+    def summarise_all(self, kinds: tuple[str, ...], what: Callable[[Store], T]) -> T:
+        """`what` of the store, which reads objects of these kinds alone, worked out once as long as none of them changed (see `matters`)."""
+        versions, last = tuple(self._versions[kind] for kind in kinds), self._joint.get(what)
+        if last is None or last[0] != versions:
+            last = self._joint[what] = (versions, what(self))
+        found: T = last[1]
         return found
 
     def list(self, kind: str, namespace: str | None = None, label: tuple[str, str] | None = None) -> list[Object]:
@@ -198,8 +207,12 @@ class Store:
 
 
 def matters(kind: str, before: Object | None, after: Object | None) -> bool:
-    """Whether anybody's decision can depend on what changed: heartbeats touch every node all the time, and say nothing else."""
-    return kind != "Node" or before is None or after is None or _node_facts(before) != _node_facts(after)
+    """Whether anybody's decision about the cluster can depend on what changed.
+
+    Heartbeats touch every node all the time, and say nothing else; of a claim it counts whose it is and what it has.
+    """
+    facts = _FACTS.get(kind)
+    return facts is None or before is None or after is None or facts(before) != facts(after)
 
 
 def _node_facts(node: Object) -> tuple[object, ...]:
@@ -214,6 +227,22 @@ def _node_facts(node: Object) -> tuple[object, ...]:
         spec.get("taints"),
         node["metadata"].get("deletionTimestamp"),
     )
+
+
+def _claim_facts(claim: Object) -> tuple[object, ...]:
+    return labels_of(claim), (claim.get("status") or {}).get("allocation")
+
+
+def _spec_facts(obj: Object) -> tuple[object, ...]:
+    return (obj.get("spec"),)
+
+
+_FACTS: Mapping[str, Callable[[Object], tuple[object, ...]]] = {
+    "Node": _node_facts,
+    "ResourceClaim": _claim_facts,
+    "ResourceSlice": _spec_facts,
+    "DeviceClass": _spec_facts,
+}
 
 
 def without_bookkeeping(obj: dict[str, Any]) -> dict[str, Any]:

@@ -20,10 +20,13 @@ SHM_PATH = "/dev/shm"
 def volumes(pack: GPUPack, *, create: bool) -> list[dict[str, Any]]:
     """The hostPath volumes of a pack.
 
-    With `create` a missing directory is made. Replicas of a GPU must not make it: without its holder they have no business there.
+    With `create` a missing directory is made. Replicas of a held GPU must not make it: without its holder they have no business there.
+    A replica that has its GPU alone meets nobody, and gets a directory of its own.
     """
+    if pack.spec.mode == "Exclusive":
+        return [{"name": "pack", "emptyDir": {}}]
     kind = "DirectoryOrCreate" if create else "Directory"
-    places = [("pack", "")] if pack.spec.device == "cpu" else [("pack", ""), ("mps", "/mps"), ("shm", "/shm")]
+    places = [("pack", ""), ("mps", "/mps"), ("shm", "/shm")] if pack.spec.has_holder else [("pack", "")]
     return [
         {"name": name, "hostPath": {"path": f"{ROOT}/{pack.metadata.uid}{path}", "type": kind}} for name, path in places
     ]

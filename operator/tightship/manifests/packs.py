@@ -11,6 +11,7 @@ from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.batchprofile import ProfileKey
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.core import placement
+from tightship.manifests.claims import CLAIMED_DEVICE
 
 _SLUG_LIMIT = 30
 _HASH_DIGITS = 10
@@ -51,7 +52,7 @@ def measurement(service: LLMService) -> dict[str, Any]:
         "objectives": [each.to_dict() for each in spec.slo.objectives],
         "efficiencyFloor": spec.advisor.efficiency_floor,
         "memoryReserve": spec.packing.memory_reserve,
-        "maxReplicasPerGPU": spec.packing.max_replicas_per_gpu,
+        "maxReplicasPerGPU": spec.packing.most_per_gpu,
         "minimumGain": spec.packing.minimum_gain,
         "template": spec.template.to_dict(),
     }
@@ -79,12 +80,15 @@ def assignments(planned: Iterable[placement.Assignment]) -> list[dict[str, Any]]
 
 
 def gpu_pack(planned: placement.Pack, service: LLMService) -> dict[str, Any]:
-    """The GPUPack that a plan opens for a service."""
+    """The GPUPack that a plan opens for a service. The planner's mode begins with the pack's, and with what it
+    requests where that isn't a whole GPU (`Reservation as 0`, `DevicePlugin:nvidia.com/gpu.shared as 0`)."""
     accelerator = service.spec.accelerator
+    mode, _, resource = planned.mode.split()[0].partition(":")
     spec: dict[str, Any] = {
         "namespace": planned.owner.namespace,
-        "device": planned.device,
-        "mode": "CPUSet" if planned.device == "cpu" else "Reservation",
+        "device": "cpu" if planned.device == "cpu" else "cuda",
+        "mode": mode,
+        "allocator": "DRA" if planned.device == CLAIMED_DEVICE else "DevicePlugin",
         "runAsUser": service.spec.template.spec.run_as_user,
         "assignments": assignments(planned.assignments),
     }
@@ -92,6 +96,8 @@ def gpu_pack(planned: placement.Pack, service: LLMService) -> dict[str, Any]:
         spec |= {"node": planned.node, "cores": planned.units, "memory": accelerator.memory}
     else:
         spec["product"] = planned.product
+    if resource:
+        spec["resource"] = resource
     if planned.excluded:
         spec["excludedNodes"] = sorted(planned.excluded)
     return {

@@ -2,8 +2,8 @@
 
 What must always hold:
 
-- every replica is pinned to the pack's node by name, through the scheduler;
-- no replica requests a GPU: the holder has it, and the replica is told its UUID;
+- a replica of a pack with a holder is pinned to the holder's node by name, through the scheduler, requests no GPU, and is told its UUID;
+- one of a pack without (`claims`) is pinned by its claim, or by nothing, requests its GPU, and reports which it saw;
 - batch, KV cache and memory are the assignment's, and token budget and capture sizes are those the engine was measured with,
   all passed explicitly: a smaller batch would otherwise change the engine's own defaults;
 - the pod template depends on nothing that scaling changes (replica counts least of all), so that scaling restarts nobody;
@@ -25,7 +25,7 @@ from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.batchprofile import ProfileEngine
 from tightship.api.v1alpha1.gpupack import Assignment, GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
-from tightship.manifests import packdir
+from tightship.manifests import claims, packdir
 from tightship.manifests.podparts import (
     ENGINE_CONTAINER,
     INJECT_CONTAINER,
@@ -54,9 +54,12 @@ MEMORY_VARIABLE = "TIGHTSHIP_MEMORY_BYTES"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a pack is: its node, and for a GPU its UUID; `memory` is the bytes of the whole GPU or CPU set."""
+    """Where a pack is: its node, and for a GPU its UUID; `memory` is the bytes of the whole GPU or CPU set.
 
-    node: str
+    Node and UUID are None where the replicas themselves bring a GPU, since what they are made from must not change with it.
+    """
+
+    node: str | None
     gpu: str | None
     memory: int | None
 
@@ -79,6 +82,11 @@ class Setup:
     def cpu(self) -> bool:
         """Whether the pack is a set of cores."""
         return self.pack.spec.device == "cpu"
+
+    @property
+    def held(self) -> bool:
+        """Whether a holder has the GPU, and runs its MPS daemon."""
+        return self.pack.spec.has_holder
 
 
 def set_name(service: str, pack: str) -> str:
@@ -166,22 +174,25 @@ def _pod_spec(setup: Setup) -> dict[str, Any]:
     service, pack, cpu = setup.service, setup.pack, setup.cpu
     user = service.spec.template.spec
     init = [inject_container(setup.image)]
-    if cpu and pack.spec.run_as_user:
-        # No holder prepares a CPU pack's directory, and the kubelet makes it for root alone.
+    shares_directory = claims.shares_directory(pack.spec)
+    if shares_directory and pack.spec.run_as_user:
+        # No holder prepares the pack's directory, and the kubelet makes it for root alone.
         init.insert(0, packdir.prepare_container(setup.image, pack.spec.run_as_user))
+    if not cpu and not setup.held:
+        init.append(_report_container(setup))
     spec: dict[str, Any] = {
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "automountServiceAccountToken": bool(user.service_account_name),
         "enableServiceLinks": False,
         "securityContext": {**(user.security_context or {}), "runAsUser": pack.spec.run_as_user},
-        "affinity": node_affinity(user.affinity, node=setup.place.node),
+        "affinity": _affinity(setup),
         "nodeSelector": dict(user.node_selector),
         "tolerations": [each.to_dict() for each in user.tolerations],
         "initContainers": init,
         "containers": [_engine_container(setup)],
         "volumes": [
             inject_volume(),
-            *packdir.volumes(pack, create=cpu),
+            *packdir.volumes(pack, create=shares_directory),
             *model_volumes(service.spec.model),
             *user.volumes,
         ],
@@ -191,10 +202,58 @@ def _pod_spec(setup: Setup) -> dict[str, Any]:
         ("serviceAccountName", user.service_account_name),
         ("priorityClassName", user.priority_class_name),
         ("runtimeClassName", user.runtime_class_name),
+        ("resourceClaims", claims.pod_claims(pack)),
+        ("topologySpreadConstraints", _spread(setup)),
     ):
         if value:
             spec[field] = value
     return spec
+
+
+def _affinity(setup: Setup) -> dict[str, Any]:
+    """Where replicas may be: on the pack's node; of a GPU they request, on nodes with its product; of a claim's, where its GPU is."""
+    pack, user = setup.pack, setup.service.spec.template.spec.affinity
+    if setup.place.node is not None:
+        return node_affinity(user, node=setup.place.node)
+    product, wanted = pack.spec.product or "", {}
+    if pack.spec.mode == "DevicePlugin":
+        # Of a node that shares, feature discovery marks the product unless the resource has a name of its own.
+        wanted = {labels.NODE_GPU_PRODUCT: [product, f"{product}-SHARED"], labels.NODE_GPU_SHARING: ["mps"]}
+    elif not pack.spec.claims:
+        wanted = {labels.NODE_GPU_PRODUCT: [product]}
+    made = node_affinity(user, labels_in=wanted, not_nodes=pack.spec.excluded_nodes)
+    if pack.spec.mode != "DevicePlugin":
+        return made
+    # Nothing gives two pods one GPU; that they are on one node is what can be asked for. The first of them matches itself.
+    near = {
+        "labelSelector": {"matchLabels": {labels.COMPONENT: labels.COMPONENT_REPLICA, labels.PACK: pack.metadata.name}},
+        "topologyKey": "kubernetes.io/hostname",
+    }
+    pods = dict(made.get("podAffinity") or {})
+    field = "requiredDuringSchedulingIgnoredDuringExecution"
+    return {**made, "podAffinity": {**pods, field: [*(pods.get(field) or []), near]}}
+
+
+def _spread(setup: Setup) -> list[dict[str, Any]]:
+    """Of replicas that have a GPU each they are the replicas' own; those that share one can be nowhere but together."""
+    if setup.pack.spec.mode != "Exclusive":
+        return []
+    matching = {"labelSelector": {"matchLabels": replica_selector(setup.service)}}
+    return [each.to_dict() | matching for each in setup.service.spec.template.spec.topology_spread_constraints]
+
+
+def _report_container(setup: Setup) -> dict[str, Any]:
+    """The init container that tells which GPU the pod got, and whether through MPS, in its termination message."""
+    resources = claims.with_gpu(setup.pack.spec, {"requests": {"cpu": "100m", "memory": "256Mi"}})
+    return {
+        "name": claims.REPORT_CONTAINER,
+        "image": setup.service.spec.engine.image,
+        "command": ["python3", "-m", "tightship.replica.report"],
+        "env": _environment(setup),
+        "resources": resources,
+        "volumeMounts": [inject_mount(), *packdir.mounts(mps=False)],
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
 
 
 def _engine_container(setup: Setup) -> dict[str, Any]:
@@ -209,10 +268,10 @@ def _engine_container(setup: Setup) -> dict[str, Any]:
         "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
         "env": [*(each.to_dict() for each in user.env), *_environment(setup)],
         **({"envFrom": list(user.env_from)} if user.env_from else {}),
-        "resources": _cpu_resources(setup) if cpu else user.resources.to_dict(),
+        "resources": _cpu_resources(setup) if cpu else claims.with_gpu(setup.pack.spec, user.resources.to_dict()),
         "volumeMounts": [
             inject_mount(),
-            *packdir.mounts(mps=not cpu),
+            *packdir.mounts(mps=setup.held),
             *model_mounts(service.spec.model),
             *(each.to_dict() for each in user.volume_mounts),
         ],
@@ -238,13 +297,15 @@ def _environment(setup: Setup) -> list[dict[str, Any]]:
         "TIGHTSHIP_START_TIMEOUT": str(START_SECONDS),
         "TIGHTSHIP_DRAIN_TIMEOUT": str(DRAIN_SECONDS),
     }
+    if not setup.cpu and not setup.held:
+        values[claims.SHARING_VARIABLE] = pack.spec.mode
     if place.gpu:
         values |= {"TIGHTSHIP_GPU_UUID": place.gpu, "NVIDIA_VISIBLE_DEVICES": place.gpu}
     return [
         *({"name": name, "value": value} for name, value in values.items()),
         downward("TIGHTSHIP_POD_UID", "metadata.uid"),
         downward("TIGHTSHIP_POD_NAME", "metadata.name"),
-        *(packdir.mps_env() if pack.spec.device == "cuda" else []),
+        *(packdir.mps_env() if setup.held else []),
         *model_env(setup.service.spec.model),
     ]
 

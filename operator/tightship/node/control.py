@@ -7,6 +7,7 @@ with FAULT in it or not, and `ps` prints a table whose first column is the clien
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +58,23 @@ def health() -> Health:
     except ControlError:
         return Health("DOWN")
     return Health("FAULT" if faulty else "ACTIVE", (faulty or servers)[0], clients)
+
+
+def terminate(which: Callable[[int], bool]) -> list[int]:
+    """Take the clients whose PID `which` says yes to out of MPS; returns them.
+
+    Their work on the GPU is ended in order, so that a SIGKILL afterwards leaves the other clients as they are (NVIDIA's MPS
+    documentation, `terminate_client`).
+
+    Raises:
+        ControlError: the daemon does not answer.
+    """
+    ended = []
+    for server in parse_pids(ask("get_server_list")):
+        for pid in filter(which, parse_pids(ask(f"get_client_list {server}"))):
+            ask(f"terminate_client {server} {pid}")
+            ended.append(pid)
+    return ended
 
 
 def parse_pids(answer: str) -> list[int]:

@@ -1,10 +1,20 @@
-"""The holder's lock: an exclusive `flock` on `holder.lock`, which the kernel lets go however its process ends."""
+"""The holder's lock: an exclusive `flock` on `holder.lock`, which the kernel lets go however its process ends.
+
+A holder that leaves removes the file, so a lock on a file that is no longer the one of that name is none.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 from pathlib import Path
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class HolderLock:
@@ -20,6 +30,9 @@ class HolderLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(descriptor)
+            return False
+        if not _is_at(descriptor, self._path):
             os.close(descriptor)
             return False
         os.ftruncate(descriptor, 0)

@@ -1,9 +1,16 @@
-"""`tightship node prepare`: the pack's directory, made for the user that daemon and replicas run as (MPS demands one user)."""
+"""The pack's directory: made for the user that daemon and replicas run as (MPS demands one user), emptied when the holder leaves.
+
+It is memory of the node, and what engines shared through it (`shm`) would stay until a reboot.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from pathlib import Path
+
+from tightship.node.lock import HolderLock
 
 # The shared memory is like /dev/shm, whose place it takes.
 _MODES = {"": 0o755, "mps": 0o755, "mps/pipe": 0o755, "mps/log": 0o755, "shm": 0o1777}
@@ -26,3 +33,27 @@ def prepare(directory: Path, uid: int) -> None:
     for name in ("holder.lock", "start.lock"):
         if (directory / name).exists():
             os.chown(directory / name, uid, -1)
+
+
+def empty(directory: Path) -> bool:
+    """Take away everything but the directories that `prepare` makes; whether that was done.
+
+    Those stay, since the next holder of the pack may have them mounted already and wait for the lock. Nothing is touched while a replica is
+    starting: a lock file that vanishes under its owner would let a second one start beside it.
+    """
+    kept = {directory / name for name in _MODES}
+    start = HolderLock(directory / "start.lock")
+    if not start.try_acquire(""):
+        return False
+    try:
+        for path in [each for place in kept for each in place.glob("*")]:
+            if path in kept:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+    finally:
+        start.release()
+    return True

@@ -1,7 +1,8 @@
-"""`tightship node watch`: says on the holder's own pod which GPU it has, how MPS is, and which pods are its clients.
+"""`tightship node watch`: says on the holder's own pod which GPU it has, how MPS is, which pods are its clients, and what they saw.
 
 A client's PID is mapped to its pod by the pod UID in the path of its cgroup, which every kubelet puts there. That a replica's
-pod appears among the clients is the proof that it runs under MPS: CUDA itself gives no error when it doesn't.
+pod appears among the clients is the proof that it runs under MPS: CUDA itself gives no error when it doesn't. What each replica saw of
+the GPU before its engine started it leaves in the pack's directory, since it has no access to the API.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import ssl
 import sys
@@ -23,30 +23,27 @@ from typing import Any
 import httpx
 
 from tightship.node import control
+from tightship.node.pods import pod_uid, preflights
 
 ANNOTATION_GPU = "tightship.dev/gpu"
 ANNOTATION_MPS = "tightship.dev/mps"
+ANNOTATION_PREFLIGHT = "tightship.dev/preflight"
 DEFAULT_TOKEN_FILE = "/var/run/secrets/tightship/token"
 
-# cgroupfs: .../pod0a1b2c3d-.../ ; systemd: ...-pod0a1b2c3d_..._....slice ; a static pod's UID is a hash without dashes.
-_POD = re.compile(r"pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32})(?![0-9a-f])")
+
+Annotations = dict[str, str | None]
+"""Values by name; None: there shouldn't be one."""
 
 
-def pod_uid(pid: int, proc: Path) -> str | None:
-    """The UID of the pod that a process of the node belongs to; `None` when it has ended or is in no pod."""
-    try:
-        text = (proc / str(pid) / "cgroup").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = _POD.findall(text)
-    return found[-1].replace("_", "-") if found else None
-
-
-def observe(directory: Path, proc: Path) -> dict[str, str]:
-    """The annotations as they should be now; the GPU's is left out until the other container has written it."""
+def observe(directory: Path, proc: Path) -> Annotations:
+    """The annotations as they should be now; the GPU's is None while the other container has not said which it is."""
     health = control.health()
     clients = [{"pid": pid, "podUID": pod_uid(pid, proc)} for pid in health.clients]
-    annotations = {ANNOTATION_MPS: _json({"state": health.state, "server": health.server, "clients": clients})}
+    annotations: Annotations = {
+        ANNOTATION_GPU: None,
+        ANNOTATION_MPS: _json({"state": health.state, "server": health.server, "clients": clients}),
+    }
+    annotations[ANNOTATION_PREFLIGHT] = _json(preflights(directory))
     with contextlib.suppress(OSError, ValueError):
         annotations[ANNOTATION_GPU] = _json(json.loads((directory / "gpu.json").read_text(encoding="utf-8")))
     return annotations
@@ -60,7 +57,8 @@ def _json(value: object) -> str:
 class Look:
     """What a watcher sees, from when there is something to see: a daemon that is just starting is not one that is down.
 
-    `start_seconds` is the time a daemon gets until its silence is published as DOWN; once it has answered, every silence is.
+    `start_seconds` is the time a daemon gets until its silence is published as DOWN, and that no GPU is known as such; once it has
+    answered, every silence is.
     """
 
     directory: Path
@@ -70,13 +68,15 @@ class Look:
     _began: float | None = None
     _answered: bool = False
 
-    def __call__(self) -> dict[str, str]:
+    def __call__(self) -> Annotations:
         """The annotations to publish now."""
         annotations = observe(self.directory, self.proc)
         self._began = self.clock() if self._began is None else self._began
-        self._answered = self._answered or json.loads(annotations[ANNOTATION_MPS])["state"] != "DOWN"
+        self._answered = self._answered or json.loads(annotations[ANNOTATION_MPS] or "{}")["state"] != "DOWN"
         if not self._answered and self.clock() - self._began < self.start_seconds:
-            del annotations[ANNOTATION_MPS]
+            del annotations[ANNOTATION_MPS], annotations[ANNOTATION_PREFLIGHT]
+            if annotations[ANNOTATION_GPU] is None:
+                del annotations[ANNOTATION_GPU]
         return annotations
 
 
@@ -96,8 +96,8 @@ class OwnPod:
             transport=transport,
         )
 
-    def annotate(self, annotations: Mapping[str, str]) -> None:
-        """Set these annotations, and leave all else.
+    def annotate(self, annotations: Mapping[str, str | None]) -> None:
+        """Set these annotations (None: take it away), and leave all else.
 
         Raises:
             httpx.HTTPError, OSError: it didn't work; try again later.
@@ -119,18 +119,19 @@ def _trust(certificate: Path) -> ssl.SSLContext:
 class Watcher:
     """Looks every `interval` seconds and writes what changed; after failed writes ever more slowly, at most `slowest` seconds apart."""
 
-    look: Callable[[], dict[str, str]]
-    write: Callable[[Mapping[str, str]], Any]
+    look: Callable[[], Mapping[str, str | None]]
+    write: Callable[[Mapping[str, str | None]], Any]
     interval: float = 3.0
     slowest: float = 30.0
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
         """Until `stopped`."""
-        published: dict[str, str] = {}
+        # What an earlier watcher left is not known, so at first even that something is not there is written.
+        published: dict[str, str | None] = {}
         pause, failures = 0.0, 0
         while not self.stopped.wait(pause):
-            changed = {name: value for name, value in self.look().items() if published.get(name) != value}
+            changed = {name: value for name, value in self.look().items() if published.get(name, "") != value}
             try:
                 if changed:
                     self.write(changed)

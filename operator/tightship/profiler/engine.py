@@ -125,6 +125,9 @@ class Engine(Protocol):
     def check(self) -> None:
         """Raise EngineError when it has died."""
 
+    def owns(self, pid: int) -> bool:
+        """Whether a process is one of its own."""
+
     def last_words(self) -> str:
         """The cause of its trouble, or the last that it printed; "" where it printed nothing."""
 
@@ -216,6 +219,13 @@ class ProcessEngine:
         if self._process.returncode is not None:
             raise self._obituary("the engine died")
 
+    def owns(self, pid: int) -> bool:
+        """Whether a process is of its group, in which it was started and its children stay."""
+        try:
+            return os.getpgid(pid) == self._process.pid
+        except ProcessLookupError:
+            return False
+
     def last_words(self) -> str:
         """The cause in its last lines (see `tightship.profiler.lastwords`)."""
         return last_words(self._tail)
@@ -259,7 +269,12 @@ class ProcessEngine:
 
     async def _get(self, path: str) -> str:
         try:
-            response = await self._http.get(path)
+            try:
+                response = await self._http.get(path)
+            except httpx.RemoteProtocolError:
+                # A server that was held up closes a connection for having been idle (vLLM's: 5 s) before it reads the question that has come
+                # on it meanwhile. That is no answer; on a new connection there is one, or the engine is in trouble.
+                response = await self._http.get(path)
             response.raise_for_status()
         except httpx.HTTPError as error:
             self.check()

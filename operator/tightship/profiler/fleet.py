@@ -191,7 +191,7 @@ class Fleet:
                 number, f"engine {number} did not start beside {number - 1} others: {error}"
             ) from error
         self._engines.append(engine)
-        await self._sharing.prove(number)
+        await self._sharing.prove(self._engines)
 
     async def stop(self) -> None:
         """Stop all engines."""

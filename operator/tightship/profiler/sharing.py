@@ -1,7 +1,7 @@
 """How the engines of a packing trial share the device: a GPU through an MPS daemon of the Job's own, CPUs by cores.
 
 What must hold. Under MPS: to CUDA a missing daemon is no error, the engines would silently take turns; so nothing counts as packed
-under MPS before the daemon itself has listed a client for each engine. The daemon serves the trials' engines alone: the sweep and
+under MPS before the daemon itself has listed a process of each engine. The daemon serves the trials' engines alone: the sweep and
 the confirmation run know nothing of it. It outlives its clients (those of a daemon that dies, die with it), so engines are
 stopped first, and it ends with the profiler however that ends. On CPUs: engine i computes on its own slice of the cores; where
 there are fewer cores than slices they overlap, and what is measured then says so.
@@ -16,7 +16,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -44,6 +44,13 @@ class NotAttachedError(SharingError):
     """Engines run, but not all of them as clients of the MPS daemon: what they would show is time slicing."""
 
 
+class Owner(Protocol):
+    """An engine, as far as it can be told from others."""
+
+    def owns(self, pid: int) -> bool:
+        """Whether a process is one of its own."""
+
+
 class Sharing(Protocol):
     """A way to put several engines on one device."""
 
@@ -53,8 +60,8 @@ class Sharing(Protocol):
     def environment(self, index: int) -> Mapping[str, str | None]:
         """Changes to the environment of engine `index`, 0 for the first; None removes a variable."""
 
-    async def prove(self, engines: int) -> None:
-        """Return once `engines` running engines are seen to share the device as they should. Raises NotAttachedError."""
+    async def prove(self, engines: Sequence[Owner]) -> None:
+        """Return once all these running engines are seen to share the device as they should. Raises NotAttachedError."""
 
     async def condition(self) -> str | None:
         """What is wrong with the sharing itself, in words; None when nothing is known to be."""
@@ -180,8 +187,9 @@ class MpsSharing:
 
         A daemon's clients count its devices anew: "when a client connects to the server it will see the remapped devices", and the
         daemon's own CUDA_VISIBLE_DEVICES in a client "would lead to an error" (NVIDIA's MPS documentation, Environment Variables). So
-        whatever number or UUID chose the GPU before, to the clients of a daemon with one GPU it is 0. That UUIDs are recommended there
-        is no help: many releases of vLLM read the variable's entries as numbers (vllm-project/vllm issues 13815 and 20939).
+        whatever number or UUID chose the GPU before, to the clients of a daemon with one GPU it is 0 (seen on an
+        H200, as is that a UUID works too). That UUIDs are recommended there is no help: many releases of vLLM read the variable's
+        entries as numbers (vllm-project/vllm issues 13815 and 20939).
         """
         home = self._opened()
         return {
@@ -190,21 +198,29 @@ class MpsSharing:
             "CUDA_VISIBLE_DEVICES": "0",
         }
 
-    async def prove(self, engines: int) -> None:
-        """Return once the daemon lists a client for each engine. Raises NotAttachedError after 15 s."""
+    async def prove(self, engines: Sequence[Owner]) -> None:
+        """Return once the daemon lists a process of each engine. Raises NotAttachedError after 15 s.
+
+        Their number alone proves nothing: one vLLM is two clients, its engine core and its API server (0.24 on an H200).
+        """
         control = MpsControl(self._daemon_environment(self._opened()))
         deadline = self._clock.now() + ATTACH_SECONDS
         while True:
             try:
                 clients = await control.clients()
-                if len(clients) >= engines:
+                strangers = [
+                    str(number)
+                    for number, engine in enumerate(engines, 1)
+                    if not any(engine.owns(pid) for pid in clients)
+                ]
+                if not strangers:
                     return
-                seen = f"{len(clients)} clients"
+                seen = f"{len(clients)} clients, none of them of engine {', '.join(strangers)}"
             except SharingError as error:
                 seen = str(error)
             if self._clock.now() >= deadline:
                 raise NotAttachedError(
-                    f"MPSNotAttached: {engines} engines run, but the MPS daemon says: {seen}; without MPS they take turns, "
+                    f"MPSNotAttached: {len(engines)} engines run, but the MPS daemon says: {seen}; without MPS they take turns, "
                     "which is not what replicas do: daemon and engines must run as one user and share /dev/shm"
                 )
             await self._clock.sleep(POLL_SECONDS)
@@ -286,7 +302,7 @@ class CoreSharing:
         """The binding of the engine's threads."""
         return {"VLLM_CPU_OMP_THREADS_BIND": engine_cores(self._cores, index, self._per_replica)}
 
-    async def prove(self, engines: int) -> None:
+    async def prove(self, engines: Sequence[Owner]) -> None:
         """Nothing to prove: the binding is on the engine's command."""
 
     async def condition(self) -> str | None:

@@ -36,6 +36,7 @@ from tightship.kube.cluster import check_ours
 from tightship.kube.errors import AlreadyExists, Forbidden, Invalid, NameConflict, NamespaceTerminating, NotFound
 from tightship.kube.kinds import Ref
 from tightship.kube.store import Object, Store, labels_of
+from tightship.manifests import claims
 from tightship.manifests.podparts import ENGINE_CONTAINER, OperatorImage
 from tightship.manifests.profile_job import (
     MAX_PROFILE_NAME,
@@ -46,7 +47,7 @@ from tightship.manifests.profile_job import (
     profiler_access,
     room_on,
 )
-from tightship.reconcile import indexes, podstate
+from tightship.reconcile import dra, indexes, modes, podstate
 from tightship.reconcile.context import Context
 from tightship.reconcile.jobstate import belongs, end_of, has_begun
 from tightship.reconcile.lengths import measurable
@@ -210,7 +211,7 @@ def _look(ctx: Context, obj: Object) -> Observed:
         wanted=_is_wanted(ctx, obj),
         busy=sum(not _is_stuck(ctx, job) for job in others),
         slots=ctx.settings.max_concurrent_profiles,
-        products=store.summarise("Node", _products),
+        products=tuple(sorted({*store.summarise("Node", _products), *dra.products(store)})),
         now=ctx.clock.now(),
         attempts=max((attempt_of(job) for job in own), default=0),
         lengths=measurable(profile, store) if profile else None,
@@ -671,9 +672,12 @@ async def apply(ctx: Context, seen: Observed, decision: Decision) -> Decision:
 async def _start(ctx: Context, profile: BatchProfile, decision: Decision) -> Decision:
     image = OperatorImage(ctx.settings.operator_image, ctx.settings.image_pull_policy)
     job = profile_job(profile, decision.start or 1, image, _roomiest(ctx.store, profile))
+    made_first = profiler_access(profile)
+    if modes.only_claims(ctx.store, profile.spec.key.accelerator.product or ""):
+        job, made_first = claims.with_claim(job, profile), [*made_first, claims.profiling_claim(job, profile)]
     later = ctx.settings.retry_seconds
     try:
-        for obj in profiler_access(profile):
+        for obj in made_first:
             await ctx.cluster.apply(obj)
         try:
             await ctx.cluster.create(job)

@@ -50,7 +50,7 @@ class Pass:
     """What the last placement pass saw and could not do: each service's demand, and what it found no place for.
 
     A service hears from it what a plan of its own would say, without anybody planning the whole cluster for it. `offers` is what services
-    are accepted by: the GPU products there are, those that can't be had whole, and the cores of the largest node.
+    are accepted by: the GPU products there are, those that can't be had whole, those that are shared, and the cores of the largest node.
     """
 
     demands: Mapping[ServiceRef, Demand] = field(default_factory=dict)

@@ -5,9 +5,12 @@
     apply    holder, StatefulSets (each once admission lets its pods pass), and the one pod that is to be replaced next
     report   one status write, from a fresh look; not at each change, but all is done as soon as it can be
 
+A pack without a holder has a ResourceClaim in its place, or nothing: its replicas bring the GPU, and are made at once.
+
 What must always hold: no GPU is taken for replicas that their namespace refuses; no replica is started before the holder has
 said which GPU it holds; a pack never moves to another node or GPU; a holder that leaves gets its replicas drained first; one
-that dies is made anew on the same node, and until its daemon is back the replicas stop by themselves (fencing is theirs); of
+that dies is made anew on the same node, and until its daemon is back the replicas stop by themselves (fencing is theirs); what is
+done about faults of MPS (`packfaults`) is decided once a call, acted upon and remembered in the same status; of
 all replicas of a service at most one that serves is being replaced, whatever number of packs they are on, and on one pack at most one
 of all services; no service gets memory of a pack that pods of another still hold; nothing is deleted but pods and StatefulSets of
 this pack, and the pack itself once nobody is on it, whoever opened it.
@@ -29,13 +32,16 @@ from tightship.core import rollout
 from tightship.kube.errors import Conflict, Forbidden, Invalid, KubeError, NameConflict, OutlivedOwner
 from tightship.kube.kinds import Ref
 from tightship.kube.store import Object, labels_of
+from tightship.manifests import claims
 from tightship.manifests import holder as holder_manifests
 from tightship.manifests import replicas as replica_manifests
 from tightship.manifests.podparts import OperatorImage
 from tightship.manifests.replicas import Place
-from tightship.reconcile import admission, packstatus, podstate, snapshot
+from tightship.reconcile import admission, packfaults, packstatus, podstate, snapshot
 from tightship.reconcile.context import Context
+from tightship.reconcile.packfaults import Course
 from tightship.reconcile.packview import (
+    Mps,
     Problem,
     View,
     current_revision,
@@ -65,14 +71,16 @@ async def reconcile(ctx: Context, key: Key) -> Result:
         return Result()
     if obj["metadata"].get("deletionTimestamp"):
         return Result()
-    view = gather(ctx.store, obj)
+    view = gather(ctx.store, obj, ctx.absent)
     if view.finished:
         await ctx.cluster.delete(Ref.of(obj), uid=view.pack.metadata.uid)
         return Result()
-    problems = await _apply(ctx, view)
-    view = gather(ctx.store, obj)
-    status = packstatus.status(view, problems, ctx.clock.now())
-    later = ctx.report_later(obj, status, times=_PATIENCE)
+    course = packfaults.decide(view, holding(view), ctx.clock.now())
+    problems = await _apply(ctx, view, course)
+    view = gather(ctx.store, obj, ctx.absent)
+    status = packstatus.status(view, problems, ctx.clock.now(), course)
+    # What was done about a fault is written down at once: the next look goes by it.
+    later = 0.0 if course.repair != view.pack.status.repair else ctx.report_later(obj, status, times=_PATIENCE)
     if not later:
         await ctx.report(obj, status)
     again = packstatus.next_look(view, problems, ctx.clock.now(), ctx.settings.retry_seconds)
@@ -85,13 +93,13 @@ async def _clear(ctx: Context, name: str) -> None:
         await ctx.cluster.delete(Ref.of(found), uid=found["metadata"]["uid"])
 
 
-async def _apply(ctx: Context, view: View) -> list[Problem]:
+async def _apply(ctx: Context, view: View, course: Course) -> list[Problem]:
     """Holder, StatefulSets, roll-out: each on its own, so that trouble with one does not hide the others."""
     problems: list[Problem] = []
-    for step in (_hold, _run, _relieve, _roll):
+    for step in (_hold, _run, _repair, _roll):
         gate = names.HELD if step is _hold else names.REPLICAS_READY
         try:
-            problems += await step(ctx, view)
+            problems += await step(ctx, view, course)
         except (NameConflict, OutlivedOwner, Invalid, Forbidden, Conflict) as error:
             problems.append(_problem(error, gate))
     return problems
@@ -105,9 +113,11 @@ def _problem(error: KubeError, gate: str = names.REPLICAS_READY) -> Problem:
     return Problem(Reason.NOT_YET_KNOWN if gate == names.HELD else Reason.REPLICAS_STARTING, str(error), gate)
 
 
-async def _hold(ctx: Context, view: View) -> list[Problem]:
+async def _hold(ctx: Context, view: View, course: Course) -> list[Problem]:
     """One holder for a pack that has somebody on it; one that has ended is cleared away and made anew."""
     pack = view.pack
+    if not view.cpu and not pack.spec.has_holder:
+        return await _claim(ctx, view)
     if view.cpu or (not pack.spec.assignments and view.holder is None):
         return []
     if view.holder is not None:
@@ -123,6 +133,13 @@ async def _hold(ctx: Context, view: View) -> list[Problem]:
         return [problem]
     await asyncio.gather(*(ctx.cluster.apply(obj) for obj in holder_manifests.holder_access(pack, namespace)))
     await ctx.cluster.apply(holder)
+    return []
+
+
+async def _claim(ctx: Context, view: View) -> list[Problem]:
+    """The ResourceClaim of a pack that gets its GPU by one; it takes no GPU before a replica that names it is scheduled."""
+    if view.pack.spec.claims and view.claim is None and view.pack.spec.assignments:
+        await ctx.cluster.apply(claims.resource_claim(view.pack))
     return []
 
 
@@ -161,7 +178,7 @@ def _desired(ctx: Context, view: View, assignment: Assignment, place: Place) -> 
     return replica_manifests.statefulset(setup, assignment.replicas) if setup is not None else None
 
 
-async def _run(ctx: Context, view: View) -> list[Problem]:
+async def _run(ctx: Context, view: View, course: Course) -> list[Problem]:
     """One StatefulSet for each assignment; those of nobody go."""
     wanted = {each.service: each for each in view.pack.spec.assignments if each.replicas}
     problems = []
@@ -170,13 +187,13 @@ async def _run(ctx: Context, view: View) -> list[Problem]:
             await ctx.cluster.delete(Ref.of(found), uid=found["metadata"]["uid"])
     for assignment in wanted.values():
         try:
-            problems += await _run_service(ctx, view, assignment)
+            problems += await _run_service(ctx, view, assignment, course)
         except (NameConflict, OutlivedOwner, Invalid, Forbidden) as error:
             problems.append(_problem(error))
     return problems
 
 
-async def _run_service(ctx: Context, view: View, assignment: Assignment) -> list[Problem]:
+async def _run_service(ctx: Context, view: View, assignment: Assignment, course: Course) -> list[Problem]:
     namespace = view.pack.spec.namespace
     service = ctx.store.get("LLMService", namespace, assignment.service)
     if service is None or service["metadata"]["uid"] != assignment.uid:
@@ -184,8 +201,9 @@ async def _run_service(ctx: Context, view: View, assignment: Assignment) -> list
     live = ctx.store.get(
         "StatefulSet", namespace, replica_manifests.set_name(assignment.service, view.pack.metadata.name)
     )
-    if view.holder is not None and podstate.is_going(view.holder):
-        # The holder waits for its clients: they drain now, instead of when it fences them.
+    if course.stop or (view.holder is not None and podstate.is_going(view.holder)):
+        # A holder that leaves waits for its clients: they drain now, instead of when it fences them. After a fatal fault the MPS
+        # server takes nobody until the last one has left.
         return await _scale_only(ctx, assignment, live, 0) if live is not None else []
     verdict = examine(service, ctx.store)
     if not verdict.matches(assignment, ctx.store):
@@ -276,19 +294,37 @@ def _same_but_for_us(desired: Object, live: Object) -> bool:
     return bool(desired["metadata"]["annotations"][name] == (live["metadata"].get("annotations") or {}).get(name))
 
 
-async def _relieve(ctx: Context, view: View) -> list[Problem]:
-    """After a fatal fault the MPS server takes nobody until its last client has left: all of them go."""
+async def _repair(ctx: Context, view: View, course: Course) -> list[Problem]:
+    """Start a replica anew that runs without MPS; have all leave a daemon that takes clients no more and that no holder watches."""
+    pod = course.restart
+    if pod is not None:
+        log.info("repairing %s: %s runs without MPS", view.pack.metadata.name, pod["metadata"]["name"])
+        await ctx.cluster.delete(Ref.of(pod), uid=pod["metadata"]["uid"])
     held = holding(view)
-    if held.mps is None or held.mps.state != "FAULT":
-        return []
-    for pod in replica_pods(view):
-        if pod["metadata"]["uid"] in held.mps.pods and not podstate.is_going(pod):
-            await ctx.cluster.delete(Ref.of(pod), uid=pod["metadata"]["uid"])
+    if held.mps is not None and _refuses_all(view, held.mps):
+        for client in replica_pods(view):
+            if client["metadata"]["uid"] in held.mps.pods and not podstate.is_going(client):
+                await ctx.cluster.delete(Ref.of(client), uid=client["metadata"]["uid"])
     return []
 
 
-async def _roll(ctx: Context, view: View) -> list[Problem]:
+def _refuses_all(view: View, mps: Mps) -> bool:
+    """Whether a daemon that nobody watches takes clients no more: none of those it had serves, and one was refused when it came back.
+
+    Once all have left, their claim is released, and its driver ends the daemon.
+    """
+    if not view.pack.spec.claims or view.pack.spec.has_holder:
+        return False
+    pods = [pod for pod in replica_pods(view) if pod["metadata"]["uid"] in mps.pods]
+    unserved = (Reason.MPS_NOT_ATTACHED, Reason.MPS_FAULT)
+    refused = [found for pod in pods if (found := podstate.trouble(pod)) and found.reason in unserved]
+    return bool(refused) and not any(podstate.is_ready(pod) for pod in pods)
+
+
+async def _roll(ctx: Context, view: View, course: Course) -> list[Problem]:
     """Replace outdated pods, one at a time over the whole service, and over all services on the pack."""
+    if course.stop or course.restart is not None:
+        return []
     for assignment in view.pack.spec.assignments:
         if _neighbour_moves(view, assignment.service):
             continue
@@ -339,10 +375,17 @@ def _others_down(ctx: Context, view: View, assignment: Assignment) -> int:
             if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA
             and labels_of(pod).get(labels.SERVICE) == assignment.service
         ]
-        down += max(0, int(found["spec"].get("replicas", 1)) - sum(podstate.is_ready(pod) for pod in pods))
+        # A pack under repair has its StatefulSets at 0; what is assigned to it is missing all the same.
+        wanted = max(int(found["spec"].get("replicas", 1)), _assigned(ctx, pack, assignment.uid))
+        down += max(0, wanted - sum(podstate.is_ready(pod) for pod in pods))
         revision = current_revision(found)
         down += pack < own and (revision is None or any(revision_of(pod) != revision for pod in pods))
     return down
+
+
+def _assigned(ctx: Context, name: str, uid: str) -> int:
+    pack = ctx.store.get("GPUPack", "", name) or {"spec": {}}
+    return sum(int(each["replicas"]) for each in pack["spec"].get("assignments") or () if each["uid"] == uid)
 
 
 def _image(ctx: Context) -> OperatorImage:

@@ -30,6 +30,8 @@ ASSIGNED: Final = "assigned"
 """Packs by the UIDs of the services on them."""
 NODE: Final = "node"
 """Packs by their node."""
+ALLOCATOR: Final = "allocator"
+"""Packs by who hands their GPU out."""
 UNPLACED: Final = "unplaced"
 """Replica pods that find no node, by their pack."""
 
@@ -83,6 +85,10 @@ def _node(store: Store, obj: Object) -> Iterator[str]:
     yield from {str(name) for name in named if name}
 
 
+def _allocator(store: Store, obj: Object) -> Iterator[str]:
+    yield str((obj.get("spec") or {}).get("allocator") or "DevicePlugin")
+
+
 def _unplaced(store: Store, obj: Object) -> Iterator[str]:
     carried = labels_of(obj)
     if carried.get(labels.COMPONENT) == labels.COMPONENT_REPLICA and podstate.is_unschedulable(obj):
@@ -99,7 +105,7 @@ def _config_map(where: Mapping[str, object] | None) -> Iterator[str]:
 INDEXERS: Final[Mapping[str, Mapping[str, Indexer]]] = {
     "LLMService": {KEY: _service_key, PROFILE: _service_profile, LENGTHS: _service_lengths},
     "BatchProfile": {KEY: _profile_key, LENGTHS: _profile_lengths, STATE: _profile_state},
-    "GPUPack": {ASSIGNED: _assigned, NODE: _node},
+    "GPUPack": {ASSIGNED: _assigned, NODE: _node, ALLOCATOR: _allocator},
     "Job": {STATE: _job_state},
     "Pod": {UNPLACED: _unplaced},
 }

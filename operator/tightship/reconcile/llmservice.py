@@ -8,8 +8,9 @@
 
 Placement is not done here. This only asks for a pass when the last one went by something else than what the service wants now, and says
 with numbers what found no place. What must always hold: objects that aren't ours are never written; a profile that is complete for the
-key is used, not measured again; replicas that run are left alone by everything that goes wrong with a newer manifest; a text in
-`profiling.rerun` or `profiling.extend` asks once, and is used up where there is nothing to do, so that deciding again never starts a Job.
+key is used, not measured again; replicas that run are left alone by everything that goes wrong with a newer manifest; somebody else's
+budget under a service's name keeps it from nothing; a text in `profiling.rerun` or `profiling.extend` asks once, and is used up where
+there is nothing to do, so that deciding again never starts a Job.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tightship.manifests import packs as pack_manifests
 from tightship.manifests import service as service_manifests
 from tightship.manifests.budget import disruption_budget
 from tightship.manifests.pool import inference_pool
-from tightship.reconcile import extension, indexes, rerun, servicestatus, snapshot
+from tightship.reconcile import extension, indexes, modes, rerun, servicestatus, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.lengths import measurable
 from tightship.reconcile.queue import PLACEMENT, Key, Result
@@ -70,7 +71,8 @@ async def reconcile(ctx: Context, key: Key) -> Result:
         _tell_profiles(ctx, key.namespace)
     if not seen:
         ctx.queue.add(PLACEMENT)
-    return Result(later or (ctx.settings.retry_seconds if refusals else None))
+    retry = any(not each.spared for each in refusals)
+    return Result(later or (ctx.settings.retry_seconds if retry else None))
 
 
 def _tell_profiles(ctx: Context, namespace: str) -> None:
@@ -106,6 +108,8 @@ def gather(
         pods=tuple(pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA),
         shortfall=shortfall,
         absent=absent,
+        mode_problem=_mode_problem(verdict, store, absent),
+        share_problem=_share_problem(verdict, store),
         approved=verdict.service is not None and snapshot.approved(verdict.service, verdict, packs),
     )
 
@@ -117,12 +121,15 @@ async def _apply(ctx: Context, view: View) -> Refusals:
         return ()
     service = verdict.service
     pool = inference_pool(service)
+    spared: Refusals = ()
     for made in (service_manifests.service_object(service), disruption_budget(service), *([pool] if pool else [])):
-        if made["kind"] not in ctx.absent and (refusal := await _write(ctx, made)) is not None:
+        refusal = await _write(ctx, made) if made["kind"] not in ctx.absent else None
+        if refusal is not None and not refusal.spared:
             return (refusal,)
+        spared += (refusal,) if refusal is not None else ()
     if pool is None:
         await _remove_pool(ctx, service)
-    return await _profile(ctx, verdict)
+    return spared + await _profile(ctx, verdict)
 
 
 async def _remove_pool(ctx: Context, service: LLMService) -> None:
@@ -139,6 +146,9 @@ async def _write(ctx: Context, made: Object) -> Refusal | None:
     try:
         await ctx.cluster.apply(made)
     except NameConflict as error:
+        if kind == "PodDisruptionBudget":
+            text = f"it serves without a budget of its own, so evictions may take any number of its replicas: {error}"
+            return Refusal(Reason.NAME_CONFLICT, text, spared=True)
         return Refusal(Reason.NAME_CONFLICT, str(error))
     except (Invalid, Forbidden) as error:
         return Refusal(Reason.INVALID_SPEC, f"the {kind} was refused: {error}")
@@ -200,3 +210,13 @@ def _lost_lengths(store: Store, profile: Object) -> bool:
         return measurable(BatchProfile.model_validate(profile), store) is not None
     except ValidationError:
         return False
+
+
+def _mode_problem(verdict: Verdict, store: Store, absent: frozenset[str]) -> str | None:
+    return modes.unavailable(verdict.service, store, absent) if verdict.service is not None else None
+
+
+def _share_problem(verdict: Verdict, store: Store) -> str | None:
+    if verdict.service is None or verdict.shape is None:
+        return None
+    return modes.too_small(verdict.service, verdict.shape.memory, store)

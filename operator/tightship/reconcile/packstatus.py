@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -10,15 +11,24 @@ from tightship.api import units
 from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.conditions import Reason
-from tightship.api.v1alpha1.gpupack import GPUPackStatus, PackLedger, PackMPS, PackReplica
+from tightship.api.v1alpha1.gpupack import GPUPackStatus, PackLedger, PackMPS, PackRepair, PackReplica
 from tightship.core import conditions
 from tightship.core.conditions import Condition
 from tightship.kube.store import Object, labels_of
-from tightship.reconcile import admission, podstate
-from tightship.reconcile.packview import Holding, Problem, View, current_revision, holding, replica_pods, rollout_pods
-
-ATTACH_SECONDS = 30.0
-"""A ready replica without an MPS client for so long runs without MPS; the watcher publishes every few seconds."""
+from tightship.manifests.podparts import ENGINE_CONTAINER
+from tightship.reconcile import admission, modes, packfaults, podstate
+from tightship.reconcile.packfaults import Course
+from tightship.reconcile.packfaults import names_of as _names
+from tightship.reconcile.packview import (
+    Holding,
+    Problem,
+    View,
+    apart,
+    current_revision,
+    holding,
+    replica_pods,
+    rollout_pods,
+)
 
 # The cause that explains the others comes first.
 _GRAVITY = (
@@ -30,17 +40,19 @@ _GRAVITY = (
     Reason.HOLDER_LOST,
     Reason.MPS_NOT_ATTACHED,
     Reason.MPS_FAULT,
+    Reason.ENGINE_HUNG,
     Reason.INSUFFICIENT_MEMORY,
     Reason.CRASH_LOOP,
 )
 
 
-def status(view: View, problems: Sequence[Problem], now: datetime) -> dict[str, Any]:
-    """The whole status to write."""
+def status(view: View, problems: Sequence[Problem], now: datetime, course: Course | None = None) -> dict[str, Any]:
+    """The whole status to write; `course` is what was done about faults (None: to be decided)."""
     held, pods = holding(view), [pod for pod in replica_pods(view) if not podstate.is_going(pod)]
+    repair = (course or packfaults.decide(view, held, now)).repair
     gates = [
         _held(held, problems),
-        sharing(view, held, now),
+        sharing(view, held, now, repair),
         replicas(view, held, problems),
     ]
     ready = conditions.ready(gates, reason=Reason.FULLY_REALISED, message=gates[-1].message)
@@ -63,11 +75,15 @@ def status(view: View, problems: Sequence[Problem], now: datetime) -> dict[str, 
         replica_count=_wanted(view),
         ready_replicas=sum(podstate.is_ready(pod) for pod in pods),
         replicas=[
-            _replica(view, pod, attached) for pod in sorted(pods, key=lambda each: str(each["metadata"]["name"]))
+            _replica(view, held, pod, attached) for pod in sorted(pods, key=lambda each: str(each["metadata"]["name"]))
         ],
+        repair=repair,
     ).to_dict()
     existing = (view.obj.get("status") or {}).get("conditions") or []
     return made | {"conditions": conditions.merge(existing, [*gates, ready], generation=generation, now=now)}
+
+
+_UNSHARED = (Reason.MPS_NOT_ATTACHED, Reason.GPU_NOT_VISIBLE)
 
 
 def _held(held: Holding, problems: Sequence[Problem]) -> Condition:
@@ -85,39 +101,104 @@ def next_look(view: View, problems: Sequence[Problem], now: datetime, retry: flo
     if any(admission.missing(view, found) for found in view.sets):
         left = admission.patience(view, now)
         waits.append(left + 1 if left > 0 else retry)
-    if not view.cpu:
-        for pod in replica_pods(view):
-            since = podstate.ready_since(pod)
-            left = ATTACH_SECONDS - (now - since).total_seconds() if since and podstate.is_ready(pod) else 0
-            waits += [left + 1] if left > 0 else []
+    if not view.cpu and view.pack.spec.mode != modes.EXCLUSIVE:
+        wait = packfaults.next_look(view, holding(view), now)
+        waits += [wait] if wait is not None else []
     return min(waits, default=None)
 
 
-def sharing(view: View, held: Holding, now: datetime) -> Condition:
+def sharing(view: View, held: Holding, now: datetime, repair: PackRepair | None = None) -> Condition:
     """Whether the replicas really share the device as intended."""
     kind = names.SHARING_READY
     if view.cpu:
         return Condition(kind, "True", Reason.CPU_SET, "each replica has cores of its own; there is nothing to share")
-    mps = held.mps
+    condition = _sharing(view, held, now, repair)
+    return replace(condition, message="; ".join(filter(None, (condition.message, view.why))))
+
+
+def _sharing(view: View, held: Holding, now: datetime, repair: PackRepair | None) -> Condition:
+    kind, mps = names.SHARING_READY, held.mps
+    if view.pack.spec.mode == modes.EXCLUSIVE:
+        return Condition(kind, "True", Reason.EXCLUSIVE, "the replica has the GPU alone, without MPS")
+    if not view.pack.spec.has_holder:
+        refused = [
+            (pod, found) for pod in replica_pods(view) if (found := podstate.trouble(pod)) and found.reason in _UNSHARED
+        ]
+        for pod, found in refused:
+            return Condition(kind, "False", found.reason, f"{pod['metadata']['name']}: {found.message}")
+    if view.pack.spec.mode == modes.DEVICE_PLUGIN and (words := apart(view)):
+        text = f"the device plugin gave the replicas of this pack different GPUs: {words}; they don't share as was measured. "
+        text += "A node with one GPU can't, and packing.mode Reservation never does"
+        return Condition(kind, "False", Reason.GPU_MISMATCH, text)
+    if repair is not None and repair.ended is None:
+        words_of = _faulted if repair.reason == Reason.MPS_FAULT else _restarted
+        return Condition(kind, "False", repair.reason, words_of(view, held, repair))
     if held.status != "True" or mps is None:
         return Condition(kind, "Unknown", Reason.NOT_YET_KNOWN, "the MPS daemon has not been seen yet")
     if mps.state == "FAULT":
-        text = f"MPS server {mps.server} is in FAULT: its {mps.clients} clients are stopped, then it takes new ones"
+        # Nobody is assigned, so there is nothing to repair: what is left is drained.
+        text = f"MPS server {mps.server} is in FAULT with {mps.clients} clients"
         return Condition(kind, "False", Reason.MPS_FAULT, text)
     if mps.state == "DOWN":
-        return Condition(
-            kind, "False", Reason.MPS_FAULT, "the MPS daemon does not answer; see the holder's container mps"
+        text = "the MPS daemon does not answer; the holder starts it anew within a minute or two, see its container mps"
+        return Condition(kind, "False", Reason.MPS_FAULT, text)
+    loose = packfaults.unattached(view, held)
+    if loose and not held.watched:
+        text = (
+            f"the holder's container watch does not run, so it can't be told whether {_names(loose)} is attached to MPS"
         )
-    loose = [pod for pod in replica_pods(view) if podstate.is_ready(pod) and pod["metadata"]["uid"] not in mps.pods]
-    late = [pod for pod in loose if _ready_for(pod, now) >= ATTACH_SECONDS]
+        return Condition(kind, "Unknown", Reason.NOT_YET_KNOWN, text)
+    late = [pod for pod in loose if packfaults.attach_time(view, held, pod, now) >= packfaults.ATTACH_SECONDS]
+    if late and not packfaults.provable(view, held):
+        text = (
+            f"the daemon lists {mps.unknown} clients that can't be assigned to pods, so it can't be told whether {_names(late)} is "
+            "attached to MPS: the holder needs hostPID, and the pod's UID in /proc/PID/cgroup"
+        )
+        return Condition(kind, "Unknown", Reason.NOT_YET_KNOWN, text)
     if late:
-        text = f"{_names(late)} runs without MPS, so the GPU takes turns instead of sharing; see its log for CUDA_MPS_PIPE_DIRECTORY"
+        text = f"{_bare(view, held)}; it is started anew when nothing else on the pack moves"
         return Condition(kind, "False", Reason.MPS_NOT_ATTACHED, text)
     if loose:
         return Condition(
             kind, "Unknown", Reason.NOT_YET_KNOWN, f"{_names(loose)} has not been seen among MPS's clients yet"
         )
-    return Condition(kind, "True", Reason.MPS_ACTIVE, f"MPS is {mps.state} with {mps.clients} clients")
+    if view.pack.spec.mode == modes.DEVICE_PLUGIN:
+        return Condition(kind, "True", Reason.DEVICE_LIMITS_FORCED, f"warning: {view.limits}")
+    return Condition(
+        kind, "True", Reason.MPS_ACTIVE, f"MPS is {mps.state} with {mps.clients} clients{_seen(view, held)}"
+    )
+
+
+def _restarted(view: View, held: Holding, repair: PackRepair) -> str:
+    """How far a pack is on which a replica ran without MPS."""
+    when = (
+        f"restart {repair.count} at {repair.since}, the next not within {packfaults.back_off(repair.count):g} s of it"
+    )
+    return f"{_bare(view, held)}; one is started anew at a time ({when})"
+
+
+def _bare(view: View, held: Holding) -> str:
+    loose, clients = packfaults.unattached(view, held), held.mps.clients if held.mps else 0
+    who = f"{_names(loose)} serves" if loose else "a replica served"
+    return f"{who} without being among the daemon's {clients} clients, so the GPU takes turns instead of sharing"
+
+
+def _faulted(view: View, held: Holding, repair: PackRepair) -> str:
+    """How far a pack is whose MPS server had a fatal fault."""
+    mps, left = held.mps, len(replica_pods(view))
+    state = f"MPS server {mps.server} is {mps.state}, {mps.clients} clients left" if mps else "MPS is not seen"
+    what = f"a fatal fault took all clients of the GPU: its replicas stop ({left} left), then start again one by one"
+    return f"{what}; {state}; {packfaults.in_words(repair)}"
+
+
+def _seen(view: View, held: Holding) -> str:
+    """The least memory that a replica found free before its engine started, in words."""
+    pods = {str(pod["metadata"]["uid"]): str(pod["metadata"]["name"]) for pod in replica_pods(view)}
+    seen = {uid: each for uid, each in held.preflights.items() if uid in pods}
+    if not seen:
+        return ""
+    uid, least = min(seen.items(), key=lambda each: (units.parse_quantity(each[1].free), each[0]))
+    return f"; before its engine started {pods[uid]} saw {least.uuid} with {least.free} of {least.total} free"
 
 
 def replicas(view: View, held: Holding, problems: Sequence[Problem]) -> Condition:
@@ -179,13 +260,15 @@ def _ledger(view: View, held: Holding) -> PackLedger:
     return PackLedger(assigned=units.format_quantity(assigned), free=free)
 
 
-def _replica(view: View, pod: Object, attached: frozenset[str]) -> PackReplica:
+def _replica(view: View, held: Holding, pod: Object, attached: frozenset[str]) -> PackReplica:
     trouble = podstate.trouble(pod)
     return PackReplica(
         name=pod["metadata"]["name"],
         service=labels_of(pod).get(labels.SERVICE, ""),
         ready=podstate.is_ready(pod),
-        attached=None if view.cpu else pod["metadata"]["uid"] in attached,
+        attached=None if view.cpu or view.pack.spec.mode == modes.EXCLUSIVE else pod["metadata"]["uid"] in attached,
+        restarts=podstate.restarts(pod, ENGINE_CONTAINER),
+        preflight=held.preflights.get(str(pod["metadata"]["uid"])),
         message=f"{trouble.reason}: {trouble.message}"[:4096] if trouble else None,
     )
 
@@ -200,17 +283,8 @@ def _phase(view: View, gates: Sequence[Condition], ready: Condition) -> str:
     return "Starting"
 
 
-def _ready_for(pod: Object, now: datetime) -> float:
-    since = podstate.ready_since(pod)
-    return (now - since).total_seconds() if since else 0.0
-
-
 def _gravity(reason: str) -> int:
     return _GRAVITY.index(reason) if reason in _GRAVITY else len(_GRAVITY)
-
-
-def _names(pods: Sequence[Object]) -> str:
-    return ", ".join(sorted(str(pod["metadata"]["name"]) for pod in pods))
 
 
 def _status(text: str) -> conditions.Status:

@@ -1,29 +1,34 @@
 """One pack as it is observed: the objects that belong to it, and what its holder says of the device. Pure over the store.
 
 The holder's annotations are the only word on which GPU it is; the pack's own status remembers the first one, and a later
-holder that says otherwise does not move the pack, it makes it unusable (`GPUMismatch`).
+holder that says otherwise does not move the pack, it makes it unusable (`GPUMismatch`). A pack without a holder has a GPU only while
+a replica of it is there: the allocation of its claim says which (else the replicas' reports do), it may be another one after the last
+replica has left, and replicas that see another one make the pack unusable.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from tightship.api import units
 from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.conditions import Reason
-from tightship.api.v1alpha1.gpupack import GPUPack, PackGPU
+from tightship.api.v1alpha1.gpupack import GPUPack, PackGPU, PackPreflight
 from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.core.conditions import timestamp
 from tightship.core.rollout import Replica
 from tightship.kube.store import Object, Store, labels_of
+from tightship.manifests import claims
 from tightship.manifests import holder as holder_manifests
 from tightship.manifests.replicas import Place, memory_of
-from tightship.reconcile import podstate, reading
+from tightship.reconcile import dra, modes, podstate, reading, reports
 from tightship.reconcile.reading import pack_model
-from tightship.reconcile.snapshot import owner_of
+from tightship.reconcile.snapshot import NODE_GONE_SECONDS, not_ready_since, owner_of
 
 _REVISION = "controller-revision-hash"
 
@@ -42,6 +47,8 @@ class View:
     """The pack and what belongs to it.
 
     `opener` is the service whose template its holder gets: the one that opened it, or where that is gone or can't be read, another one on it.
+    `claim` is its ResourceClaim, if it has one, and `claimed` the GPU allocated to that; `why` says how the GPU is shared and why so,
+    and `limits` what the device plugin forces on its replicas. `node_gone`: the pack has a node, and the cluster has others but not that one.
     """
 
     obj: Object
@@ -51,6 +58,11 @@ class View:
     pods: tuple[Object, ...]
     node: Object | None
     opener: LLMService | None
+    claim: Object | None = None
+    claimed: dra.Gpu | None = None
+    why: str = ""
+    limits: str = ""
+    node_gone: bool = False
 
     @property
     def cpu(self) -> bool:
@@ -65,19 +77,24 @@ class View:
 
 @dataclass(frozen=True)
 class Mps:
-    """What the holder's watcher published: the server's state, its clients' number, and the UIDs of their pods."""
+    """What the holder's watcher published: the server's state, its clients' number, the UIDs of their pods, and how many of them are of
+    a pod that could not be told.
+    """
 
     state: str
     server: int | None
     clients: int
     pods: frozenset[str]
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
 class Holding:
     """How it stands with the device: a condition (status, reason, message), and what is known of it.
 
-    `place` is there only while replicas may be made: the device is held and is the one it always was.
+    `place` is there only while replicas may be made: the device is held and is the one it always was. `watched` tells whether the
+    watcher runs, whose word `mps` is (where it is a watcher's), and `watched_since` since when (None: not known). `preflights` are what
+    replicas saw, by pod UID.
     """
 
     status: str
@@ -87,10 +104,13 @@ class Holding:
     node: str | None = None
     gpu: PackGPU | None = None
     mps: Mps | None = None
+    watched: bool = True
+    watched_since: datetime | None = None
+    preflights: Mapping[str, PackPreflight] = field(default_factory=dict)
 
 
-def gather(store: Store, obj: Object) -> View:
-    """Collect what belongs to a pack."""
+def gather(store: Store, obj: Object, absent: frozenset[str] = frozenset()) -> View:
+    """Collect what belongs to a pack; `absent`: optional kinds that the cluster lacks."""
     pack = store.derive(store.get("GPUPack", "", obj["metadata"]["name"]) or obj, pack_model)
     mine = (labels.PACK, pack.metadata.name)
     pods = store.list("Pod", label=mine)
@@ -101,6 +121,9 @@ def gather(store: Store, obj: Object) -> View:
     owner = owner_of(pack)
     name = pack.spec.node or pack.status.node
     openers = [owner.name, *(each.service for each in pack.spec.assignments)]
+    opener = next(
+        filter(None, (readable(store, store.get("LLMService", owner.namespace, each)) for each in openers)), None
+    )
     return View(
         obj,
         pack,
@@ -108,7 +131,13 @@ def gather(store: Store, obj: Object) -> View:
         tuple(store.list("StatefulSet", label=mine)),
         tuple(pods),
         store.get("Node", "", name) if name else None,
-        next(filter(None, (readable(store, store.get("LLMService", owner.namespace, name)) for name in openers)), None),
+        opener,
+        dra.claim_of(store, pack) if pack.spec.claims else None,
+        dra.gpu_of(store, pack) if pack.spec.claims else None,
+        modes.explain(pack, opener, store, absent),
+        modes.limits(pack, store) if pack.spec.mode == modes.DEVICE_PLUGIN else "",
+        # A cluster without nodes is one whose nodes have not been listed yet.
+        bool(name) and store.get("Node", "", name or "") is None and store.summarise("Node", len) > 0,
     )
 
 
@@ -173,7 +202,21 @@ def revision_of(pod: Object) -> str | None:
 
 def holding(view: View) -> Holding:
     """How it stands with the pack's device."""
-    return _core_set(view) if view.cpu else _gpu(view)
+    if view.cpu:
+        return _core_set(view)
+    if not view.pack.spec.has_holder:
+        told = {uid: report.as_preflight() for uid, report in reports.of(replica_pods(view)).items()}
+        return replace(_own_gpu(view), preflights=told)
+    held = _gpu(view)
+    watcher = holder_manifests.WATCH_CONTAINER
+    if view.holder is None:
+        return held
+    return replace(
+        held,
+        watched=podstate.is_running(view.holder, watcher),
+        watched_since=podstate.running_since(view.holder, watcher),
+        preflights=_preflights(view.holder),
+    )
 
 
 def _core_set(view: View) -> Holding:
@@ -190,6 +233,8 @@ def _core_set(view: View) -> Holding:
 def _gpu(view: View) -> Holding:
     recorded, holder = view.pack.status.gpu, view.holder
     node = (podstate.node_of(holder) if holder else None) or view.pack.status.node
+    if recorded is not None and (away := _node_away(view)) is not None:
+        return Holding("False", Reason.HOLDER_LOST, away, node=node, gpu=recorded)
     if holder is None or podstate.is_going(holder) or podstate.is_over(holder):
         return _without_holder(view, node)
     published, mps = _published(holder), _mps(holder)
@@ -209,12 +254,27 @@ def _gpu(view: View) -> Holding:
         return Holding("True", Reason.GPU_HELD, text, Place(node, published.uuid, memory), node, gpu, mps)
     if trouble:
         return Holding("False", trouble.reason, f"holder {name}: {trouble.message}", node=node, gpu=gpu, mps=mps)
-    if published and podstate.has_run(holder, holder_manifests.MPS_CONTAINER):
+    # A holder that has only just begun is starting; one that takes the place of another stops replicas that serve already.
+    if podstate.has_run(holder, holder_manifests.MPS_CONTAINER) if published else recorded:
         text = (
-            f"container {holder_manifests.MPS_CONTAINER} of holder {name} does not run; its replicas stop until it does"
+            f"container {holder_manifests.MPS_CONTAINER} of holder {name} does not run, or has not said yet which GPU it has; "
+            "its replicas stop until it does"
         )
         return Holding("False", Reason.HOLDER_LOST, text, node=node, gpu=gpu, mps=mps)
     return Holding("Unknown", Reason.NOT_YET_KNOWN, f"holder {name} is starting", node=node, gpu=gpu)
+
+
+def _node_away(view: View) -> str | None:
+    """That the pack's node is gone, or silent: what runs there can't be told, so nobody may count on it."""
+    if view.node_gone:
+        return f"node {view.pack.status.node} is gone; the placement pass replaces this pack"
+    since = not_ready_since(view.node) if view.node is not None else None
+    if since is None:
+        return None
+    return (
+        f"node {view.pack.status.node} has not been ready since {timestamp(since)}; "
+        f"after {NODE_GONE_SECONDS:g} s it counts as gone, and the placement pass replaces this pack"
+    )
 
 
 def _without_holder(view: View, node: str | None) -> Holding:
@@ -228,6 +288,79 @@ def _without_holder(view: View, node: str | None) -> Holding:
     ended = ": " + text if view.holder and (text := (view.holder.get("status") or {}).get("message")) else ""
     text = f"holder {name} is gone{ended}; it is made anew on node {node}, and the replicas stop until then"
     return Holding("False", Reason.HOLDER_LOST, text, node=node, gpu=recorded)
+
+
+def _own_gpu(view: View) -> Holding:
+    """How it stands with a GPU that the replicas themselves have."""
+    pods = [pod for pod in replica_pods(view) if podstate.node_of(pod) and not podstate.is_over(pod)]
+    told = reports.of(pods)
+    node = view.claimed.node if view.claimed else next((podstate.node_of(pod) for pod in pods), None)
+    gpu = view.claimed.as_pack_gpu() if view.claimed else next((each.as_pack_gpu() for each in told.values()), None)
+    mps = _told_mps(told) if told and view.pack.spec.mode != modes.EXCLUSIVE else None
+    # What the device plugin gave apart it would give apart again: the pack serves on, and `SharingReady` says so.
+    strayed = None if view.pack.spec.mode == modes.DEVICE_PLUGIN else _strayed(pods, told, gpu)
+    if strayed is not None:
+        return Holding("False", Reason.GPU_MISMATCH, strayed, node=node, gpu=gpu, mps=mps)
+    if gpu and view.pack.spec.mode == modes.DEVICE_PLUGIN:
+        gpu = gpu.model_copy(update={"memory": None})  # what CUDA shows may be the share, which the ledger is not of
+    recorded = view.pack.status.gpu
+    known = gpu or (PackGPU(product=recorded.product, memory=recorded.memory) if recorded else None)
+    memory = units.parse_quantity(known.memory) if known and known.memory else None
+    claim = f"ResourceClaim {claims.claim_name(view.pack)}"
+    if not view.pack.spec.assignments:
+        text = "nobody is assigned; the GPU is given back with the last replica"
+        return Holding("False", Reason.NOT_ASSIGNED, text, node=node, gpu=known, mps=mps)
+    if view.pack.spec.claims and view.claim is None:
+        return Holding("Unknown", Reason.NOT_YET_KNOWN, f"{claim} is being made", gpu=known)
+    place = Place(None, None, memory)
+    by = f"by {claim}" if view.pack.spec.claims else f"requested by {pods[0]['metadata']['name']}" if pods else ""
+    if gpu and gpu.uuid and pods:
+        text = f"{gpu.uuid} ({', '.join(filter(None, (gpu.product, gpu.memory)))}) on node {node}, {by}"
+        return Holding("True", Reason.GPU_HELD, text, place, node, gpu, mps)
+    if any(podstate.is_ready(pod) for pod in pods):
+        # What serves has its GPU, whether it has told which or not.
+        return Holding(
+            "True", Reason.GPU_HELD, f"a GPU on node {node}, {by}; which one is not known", place, node, known, mps
+        )
+    waiting = [
+        (pod, found) for pod in replica_pods(view) if (found := podstate.trouble(pod)) and not podstate.node_of(pod)
+    ]
+    if waiting and not pods:
+        pod, found = waiting[0]
+        return Holding("False", found.reason, f"{pod['metadata']['name']}: {found.message}", place, node, known)
+    text = f"no replica on node {node} has told yet which GPU it sees" if pods else "the first replica is to get a GPU"
+    return Holding("Unknown", Reason.NOT_YET_KNOWN, text, place, node, known, mps)
+
+
+def _strayed(pods: list[Object], told: Mapping[str, reports.Report], gpu: PackGPU | None) -> str | None:
+    """The replicas that see another GPU than the pack's, in words."""
+    others = [
+        f"{pod['metadata']['name']} sees {report.uuid}"
+        for pod in pods
+        if (report := told.get(str(pod["metadata"]["uid"])))
+        and gpu
+        and gpu.uuid
+        and report.uuid.lower() != gpu.uuid.lower()
+    ]
+    if not others or gpu is None:
+        return None
+    return f"{', '.join(others)}, the pack has {gpu.uuid}: its replicas can't share, so the placement pass replaces it"
+
+
+def apart(view: View) -> str | None:
+    """The GPUs that replicas of one pack see, in words, where they are not the same; None where they are."""
+    seen: dict[str, list[str]] = {}
+    told = reports.of(replica_pods(view))
+    for pod in replica_pods(view):
+        if (report := told.get(str(pod["metadata"]["uid"]))) and not podstate.is_going(pod):
+            seen.setdefault(report.uuid.lower(), []).append(f"{pod['metadata']['name']} on {report.uuid}")
+    return ", ".join(name for names_here in seen.values() for name in names_here) if len(seen) > 1 else None
+
+
+def _told_mps(told: Mapping[str, reports.Report]) -> Mps:
+    """MPS as the replicas told of it; nobody here sees the daemon itself."""
+    attached = frozenset(uid for uid, report in told.items() if report.mps)
+    return Mps("ACTIVE" if attached else "IDLE", None, len(attached), attached)
 
 
 def _published(holder: Object) -> PackGPU | None:
@@ -254,7 +387,18 @@ def _mps(holder: Object) -> Mps | None:
         server if isinstance(server, int) else None,
         len(clients),
         frozenset(str(each["podUID"]) for each in clients if each.get("podUID")),
+        sum(not each.get("podUID") for each in clients),
     )
+
+
+def _preflights(holder: Object) -> dict[str, PackPreflight]:
+    """What replicas saw before their engines started, by pod UID; entries that aren't whole are left out."""
+    found = {}
+    for uid, seen in _annotation(holder, labels.ANNOTATION_PREFLIGHT).items():
+        if isinstance(seen, Mapping) and isinstance(seen.get("total"), int) and isinstance(seen.get("free"), int):
+            total, free = units.format_quantity(seen["total"]), units.format_quantity(seen["free"])
+            found[uid] = PackPreflight(uuid=str(seen.get("uuid")), total=total, free=free)
+    return found
 
 
 def _annotation(holder: Object, name: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _tell(ctx: Context, gathered: Snapshot, plan: Plan) -> None:
     ctx.placed = Pass(
         {demand.service: demand for demand in gathered.demands},
         {shortfall.service: shortfall for shortfall in plan.shortfalls},
-        (nodes.products, nodes.divided, nodes.largest_cores),
+        (nodes.products, nodes.divided, nodes.shares, nodes.largest_cores),
     )
     for service in ctx.placed.shortfalls.keys() | before.shortfalls.keys():
         if _word(before, service) != _word(ctx.placed, service):
@@ -64,7 +64,8 @@ def _tell(ctx: Context, gathered: Snapshot, plan: Plan) -> None:
         return
     for obj in ctx.store.list("LLMService"):
         accepted = find((obj.get("status") or {}).get("conditions") or (), names.ACCEPTED) or {}
-        if accepted.get("reason") == names.Reason.UNSUPPORTED_ACCELERATOR:
+        shared = (obj["spec"].get("packing") or {}).get("mode") == "DevicePlugin"
+        if shared or accepted.get("reason") == names.Reason.UNSUPPORTED_ACCELERATOR:
             ctx.queue.add(Key("LLMService", obj["metadata"]["namespace"], obj["metadata"]["name"]))
 
 

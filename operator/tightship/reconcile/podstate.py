@@ -26,6 +26,7 @@ _OWN_REASONS = {
     Reason.MPS_FAULT,
     Reason.HOLDER_LOST,
     Reason.INSUFFICIENT_MEMORY,
+    Reason.ENGINE_HUNG,
 }
 _ROOM = re.compile(r"Insufficient |Too many pods")
 _QUOTE_HEAD, _QUOTE_TAIL = 300, 500
@@ -67,6 +68,21 @@ def has_run(pod: Mapping[str, Any], container: str) -> bool:
         (each.get("state") or {}) | (each.get("lastState") or {}) for each in statuses if each["name"] == container
     ]
     return any("running" in state or "terminated" in state for state in states)
+
+
+def running_since(pod: Mapping[str, Any], container: str) -> datetime | None:
+    """Since when one container of the pod has been running; None where it isn't, or isn't said."""
+    for each in (pod.get("status") or {}).get("containerStatuses") or []:
+        started = ((each.get("state") or {}).get("running") or {}).get("startedAt")
+        if each["name"] == container and started:
+            return parse_timestamp(started)
+    return None
+
+
+def restarts(pod: Mapping[str, Any], container: str) -> int:
+    """How often one container of the pod was started anew."""
+    statuses = (pod.get("status") or {}).get("containerStatuses") or []
+    return next((int(each.get("restartCount") or 0) for each in statuses if each["name"] == container), 0)
 
 
 def node_of(pod: Mapping[str, Any]) -> str | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from tightship.api.v1alpha1 import conditions, labels
-from tightship.kube.kinds import OPTIONAL
+from tightship.kube.kinds import DRA_KINDS, OPTIONAL
 from tightship.kube.store import Object, Store, labels_of, matters
-from tightship.reconcile import indexes
+from tightship.manifests.holder import MPS_CONTAINER
+from tightship.reconcile import indexes, podstate
 from tightship.reconcile.jobstate import end_of
 from tightship.reconcile.queue import PLACEMENT, Key
 from tightship.reconcile.reading import is_settled, key_hash
@@ -30,9 +31,13 @@ def keys_for(store: Store, kind: str, before: Object | None, after: Object | Non
         return _lengths(store, versions[-1])
     if kind == "Node":
         return _node(store, before, after, versions[-1]) if matters(kind, before, after) else set()
+    if kind in DRA_KINDS:
+        return _claimable(store, kind, before, after, versions[-1])
     if kind in OPTIONAL and before is not None and after is not None and _same_but_status(before, after):
         return set()  # others write there what they see of pods, and those tell us themselves
     keys = {key for obj in versions for key in _labelled(obj)}
+    if kind == "Pod" and _tries(before) != _tries(after):
+        keys.add(PLACEMENT)
     if kind == "Job" and (after is None or end_of(after) is not None):
         keys |= _waiting(store)
     return keys
@@ -88,8 +93,14 @@ def _pack_input(pack: Object) -> tuple[object, ...]:
         if str(each.get("message") or "").startswith(conditions.Reason.UNSCHEDULABLE)
     )
     marks = pack.get("spec"), metadata.get("deletionTimestamp"), metadata.get("labels")
-    device = status.get("node"), (status.get("gpu") or {}).get("memory")
+    device = status.get("node"), status.get("gpu") is not None, (status.get("gpu") or {}).get("memory")
     return *marks, *device, gates, homeless, not status.get("readyReplicas")
+
+
+def _tries(pod: Object | None) -> int:
+    """How often a holder's daemon was started anew, by which the placement pass tells a GPU that is lost; 0 for other pods."""
+    held = pod is not None and labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_HOLDER
+    return podstate.restarts(pod, MPS_CONTAINER) if held and pod is not None else 0
 
 
 def _profile(store: Store, profile: Object) -> set[Key]:
@@ -132,6 +143,19 @@ def _node(store: Store, before: Object | None, after: Object | None, node: Objec
     # A node that comes may be what a waiting profile or pack needs; one that goes takes Jobs with it.
     if before is None or after is None:
         keys |= {_key("BatchProfile", profile) for profile in store.by("BatchProfile", indexes.STATE, indexes.OPEN)}
+    return keys
+
+
+def _claimable(store: Store, kind: str, before: Object | None, after: Object | None, either: Object) -> set[Key]:
+    """A pack's claim concerns the pack; everybody's, and what the driver offers, which GPUs there are and which are free."""
+    changed = matters(kind, before, after)
+    keys = {PLACEMENT} if changed else set()
+    if kind == "ResourceClaim":
+        return keys | set(_labelled(either))
+    if changed:
+        # Whether services may be as they are depends on what is offered, and packs are told by it which GPU they have.
+        keys |= {_key("GPUPack", pack) for pack in store.by("GPUPack", indexes.ALLOCATOR, "DRA")}
+        keys |= {_key("LLMService", service) for service in store.list("LLMService")}
     return keys
 
 

@@ -30,10 +30,10 @@ from tightship.api.v1alpha1.llmservice import (
 from tightship.core import advisor, conditions
 from tightship.core.conditions import Condition, find
 from tightship.core.placement import Shortfall
-from tightship.kube.kinds import KINDS, OPTIONAL
+from tightship.kube.kinds import DRA_KINDS, KINDS, OPTIONAL
 from tightship.kube.store import Object, labels_of
 from tightship.manifests import service as service_manifests
-from tightship.reconcile import extension, podstate
+from tightship.reconcile import extension, nodes, podstate
 from tightship.reconcile.packview import current_revision, refused, revision_of
 from tightship.reconcile.reading import failure_of, is_imported
 from tightship.reconcile.snapshot import shape_of
@@ -66,11 +66,12 @@ _PHASES = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an object that every service needs could not be written; `passing` when the next look may settle it."""
+    """Why an object of a service could not be written; `passing` when the next look may settle it, `spared` when it serves without."""
 
     reason: str
     message: str
     passing: bool = False
+    spared: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class View:
     approved: bool
     divided: tuple[tuple[str, str, str], ...] = ()  # product, node, how its GPUs are divided
     absent: frozenset[str] = frozenset()
+    mode_problem: str | None = None  # why the mode that was asked for by name can't be had
+    share_problem: str | None = None  # why a share of a GPU is too little for a replica
 
     @property
     def generation(self) -> int:
@@ -170,6 +173,12 @@ def _unreadable(view: View) -> Condition | None:
     return Condition(names.ACCEPTED, "False", Reason.INVALID_SPEC, "; ".join(problems))
 
 
+def _unavailable(view: View) -> Condition | None:
+    if view.mode_problem is None:
+        return None
+    return Condition(names.ACCEPTED, "False", Reason.UNSUPPORTED_ACCELERATOR, view.mode_problem)
+
+
 def _unsupported(view: View) -> Condition | None:
     service = view.verdict.service
     if service is None:
@@ -182,31 +191,40 @@ def _unsupported(view: View) -> Condition | None:
             f"no node has {accelerator.cores} cores; the largest has {view.largest_cores}: lower spec.accelerator.cores"
         )
         return Condition(names.ACCEPTED, "False", reason, text)
+    if service.spec.packing.mode == "DevicePlugin":
+        return None  # what it needs of nodes is said above
     if any(product == accelerator.product for product, _, _ in view.products):
         return None
-    shared = [
-        f"node {node}'s are divided {how}" for product, node, how in view.divided if product == accelerator.product
-    ]
+    shared = _divided(view)
     if shared:
-        text = f"no node gives whole GPUs of product {accelerator.product}: {'; '.join(shared)}. Tightship shares GPUs itself: "
+        text = f"no node gives whole GPUs of product {accelerator.product}: {shared}. Tightship shares GPUs itself: "
         text += "turn that off on a node, or change spec.accelerator.product"
         return Condition(names.ACCEPTED, "False", reason, text)
-    there = ", ".join(f"{name} ({gpus} GPUs on {nodes} nodes)" for name, nodes, gpus in view.products)
+    there = ", ".join(f"{name} ({gpus} GPUs on {count} nodes)" for name, count, gpus in view.products)
     have = f"this cluster has {there}" if there else "no node of this cluster carries the label nvidia.com/gpu.product"
     text = f"no node has GPU product {accelerator.product}; {have}: change spec.accelerator.product or add a node"
     return Condition(names.ACCEPTED, "False", reason, text)
 
 
+def _divided(view: View) -> str:
+    """The nodes that have GPUs of the service's product and don't give whole ones, in words."""
+    service = view.verdict.service
+    product = nodes.whole(service.spec.accelerator.product or "") if service is not None else None
+    found = [f"node {node} has {how}" for each, node, how in view.divided if each == product]
+    more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+    return "; ".join(found[:5]) + more
+
+
 def _refused(view: View) -> Condition | None:
-    if not view.refusals:
+    refusal = next((each for each in view.refusals if not each.spared), None)
+    if refusal is None:
         return None
-    refusal = view.refusals[0]
     return Condition(names.ACCEPTED, "Unknown" if refusal.passing else "False", refusal.reason, refusal.message)
 
 
 def _valid(view: View) -> Condition:
     text = "the manifest is valid, and a GPU or CPU of its kind is in the cluster"
-    return Condition(names.ACCEPTED, "True", Reason.VALID, "; ".join([text, *_lacking(view)]))
+    return Condition(names.ACCEPTED, "True", Reason.VALID, "; ".join([text, *_lacking(view), *_spared(view)]))
 
 
 def _lacking(view: View) -> list[str]:
@@ -216,8 +234,13 @@ def _lacking(view: View) -> list[str]:
     return [
         f"this cluster doesn't serve {KINDS[kind].api_version} ({kind}): {OPTIONAL[kind]}"
         for kind in sorted(view.absent)
-        if pooled or kind != "InferencePool"
+        if kind not in DRA_KINDS and (pooled or kind != "InferencePool")
     ]
+
+
+def _spared(view: View) -> list[str]:
+    """What the service does without, since somebody else has it under its name."""
+    return [each.message for each in view.refusals if each.spared]
 
 
 # Profiled
@@ -359,6 +382,12 @@ def _unapproved(view: View) -> Condition | None:
     return Condition(names.PACKED, "False", Reason.AWAITING_APPROVAL, text)
 
 
+def _share_too_small(view: View) -> Condition | None:
+    if view.share_problem is None:
+        return None
+    return Condition(names.PACKED, "False", Reason.SHARING_UNAVAILABLE, view.share_problem)
+
+
 def _too_few_gpus(view: View) -> Condition | None:
     short = view.shortfall
     if short is None:
@@ -375,6 +404,8 @@ def _too_few_gpus(view: View) -> Condition | None:
         text += f" on nodes with the {need} that a pack takes (at most {most} is free on one)"
     if short.kept:
         text += f"; {short.kept} replicas stay where they are until then"
+    if divided := _divided(view) if short.device in ("cuda", "dra") else "":
+        text += f". Not counted, since they give no whole GPUs: {divided}"
     text += ". Add a node, free a GPU, or lower spec.replicas"
     return Condition(names.PACKED, "False", Reason.INSUFFICIENT_GPUS, text)
 
@@ -498,7 +529,7 @@ def _too_few_serve(view: View) -> Condition:
     return Condition(names.AVAILABLE, "False", Reason.TOO_FEW_REPLICAS, "; ".join([text, *causes[:3]]))
 
 
-ACCEPTED: tuple[Check, ...] = (_unreadable, _refused, _unsupported, _valid)
+ACCEPTED: tuple[Check, ...] = (_unreadable, _refused, _unavailable, _unsupported, _valid)
 PROFILED: tuple[Check, ...] = (_not_accepted(names.PROFILED), _no_profile, _measured, _failed, _measuring)
 RECOMMENDED: tuple[Check, ...] = (
     _not_accepted(names.RECOMMENDED),
@@ -511,6 +542,7 @@ PACKED: tuple[Check, ...] = (
     _nothing_to_pack,
     _unknown_memory,
     _unapproved,
+    _share_too_small,
     _too_few_gpus,
     _unplaced,
     _not_held,

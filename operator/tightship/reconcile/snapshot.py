@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from tightship.api import units
@@ -24,12 +25,20 @@ from tightship.core.placement import Demand, Devices, Health, Pack, ServiceRef, 
 from tightship.decide import ledger_from_profile, parse_reserve
 from tightship.kube.clock import parse_timestamp
 from tightship.kube.store import Object, Store, labels_of
-from tightship.reconcile import indexes, podstate
+from tightship.manifests.claims import CLAIMED_DEVICE, SHARED_DEVICE
+from tightship.manifests.holder import MPS_CONTAINER
+from tightship.reconcile import dra, indexes, modes, nodes, podstate
+from tightship.reconcile.nodes import Shares
 from tightship.reconcile.reading import pack_model
 from tightship.reconcile.verdict import Verdict, examine
 
 NODE_GONE_SECONDS = 300.0
 """A node that has not been ready for so long is treated as gone: as Kubernetes does by default when it evicts pods."""
+
+LOST_GPU_SECONDS = 60.0
+"""A GPU that its holder has not seen for so long is lost. A holder that starts anew needs seconds to find one that came back."""
+
+LOST_GPU_TRIES = 2
 
 UNFIT_SECONDS = 60.0
 """A replica without a place on its pack's node for so long gives the pack back."""
@@ -40,38 +49,46 @@ _UNKNOWN_COUNT = 10**6
 
 @dataclass(frozen=True)
 class Facts:
-    """What all nodes together offer: devices on those that take pods, and what services hear of the others.
+    """What all nodes together offer, by the device plugin or by claims: devices on those that take pods, and what services hear of the others.
 
     `products` are GPU products with their nodes (those that are down for the moment included) and GPUs; `divided` a product, node and
-    words for each node whose GPUs are not to be had whole; `largest_cores` whole cores of the largest node; `nodes` how many there are.
+    words for each node whose GPUs are not to be had whole; `shares` what device plugins share by MPS; `largest_cores` whole cores of the
+    largest node; `nodes` how many there are.
     """
 
     nodes: int
     devices: tuple[Devices, ...]
     products: tuple[tuple[str, int, int], ...]
     divided: tuple[tuple[str, str, str], ...]
+    shares: tuple[Shares, ...]
     largest_cores: int
 
 
 def facts(store: Store) -> Facts:
-    """The nodes as the store shows them; worked out when one of them has changed, not when somebody asks."""
-    return store.summarise("Node", _facts)
+    """The nodes as the store shows them; worked out when one of them or a claim has changed, not when somebody asks."""
+    return store.summarise_all(("Node", "ResourceSlice", "ResourceClaim"), _facts)
 
 
-def _facts(nodes: list[Object]) -> Facts:
-    devices = tuple(devices_of(nodes))
-    carrying = [(str(product), node) for node in nodes if (product := labels_of(node).get(labels.NODE_GPU_PRODUCT))]
-    counts = Counter(product for product, node in carrying if divided(node) is None)
+def _facts(store: Store) -> Facts:
+    listed, devices = store.list("Node"), tuple(devices_of(store))
+    carrying = [
+        (product, str(node["metadata"]["name"]), nodes.divided(node))
+        for node in listed
+        if (product := nodes.product(node))
+    ]
+    whole = {(product, name) for product, name, how in carrying if how is None}
+    counts = Counter(product for product, _ in whole | {(gpu.product, gpu.node) for gpu in dra.gpus(store)} if product)
     gpus: Counter[str] = Counter()
     for each in devices:
-        if each.device == "cuda":
+        if each.device != "cpu":
             gpus[each.product] += each.units
     return Facts(
-        len(nodes),
+        len(listed),
         devices,
         tuple((product, counts[product], gpus[product]) for product in sorted(counts)),
-        tuple((product, str(node["metadata"]["name"]), how) for product, node in carrying if (how := divided(node))),
-        max((cores_of(node) for node in nodes), default=0),
+        tuple((product, name, how) for product, name, how in carrying if how),
+        tuple(nodes.shares(listed)),
+        max((cores_of(node) for node in listed), default=0),
     )
 
 
@@ -95,42 +112,78 @@ def demand(obj: Object, store: Store) -> Demand:
     verdict = examine(obj, store)
     service = verdict.service
     if service is None:
-        return demand_of(obj, verdict, None, False)
-    applied = approved(service, verdict, packs_with(obj["metadata"]["uid"], store))
-    nodes = store.summarise("Node", _Usable.of(service))
-    return store.derive_with(obj, demand, (verdict, nodes, applied), lambda: demand_of(obj, verdict, nodes, applied))
+        return demand_of(obj, verdict, store, choice=_NO_CHOICE, usable=None, approved=False)
+    packs = packs_with(obj["metadata"]["uid"], store)
+    applied, choice = approved(service, verdict, packs), _same(modes.choose(service, verdict.decision, packs, store))
+    usable = store.summarise("Node", _Usable.of(service))
+    shares = store.summarise("Node", nodes.shares_by_product)  # what a share comes to, which `demand_of` reads
+    return store.derive_with(
+        obj,
+        demand,
+        (verdict, choice, usable, shares, applied),
+        lambda: demand_of(obj, verdict, store, choice=choice, usable=usable, approved=applied),
+    )
 
 
-def demand_of(obj: Object, verdict: Verdict, nodes: frozenset[str] | None, approved: bool) -> Demand:
-    """What one service wants of these nodes. Without a decision that may be applied it has no shape: it keeps what it has."""
+_NO_CHOICE = modes.Choice(modes.RESERVATION)
+
+
+@cache
+def _same(choice: modes.Choice) -> modes.Choice:
+    """One object for all that are equal; there are few."""
+    return choice
+
+
+def demand_of(
+    obj: Object,
+    verdict: Verdict,
+    store: Store,
+    *,
+    choice: modes.Choice,
+    usable: frozenset[str] | None,
+    approved: bool,
+) -> Demand:
+    """What one service wants of these nodes, as its mode lets it. Without a decision that may be applied it has no shape: it keeps what it has."""
     ref, uid, since = _ref(obj), obj["metadata"]["uid"], obj["metadata"].get("creationTimestamp") or ""
     service = verdict.service
     if service is None:
         # Nobody can tell how many an unreadable manifest wants: nothing is taken away for it.
         return Demand(ref, uid, _UNKNOWN_COUNT, "", "", "", since=since)
     accelerator, packing = service.spec.accelerator, service.spec.packing
+    exclusive = choice.mode == modes.EXCLUSIVE
     shape = verdict.shape if accepted(obj) and approved else None
+    if shape is not None and modes.too_small(service, shape.memory, store):
+        shape = None
     cpu = accelerator.device == "cpu"
     return Demand(
         ref,
         uid,
         service.spec.replicas,
-        accelerator.device,
+        choice.device,
         CPU_PRODUCT if cpu else accelerator.product or "",
-        _sharing(cpu, service.spec.template.spec.run_as_user, accelerator.memory),
+        _sharing(choice, service.spec.template.spec.run_as_user, accelerator.memory),
         shape,
-        verdict.per_device,
+        _per_device(choice, verdict, accelerator.product or "", store),
         (accelerator.cores or 1) if cpu else 1,
-        nodes,
+        usable,
         since,
         memory=units.parse_quantity(accelerator.memory or "0") if cpu else 0,
         # What else a pod wants of its node than can be told here would keep it off a pack that stands already.
-        shared=packing.shared_with == "SameNamespace" and not _requires_affinity(service),
+        shared=packing.shared_with == "SameNamespace" and not exclusive and not _requires_affinity(service),
         priority=service.spec.template.spec.priority_class_name or "",
         spread=packing.spread,
         reserve=parse_reserve(packing.memory_reserve),
         device_memory=_device_memory(verdict),
     )
+
+
+def _per_device(choice: modes.Choice, verdict: Verdict, product: str, store: Store) -> int:
+    """Replicas that may share a device, as measured and as its mode lets them."""
+    if choice.mode == modes.EXCLUSIVE:
+        return min(1, verdict.per_device)
+    if choice.mode == modes.DEVICE_PLUGIN:
+        return min(modes.most_shares(store, product), verdict.per_device)
+    return verdict.per_device
 
 
 def _device_memory(verdict: Verdict) -> int | None:
@@ -171,7 +224,7 @@ def owner_of(pack: GPUPack) -> ServiceRef:
 
 
 def pack_of(obj: Object, store: Store, now: datetime) -> Pack:
-    """A pack as the planner sees it: what its text says, and what its node and its replicas' pods say now."""
+    """A pack as the planner sees it: what its text says, and what its node and its pods say now."""
     pack = store.derive(obj, pack_model)
     as_written = store.derive_with(obj, pack_of, (), lambda: written(pack))
     health = health_of(pack, store, now)
@@ -183,14 +236,14 @@ def pack_of(obj: Object, store: Store, now: datetime) -> Pack:
 
 def written(pack: GPUPack) -> Pack:
     """What a pack's own text says of it."""
-    spec, cpu = pack.spec, pack.spec.device == "cpu"
+    spec, cpu, choice = pack.spec, pack.spec.device == "cpu", modes.of_pack(pack)
     return Pack(
         name=pack.metadata.name,
         owner=owner_of(pack),
         ordinal=placement.ordinal_of(pack.metadata.name),
-        device=spec.device,
+        device=choice.device,
         product=CPU_PRODUCT if cpu else spec.product or "",
-        mode=_sharing(cpu, spec.run_as_user, spec.memory),
+        mode=_sharing(choice, spec.run_as_user, spec.memory),
         units=(spec.cores or 1) if cpu else 1,
         node=spec.node if cpu else pack.status.node,
         capacity=memory_of(pack),
@@ -231,12 +284,30 @@ def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
     held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
     if held is not None and held.status == "False" and held.reason == Reason.GPU_MISMATCH:
         return Health.LOST
+    since = _without_gpu_since(pack, store)
+    if since is not None and (now - since).total_seconds() >= LOST_GPU_SECONDS:
+        return Health.LOST
     homeless = _homeless(pack, store, now)
     if homeless and homeless >= {each.service for each in pack.spec.assignments}:
         return Health.UNFIT
     if node and _cordoned(store.get("Node", "", node)) and (_is_down(pack) or _stranded(pack, store)):
         return Health.UNFIT
     return Health.SOUND
+
+
+def _without_gpu_since(pack: GPUPack, store: Store) -> datetime | None:
+    """Since when the holder of a GPU that was there has not seen it; None where it does, or where another cause is known.
+
+    A pack that never had its GPU is left alone: the next one would fare no better. One try is none: after a reboot the driver may be late.
+    """
+    held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
+    if held is None or pack.status.gpu is None or (held.status, held.reason) != ("False", Reason.GPU_NOT_VISIBLE):
+        return None
+    pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
+    holders = [pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_HOLDER]
+    if all(podstate.restarts(pod, MPS_CONTAINER) < LOST_GPU_TRIES for pod in holders):
+        return None
+    return parse_timestamp(held.last_transition_time) if held.last_transition_time else None
 
 
 def _cordoned(node: Object | None) -> bool:
@@ -270,7 +341,7 @@ def not_ready_since(node: Object) -> datetime | None:
 
 
 def next_look(store: Store, now: datetime) -> float | None:
-    """Seconds until a wait that placement counts ends: of a silent node, or of a replica that finds no place."""
+    """Seconds until a wait that placement counts ends: of a silent node, a GPU that isn't seen, a replica that finds no place."""
     packs = [store.derive(obj, pack_model) for obj in store.list("GPUPack")]
     waits = [
         (since, NODE_GONE_SECONDS)
@@ -280,33 +351,30 @@ def next_look(store: Store, now: datetime) -> float | None:
         and (since := not_ready_since(node))
     ]
     waits += [(since, UNFIT_SECONDS) for pack in packs for since in _homeless_since(pack, store).values()]
+    waits += [(since, LOST_GPU_SECONDS) for pack in packs if (since := _without_gpu_since(pack, store))]
     left = [limit - (now - since).total_seconds() for since, limit in waits]
     return min((seconds + 1 for seconds in left if seconds > 0), default=None)
 
 
-def devices_of(nodes: Iterable[Object]) -> Iterable[Devices]:
+def devices_of(store: Store) -> Iterable[Devices]:
     """GPUs by product, and cores, of the nodes that take pods."""
-    for node in nodes:
-        if (node.get("spec") or {}).get("unschedulable") or not_ready_since(node) is not None:
-            continue
+    open_nodes = [
+        node
+        for node in store.list("Node")
+        if not (node.get("spec") or {}).get("unschedulable") and not_ready_since(node) is None
+    ]
+    for name, product, count in nodes.whole_gpus(open_nodes):
+        yield Devices(name, "cuda", product, count)
+    names_of_open = {node["metadata"]["name"] for node in open_nodes}
+    for (name, product), count in sorted(dra.by_node(dra.free(store)).items()):
+        if name in names_of_open:
+            yield Devices(name, CLAIMED_DEVICE, product, count)
+    for each in nodes.shares(open_nodes):
+        yield Devices(each.node, SHARED_DEVICE, each.product, each.gpus)
+    for node in open_nodes:
         name, there = node["metadata"]["name"], (node.get("status") or {}).get("allocatable") or {}
-        product = labels_of(node).get(labels.NODE_GPU_PRODUCT)
-        if product and labels.GPU_RESOURCE in there and divided(node) is None:
-            yield Devices(name, "cuda", product, units.parse_quantity(there[labels.GPU_RESOURCE]))
         if cores_of(node):
             yield Devices(name, "cpu", CPU_PRODUCT, cores_of(node), units.parse_quantity(there.get("memory", "0")))
-
-
-def divided(node: Object) -> str | None:
-    """How a node's GPUs are divided among pods already, in words; None where a pod gets a whole one."""
-    carried, there = labels_of(node), (node.get("status") or {}).get("allocatable") or {}
-    strategy = carried.get(labels.NODE_MIG_STRATEGY, "none")
-    slices = any(key.startswith(labels.MIG_RESOURCES) and units.parse_quantity(amount) for key, amount in there.items())
-    # Strategy `mixed` gives slices resources of their own, `single` gives them the whole GPU's name and a product of their own.
-    if strategy != "none" and (slices or "-MIG-" in carried.get(labels.NODE_GPU_PRODUCT, "")):
-        return f"into MIG slices (strategy {strategy})"
-    sharing = carried.get(labels.NODE_GPU_SHARING, "none")
-    return f"by the device plugin ({sharing})" if sharing != "none" else None
 
 
 def cores_of(node: Object) -> int:
@@ -322,8 +390,14 @@ def _homeless(pack: GPUPack, store: Store, now: datetime) -> frozenset[str]:
 
 
 def _homeless_since(pack: GPUPack, store: Store) -> dict[str, datetime]:
-    """Since when replicas of the pack have found no room on the pack's node, by service."""
+    """Since when replicas of the pack have found no room on the pack's node, by service.
+
+    Where no node is the pack's yet, none has room: another pack would find none either.
+    """
     waits: dict[str, datetime] = {}
+    bound = pack.spec.has_holder or pack.spec.device == "cpu" or pack.status.node is not None
+    if pack.spec.mode == modes.EXCLUSIVE or not bound:
+        return waits
     for pod in store.by("Pod", indexes.UNPLACED, pack.metadata.name):
         since = podstate.short_of_room_since(pod)
         if since is not None:
@@ -381,9 +455,10 @@ def _requires_affinity(service: LLMService) -> bool:
     )
 
 
-def _sharing(cpu: bool, user: int, memory: str | None) -> str:
+def _sharing(choice: modes.Choice, user: int, memory: str | None) -> str:
     """What must agree for a replica to be put on a pack: the planner calls it the mode."""
-    return f"CPUSet of {units.parse_quantity(memory or '0')} bytes as {user}" if cpu else f"Reservation as {user}"
+    size = f" of {units.parse_quantity(memory or '0')} bytes" if choice.mode == modes.CPU_SET else ""
+    return f"{choice.key}{size} as {user}"
 
 
 def _ref(obj: Object) -> ServiceRef:

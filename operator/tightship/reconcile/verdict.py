@@ -163,7 +163,7 @@ def _decide(verdict: Verdict, service: LLMService, profile: Object) -> Verdict:
             efficiency_floor=float(spec.advisor.efficiency_floor),
             minimum_gain=float(spec.packing.minimum_gain),
             memory_reserve=spec.packing.memory_reserve,
-            max_replicas=spec.packing.max_replicas_per_gpu,
+            max_replicas=spec.packing.most_per_gpu,
         )
     except ProfileError as error:
         unreadable = f"BatchProfile {verdict.profile_name}: {error}"

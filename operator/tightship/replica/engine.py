@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
+from tightship.replica.progress import Activity
+
 DEFAULT_PORT = 8000
 _HTTP_TIMEOUT = 2.0
 _TAIL_LINES = 400
@@ -25,6 +27,14 @@ _EVERYWHERE = ("", "0.0.0.0", "::", "[::]")
 # vLLM prints the cause long before its last line, in whichever of its processes failed.
 _ERROR_LINE = re.compile(r"\b\w*(?:Error|Exception)\b: .*|\b(?:error|fatal): .*")
 _GAUGE = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+]+)$", re.MULTILINE)
+_RUNNING = re.compile(r"^vllm:num_requests_running(?:\{[^}]*\})? ([0-9.eE+]+)$", re.MULTILINE)
+_TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{[^}]*\})? ([0-9.eE+]+)$", re.MULTILINE)
+# Each step moves one of these: also one that computes part of a prompt, or takes a request's memory away.
+_COUNTERS = re.compile(
+    r"^vllm:(?:prompt_tokens_total|generation_tokens_total|iteration_tokens_total_count|num_preemptions_total|request_success_total)"
+    r"(?:\{[^}]*\})? ([0-9.eE+]+)$",
+    re.MULTILINE,
+)
 
 
 class Engine:
@@ -116,6 +126,18 @@ class Engine:
         text = self._get("/metrics")
         values = [] if text is None else _GAUGE.findall(text)
         return int(sum(float(value) for value in values)) if values else None
+
+    def activity(self) -> Activity | None:
+        """What its metrics say of its work; `None` when it doesn't tell."""
+        text = self._get("/metrics")
+        running = _RUNNING.findall(text) if text is not None else []
+        if text is None or not running:
+            return None
+        return Activity(
+            running=int(sum(map(float, running))),
+            tokens=int(sum(map(float, _TOKENS.findall(text)))),
+            counters=tuple(map(float, _COUNTERS.findall(text))),
+        )
 
     def _get(self, path: str) -> str | None:
         connection = http.client.HTTPConnection(*self.address, timeout=_HTTP_TIMEOUT)

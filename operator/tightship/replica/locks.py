@@ -1,7 +1,8 @@
 """File locks in the pack's directory, by `flock`: the kernel lets go of them however their process ends.
 
 A lock belongs to an open file, so it is not inherited by the engine (Python opens files close-on-exec) and a killed
-supervisor never leaves one behind.
+supervisor never leaves one behind. A holder that leaves removes the files: a lock on a file that is no longer the one of that name
+excludes nobody, and is no lock.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ def content(path: Path) -> dict[str, object]:
     return {}
 
 
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 class FileLock:
     """An exclusive lock on one file, taken without waiting."""
 
@@ -63,6 +72,9 @@ class FileLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(descriptor)
+            return False
+        if not _is_at(descriptor, self.path):
             os.close(descriptor)
             return False
         with contextlib.suppress(PermissionError):

@@ -21,7 +21,9 @@ class Reason(str, Enum):
     GPU_MISMATCH = "GPUMismatch"
     MPS_NOT_ATTACHED = "MPSNotAttached"
     INSUFFICIENT_MEMORY = "InsufficientMemory"
+    MPS_FAULT = "MPSFault"
     START_TIMEOUT = "StartTimeout"
+    ENGINE_HUNG = "EngineHung"
     ENGINE_FAILED = "EngineFailed"
 
 
@@ -33,6 +35,8 @@ EXIT_STATUS = {
     Reason.MPS_NOT_ATTACHED: 73,
     Reason.INSUFFICIENT_MEMORY: 74,
     Reason.START_TIMEOUT: 75,
+    Reason.ENGINE_HUNG: 76,
+    Reason.MPS_FAULT: 77,
 }
 """A failed engine's own status is passed on instead (128 + signal when a signal ended it)."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,18 @@ from dataclasses import dataclass
 from tightship.replica.outcome import Reason, RefusalError
 from tightship.replica.settings import Settings
 
+# What the driver answers while its MPS server takes no client: 806 MPS_RPC_FAILURE, 807 MPS_SERVER_NOT_READY (cuda.h), and their text.
+_MPS_BUSY = re.compile(r"CUDA error 80[67]\b|MPS server is not ready")
+
 PROBE_TIMEOUT = 120.0
 """Seconds the probe may take: a context on a busy GPU takes a few, a faulted MPS server never answers."""
+
+
+_DAEMONS = {
+    "Reservation": "the holder pod's container `mps`",
+    "DRA": "the MPS control daemon of the claim's driver",
+    "DevicePlugin": "the device plugin's MPS control daemon on this node",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,11 @@ def run_probe(command: Sequence[str], timeout: float = PROBE_TIMEOUT) -> Gpu:
         raise RefusalError(Reason.INVALID_SETTINGS, f"the CUDA probe {command[0]} does not run: {error}") from error
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no words"])[-1]
+        if _MPS_BUSY.search(last):
+            text = (
+                f"the MPS server takes no clients ({last}): after a fatal fault it waits for the last old one to leave"
+            )
+            raise RefusalError(Reason.MPS_FAULT, text)
         raise RefusalError(Reason.GPU_NOT_VISIBLE, f"CUDA can't be initialised: {last}")
     try:
         seen = json.loads(done.stdout.strip().splitlines()[-1])
@@ -69,10 +85,18 @@ def check_pipe(settings: Settings) -> None:
         RefusalError: with the cause.
     """
     pipe = settings.mps_pipe
+    if pipe is None and settings.shared and not settings.held:
+        who = (
+            "the claim's driver has set no CUDA_MPS_PIPE_DIRECTORY (its MPSSupport feature gate may be off)"
+            if settings.sharing == "DRA"
+            else "the device plugin has set no CUDA_MPS_PIPE_DIRECTORY (it may share by time slicing)"
+        )
+        raise RefusalError(Reason.MPS_NOT_ATTACHED, f"{who}: the engine would run without MPS, taking turns")
     if pipe is not None and not (pipe / "control").exists():
+        where = _DAEMONS[settings.sharing]
         raise RefusalError(
             Reason.MPS_NOT_ATTACHED,
-            f"no MPS daemon at {pipe}: the engine would run without MPS, taking turns; the holder pod's container `mps` tells why",
+            f"no MPS daemon at {pipe}: the engine would run without MPS, taking turns; {where} tells why",
         )
 
 
@@ -82,6 +106,11 @@ def check_gpu(settings: Settings, gpu: Gpu) -> None:
     Raises:
         RefusalError: with the cause.
     """
+    if gpu.uuid is None and not settings.held:
+        raise RefusalError(
+            Reason.GPU_NOT_VISIBLE,
+            "the container requests a GPU and sees none: look at the node's device plugin or DRA driver, and at its container toolkit",
+        )
     if gpu.uuid is None:
         raise RefusalError(
             Reason.GPU_NOT_VISIBLE,

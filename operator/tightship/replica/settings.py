@@ -11,6 +11,9 @@ from pathlib import Path
 from tightship.replica.outcome import Reason, RefusalError
 
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
+SHARING = ("Reservation", "DRA", "DevicePlugin", "Exclusive")
+HANG_SECONDS = {"cuda": 120.0, "cpu": 600.0}
+"""How long requests may run without a step ending: the longest prompt of one step takes seconds on a GPU, minutes on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -18,20 +21,33 @@ class Settings:
     """The supervisor's settings; times in seconds, memory in bytes (names in docs/architecture.md)."""
 
     device: str
+    sharing: str
     pack_dir: Path
     pod_name: str
+    pod_uid: str
     gpu_uuid: str | None
     memory_bytes: int | None
     start_timeout: float
     drain_timeout: float
+    hang_timeout: float
     mps_pipe: Path | None
     probe: tuple[str, ...]
     termination_message: Path
 
     @property
     def cuda(self) -> bool:
-        """Whether the engine runs on a GPU, which a holder holds."""
+        """Whether the engine runs on a GPU."""
         return self.device == "cuda"
+
+    @property
+    def held(self) -> bool:
+        """Whether a holder has the GPU; else it is the pod's own as long as the pod lives, and nobody need be asked."""
+        return self.cuda and self.sharing == "Reservation"
+
+    @property
+    def shared(self) -> bool:
+        """Whether the GPU is shared, so that MPS must be behind it."""
+        return self.cuda and self.sharing != "Exclusive"
 
     @property
     def holder_lock(self) -> Path:
@@ -53,18 +69,26 @@ class Settings:
         device = env.get("TIGHTSHIP_DEVICE", "")
         if device not in ("cuda", "cpu"):
             raise RefusalError(Reason.INVALID_SETTINGS, f"TIGHTSHIP_DEVICE is {device!r}, not cuda or cpu")
+        sharing = env.get("TIGHTSHIP_SHARING") or "Reservation"
+        if sharing not in SHARING:
+            raise RefusalError(
+                Reason.INVALID_SETTINGS, f"TIGHTSHIP_SHARING is {sharing!r}, not one of {', '.join(SHARING)}"
+            )
         pipe = env.get("CUDA_MPS_PIPE_DIRECTORY")
         memory = _number(env, "TIGHTSHIP_MEMORY_BYTES", 0)
         probe = env.get("TIGHTSHIP_CUDA_PROBE")
         return cls(
             device=device,
+            sharing=sharing,
             pack_dir=Path(env.get("TIGHTSHIP_PACK_DIR") or "/run/tightship/pack"),
             pod_name=env.get("TIGHTSHIP_POD_NAME", ""),
+            pod_uid=env.get("TIGHTSHIP_POD_UID", ""),
             gpu_uuid=env.get("TIGHTSHIP_GPU_UUID") or None,
             memory_bytes=int(memory) or None,
             start_timeout=_number(env, "TIGHTSHIP_START_TIMEOUT", 600),
             drain_timeout=_number(env, "TIGHTSHIP_DRAIN_TIMEOUT", 30),
-            mps_pipe=Path(pipe) if pipe and device == "cuda" else None,
+            hang_timeout=_number(env, "TIGHTSHIP_HANG_TIMEOUT", HANG_SECONDS[device]),
+            mps_pipe=Path(pipe) if pipe and device == "cuda" and sharing != "Exclusive" else None,
             probe=tuple(shlex.split(probe)) if probe else (sys.executable, "-m", "tightship.replica.cuda_probe"),
             termination_message=Path(env.get("TIGHTSHIP_TERMINATION_MESSAGE") or TERMINATION_MESSAGE_PATH),
         )

@@ -1,7 +1,12 @@
 """One replica's life: wait for the turn, look before starting, start, serve, drain, stop.
 
-The supervisor is one thread that ticks. Each tick looks, in this order, at the request to stop, the engine, and the holder; what
-it finds leaves the normal course by an exception, and `run` turns that into an orderly end. Threads only copy output.
+The supervisor is one thread that ticks. Each tick looks, in this order, at the request to stop, the engine, the holder, and whether
+the engine still computes; what it finds leaves the normal course by an exception, and `run` turns that into an orderly end. Threads
+only copy output.
+
+What must hold of a GPU: no engine runs while nobody holds the GPU, while somebody holds another one, or beyond the end of the MPS daemon
+it is a client of, whose next one may be there before anybody noticed; and an engine that doesn't stop is taken out of MPS before
+it is killed, because SIGKILL with work on the GPU leaves the other clients undefined.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from tightship.replica import preflight
 from tightship.replica.engine import Engine, option
 from tightship.replica.locks import FileLock, content, is_held
 from tightship.replica.outcome import EXIT_STATUS, Reason, RefusalError, leave_message, say
+from tightship.replica.packfiles import ask_to_terminate, leave_preflight, remove_preflight
+from tightship.replica.progress import Watchdog
 from tightship.replica.settings import Settings
 
 _FORWARDED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -41,6 +48,10 @@ class Pace:
     """What in-flight requests get when the GPU is no longer the pack's."""
     stop: float = 8.0
     """Between SIGTERM and SIGKILL."""
+    terminate: float = 6.0
+    """What the holder gets to have MPS end the engine's clients before SIGKILL."""
+    progress: float = 5.0
+    """Between looks at the engine's counters."""
 
 
 class _StopRequested(Exception):
@@ -71,6 +82,9 @@ class Supervisor:
         self._next_holder_look = 0.0
         self._holder_misses = 0
         self._healthy = False
+        self._session: object = None
+        self._next_progress_look = 0.0
+        self._watchdog = Watchdog(settings.hang_timeout, self._pace.progress)
 
     def run(self) -> int:
         """Live the replica's life; returns the exit status."""
@@ -89,6 +103,7 @@ class Supervisor:
             if self._engine is not None:
                 self._engine.kill_group()
             self._lock.release()
+            remove_preflight(self._settings.pack_dir, self._settings.pod_uid)
 
     def _handle_signals(self) -> None:
         for number in _STOPPING:
@@ -139,18 +154,42 @@ class Supervisor:
         settings = self._settings
         if not settings.cuda:
             return []
+        self._session = content(settings.holder_lock).get("session") if settings.held else None
         preflight.check_pipe(settings)
         give_up = time.monotonic() + self._pace.memory
         while True:
-            gpu = preflight.run_probe(settings.probe)
+            gpu = self._probe(give_up)
             preflight.check_gpu(settings, gpu)
             say(f"{gpu.name} {gpu.uuid}: {gpu.free} of {gpu.total} bytes free")
-            if settings.memory_bytes is None or option(self._command, "--gpu-memory-utilization") is not None:
-                return []
             try:
-                return ["--gpu-memory-utilization", f"{preflight.memory_share(settings.memory_bytes, gpu):.4f}"]
+                arguments = self._memory_arguments(gpu)
             except RefusalError:
-                if time.monotonic() > give_up or settings.memory_bytes > gpu.total:
+                if time.monotonic() > give_up or (settings.memory_bytes or 0) > gpu.total:
+                    raise
+            else:
+                self._report(gpu)
+                return arguments
+            self._pause(self._pace.memory_retry)
+
+    def _memory_arguments(self, gpu: preflight.Gpu) -> list[str]:
+        memory = self._settings.memory_bytes
+        if memory is None or option(self._command, "--gpu-memory-utilization") is not None:
+            return []
+        return ["--gpu-memory-utilization", f"{preflight.memory_share(memory, gpu):.4f}"]
+
+    def _report(self, gpu: preflight.Gpu) -> None:
+        """Tell the holder what the engine is about to see; without that it starts all the same."""
+        settings = self._settings
+        if settings.pod_uid and not leave_preflight(settings.pack_dir, settings.pod_uid, settings.pod_name, gpu):
+            say(f"what the preflight saw can't be written to {settings.pack_dir}; the pack's status will lack it")
+
+    def _probe(self, give_up: float) -> preflight.Gpu:
+        """What the engine will see; while MPS takes no clients it is asked again, until `give_up`."""
+        while True:
+            try:
+                return preflight.run_probe(self._settings.probe)
+            except RefusalError as refusal:
+                if refusal.reason is not Reason.MPS_FAULT or time.monotonic() > give_up:
                     raise
             self._pause(self._pace.memory_retry)
 
@@ -197,19 +236,44 @@ class Supervisor:
             raise _StopRequested
         if self._engine is not None and (status := self._engine.poll()) is not None:
             raise _EngineEnded(status)
-        if self._settings.cuda and time.monotonic() >= self._next_holder_look:
+        if self._settings.held and time.monotonic() >= self._next_holder_look:
             self._next_holder_look = time.monotonic() + self._pace.holder
-            self._holder_misses = 0 if is_held(self._settings.holder_lock) else self._holder_misses + 1
-            if self._holder_misses > 1:
-                self._require_holder()
+            refusal = self._without_holder()
+            self._holder_misses = self._holder_misses + 1 if refusal else 0
+            if refusal is not None and self._holder_misses > 1:
+                raise refusal
+        if self._engine is not None and self._healthy and time.monotonic() >= self._next_progress_look:
+            self._next_progress_look = time.monotonic() + self._pace.progress
+            hung = self._watchdog.look(self._engine.activity(), time.monotonic())
+            if hung is not None:
+                raise RefusalError(Reason.ENGINE_HUNG, hung)
 
     def _require_holder(self) -> None:
-        if self._settings.cuda and not is_held(self._settings.holder_lock):
-            raise RefusalError(
+        if self._settings.held and (refusal := self._without_holder()) is not None:
+            raise refusal
+
+    def _without_holder(self) -> RefusalError | None:
+        """What is wrong with who holds the GPU: nobody does, another one is held, or the MPS daemon is not the engine's any more."""
+        settings = self._settings
+        if not is_held(settings.holder_lock):
+            return RefusalError(
                 Reason.HOLDER_LOST,
-                f"nobody holds {self._settings.holder_lock}: the GPU may belong to another pod by now; "
+                f"nobody holds {settings.holder_lock}: the GPU may belong to another pod by now; "
                 "the pack's holder pod tells why",
             )
+        told = content(settings.holder_lock)
+        held, session = told.get("gpu"), told.get("session")
+        if settings.gpu_uuid and held and str(held).lower() != settings.gpu_uuid.lower():
+            return RefusalError(
+                Reason.GPU_MISMATCH, f"the pack's holder has {held}, this replica is made for {settings.gpu_uuid}"
+            )
+        if self._session and session and session != self._session:
+            return RefusalError(
+                Reason.HOLDER_LOST,
+                "the MPS daemon that this engine was a client of has ended, and another one has taken its place: "
+                "the engine is started anew under that one",
+            )
+        return None
 
     # Ending
 
@@ -230,7 +294,9 @@ class Supervisor:
 
     def _end_refused(self, refusal: RefusalError) -> int:
         self._tell(str(refusal))
-        drain = min(self._pace.orphaned_drain, self._settings.drain_timeout) if self._healthy else 0
+        # What runs in a hung engine never ends, so nobody waits for it.
+        finishing = self._healthy and refusal.reason is not Reason.ENGINE_HUNG
+        drain = min(self._pace.orphaned_drain, self._settings.drain_timeout) if finishing else 0
         self._stop_engine(drain)
         return EXIT_STATUS.get(refusal.reason, 1)
 
@@ -249,7 +315,22 @@ class Supervisor:
         while engine.poll() is None and time.monotonic() < give_up:
             time.sleep(self._pace.tick)
         if engine.poll() is None:
+            self._leave_mps(engine)
             say(f"the engine did not stop within {self._pace.stop:g} s of SIGTERM and is killed")
+
+    def _leave_mps(self, engine: Engine) -> None:
+        """Have the holder end the engine's MPS clients, in bounded time: it may be gone, or have nobody of ours in its list."""
+        settings = self._settings
+        if not settings.held or settings.mps_pipe is None or not settings.pod_uid or not is_held(settings.holder_lock):
+            return
+        words = f"{settings.pod_name}: did not stop within {self._pace.stop:g} s"
+        asked = ask_to_terminate(settings.pack_dir, settings.pod_uid, words)
+        give_up = time.monotonic() + self._pace.terminate
+        while asked is not None and asked.exists() and engine.poll() is None and time.monotonic() < give_up:
+            time.sleep(self._pace.tick)
+        if asked is not None and asked.exists():
+            say(f"its MPS clients were not ended within {self._pace.terminate:g} s: the holder does not answer")
+            asked.unlink(missing_ok=True)
 
     def _drain(self, engine: Engine, timeout: float, stops: int) -> None:
         """Wait until the engine has been idle for a while; a further request to stop cuts it short."""

@@ -79,6 +79,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--device-argument", action="append", default=[], metavar="ARG", help="passed to the simulated devices (repeat)"
     )
     add("--state", type=Path, default=default_state(), help="the sandbox's directory (default: %(default)s)")
+    add(
+        "--dra",
+        action="store_true",
+        help="hand GPUs out by ResourceClaims, as NVIDIA's DRA driver does, in place of nvidia.com/gpu (embedded control plane)",
+    )
     add("--operator", action=argparse.BooleanOptionalAction, default=True, help="start the operator as a local process")
 
 
@@ -95,6 +100,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "models": None if args.models is None else str(args.models.absolute()),
         "device_arguments": args.device_argument,
         "operator": args.operator,
+        "dra": args.dra,
     }
 
 

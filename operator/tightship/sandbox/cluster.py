@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tightship.sandbox import network
-from tightship.sandbox.lifeline import CONTROL_SOCKET, HOLLOW_JOURNAL, HOLLOW_SOCKET
+from tightship.sandbox.lifeline import CONTROL_SOCKET, DEVICE_SOCKET, HOLLOW_JOURNAL, HOLLOW_SOCKET
 from tightship.sandbox.real import assets
 from tightship.sandbox.settings import PLANES, Settings
 
@@ -261,6 +261,18 @@ class Sandbox:
     def find_gpu(self, node: int, uuid: str) -> None:
         """Make a lost GPU healthy again."""
         self._ask_node(self._settings.node_address(node), f"gpus/{uuid}/found")
+
+    def control_gpu(self, uuid: str, verb: str, **more: Any) -> dict[str, Any]:
+        """Do to a simulated GPU what no user can: `fault`, `lose`, `restore`, `kill` or `hang` (the last two: with `pid`, one client)."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(10)
+            connection.connect(os.path.join(self._description["sockets"], DEVICE_SOCKET))
+            connection.sendall(json.dumps({"op": "control", "uuid": uuid, "verb": verb, **more}).encode() + b"\n")
+            with connection.makefile("rb") as lines:
+                answer = dict(json.loads(lines.readline()))
+        if "error" in answer:
+            raise SandboxError(f"{verb} {uuid}: {answer['error']}")
+        return answer
 
     def gpu_uuids(self, node: int) -> list[str]:
         """The GPUs of a node, counted from 0."""

@@ -9,6 +9,7 @@ import yaml
 
 from tightship.api import crds
 from tightship.sandbox.agent.api import Api, ApiError, Object
+from tightship.sandbox.agent.dra import device_class
 from tightship.sandbox.settings import Settings
 
 SYSTEM_NAMESPACE = "tightship-system"
@@ -24,6 +25,8 @@ async def install(api: Api, settings: Settings) -> None:
     await _create(
         api, "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SYSTEM_NAMESPACE}}
     )
+    if settings.dra:
+        await _create(api, "/apis/resource.k8s.io/v1/deviceclasses", device_class())
     await _api_service(api)
     if settings.models is not None:
         await _models(api, settings.models)

@@ -193,6 +193,7 @@ class Inside:
             "engine_environment": settings.engine_environment,
             "timing": settings.timing,
             "heartbeat": settings.heartbeat,
+            "dra": settings.dra,
         }
         return self._agent(config)
 

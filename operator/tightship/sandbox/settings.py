@@ -20,6 +20,7 @@ class Settings:
     fields of the agent's Timing; `environment` and `operator_arguments` go to the operator's process, `engine_environment` into
     engines. `node_grace` is how long a node may be silent before its pods count as lost (a cluster's default is 40), `eviction` how
     long pods stay on a lost node (300), in whole seconds. `hollow` are fields of HollowSettings: with it, if only {}, pods are state machines.
+    With `dra` a fake of NVIDIA's DRA driver hands GPUs out by claims, in place of the device plugin; not with `hollow`.
     Of the real plane alone: `audit` has the API server write each request to `plane/audit.log`, and `client_qps` is how many requests a second
     each controller and the scheduler may send (0: as they come, which is 20 and 50).
     """
@@ -49,6 +50,7 @@ class Settings:
     hollow: dict[str, Any] | None = None
     audit: bool = False
     client_qps: int = 0
+    dra: bool = False
 
     def write(self, path: Path) -> None:
         """Write as JSON."""

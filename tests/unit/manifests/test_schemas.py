@@ -22,10 +22,10 @@ from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.api.v1alpha1.validation import parse_service, profile_key
 from tightship.core import placement
 from tightship.kube.cluster import Cluster
-from tightship.kube.kinds import KINDS, Ref
+from tightship.kube.kinds import DRA_KINDS, KINDS, Ref
 from tightship.kube.lease import Lease, LeaseTimes
 from tightship.kube.store import Store
-from tightship.manifests import budget, holder, packs, pool, profile_job, replicas, service
+from tightship.manifests import budget, claims, holder, packs, pool, profile_job, replicas, service
 from tightship.manifests.podparts import OperatorImage
 from tightship.reconcile.queue import Key
 
@@ -79,6 +79,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "workload": {"lengthsFrom": {"configMap": {"name": "chat", "key": "lengths.csv"}}},
         "profiling": {"budget": "10m", "rerun": "again"},
     },
+    "GPUs by DRA": {"packing": {"mode": "DRA"}, "template": EVERYTHING},
+    "shares of the device plugin": {"packing": {"mode": "DevicePlugin"}, "template": EVERYTHING},
+    "a GPU each": {"packing": {"mode": "Exclusive"}, "template": EVERYTHING},
+    "a GPU each, by DRA": {"packing": {"mode": "Exclusive"}, "accelerator": {"device": "cuda", "product": "by DRA"}},
     "a model on a claim": {"model": {"source": "pvc://models/opt"}},
     "cores in place of a GPU": {"accelerator": CPU},
     "cores, as a user": {"accelerator": CPU, "template": {"spec": {"securityContext": {"runAsUser": 1000}}}},
@@ -102,20 +106,26 @@ def made_from(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     made["spec"]["measurement"]["extend"] = {"request": "a", "budget": "5m", "pairs": [{"batch": 96, "replicas": 2}]}
     profile = BatchProfile.model_validate(made)
     yield from profile_job.profiler_access(profile)
-    yield profile_job.profile_job(profile, 1, IMAGE, 3)
+    job = profile_job.profile_job(profile, 1, IMAGE, 3)
+    yield job
+    if llm.spec.packing.mode == "DRA":
+        yield claims.with_claim(job, profile)
+        yield claims.profiling_claim(job, profile)
     yield from _packed(llm, profile)
 
 
 def _packed(llm: LLMService, profile: BatchProfile) -> Iterator[dict[str, Any]]:
     cpu = llm.spec.accelerator.device == "cpu"
+    asked = llm.spec.packing.mode
+    claimed = asked == "DRA" or llm.spec.accelerator.product == "by DRA"
     ref, shape = placement.ServiceRef("default", "opt"), placement.Shape(profile.metadata.name, 96, 12 << 30, 20 << 30)
     planned = placement.Pack(
         name="default-opt-0",
         owner=ref,
         ordinal=0,
-        device=llm.spec.accelerator.device,
+        device="cpu" if cpu else "dra" if claimed else "cuda",
         product="" if cpu else llm.spec.accelerator.product or "",
-        mode="",
+        mode=f"{'CPUSet' if cpu else 'Reservation' if asked == 'Auto' else asked} as 0",
         units=4 if cpu else 1,
         node="n0" if cpu else None,
         capacity=None,
@@ -126,20 +136,30 @@ def _packed(llm: LLMService, profile: BatchProfile) -> Iterator[dict[str, Any]]:
     yield opened
     opened["metadata"]["uid"] = "pack-uid"
     pack = GPUPack.model_validate(opened)
-    if not cpu:
+    if pack.spec.claims:
+        yield claims.resource_claim(pack)
+    if pack.spec.has_holder and not cpu:
         yield from holder.holder_access(pack, "tightship-system")
         for node in (None, "n0"):
             yield holder.holder_pod(pack, llm.spec.template.spec, IMAGE, "tightship-system", node)
     engine = ProfileEngine.model_validate({"maxNumBatchedTokens": 8192, "captureSizes": [1, 2], "modelCommit": "abc"})
     place = replicas.Place("n0", None if cpu else "GPU-1", 80 << 30)
+    if not (cpu or pack.spec.has_holder):
+        place = replicas.Place(None, None, None)
     assignment = Assignment.model_validate(packs.assignments(planned.assignments)[0])
     setup = replicas.Setup(llm, pack, assignment, place, engine, IMAGE)
     yield replicas.statefulset(setup, 2)
     yield replicas.statefulset(replace(setup, image=OperatorImage("tightship:1")), 0)
 
 
-@pytest.mark.parametrize("version", schemas.VERSIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "version"),
+    [
+        (variant, version)
+        for variant in VARIANTS
+        for version in (schemas.DRA_VERSIONS if variant.endswith("by DRA") else schemas.VERSIONS)
+    ],
+)
 def test_what_the_builders_make_is_valid(variant: str, version: str) -> None:
     objects = list(made_from(VARIANTS[variant]))
     for obj in objects:
@@ -151,7 +171,13 @@ def test_what_the_builders_make_is_valid(variant: str, version: str) -> None:
 
 def test_no_kind_that_the_operator_writes_is_left_out() -> None:
     """What is in the table of kinds is made by a builder, or named here with where it comes from."""
-    elsewhere = {"LLMService", "Node", "ConfigMap"}  # users' and the cluster's: read, never made
+    elsewhere = {
+        "LLMService",
+        "Node",
+        "ConfigMap",
+        "ResourceSlice",
+        "DeviceClass",
+    }  # users' and the cluster's: read, never made
     elsewhere |= {"Event", "Lease"}  # below
     made = {obj["kind"] for spec in VARIANTS.values() for obj in made_from(spec)}
     assert made == set(KINDS) - elsewhere
@@ -175,7 +201,7 @@ async def test_what_a_whole_story_leaves_in_the_cluster_is_valid(version: str) -
             # What kubelets and controllers say in statuses is this test's own invention.
             schemas.check(obj if ours else {key: value for key, value in obj.items() if key != "status"}, version)
             checked.add(obj["kind"])
-    assert checked == set(KINDS) - {"Node", "ConfigMap", "Lease"}
+    assert checked == set(KINDS) - {"Node", "ConfigMap", "Lease", *DRA_KINDS}
 
 
 @pytest.mark.parametrize("version", schemas.VERSIONS)

@@ -51,6 +51,10 @@ for line in sys.stdin:
         print("PID       ID    SERVER    DEVICE             NAMESPACE     COMMAND")
         for pid in state["clients"]:
             print(f"{{pid:<9}} 1     44        GPU-00000000-000   4026531836    python3")
+    elif words[0] == "get_client_list":
+        print("\\n".join(str(pid) for pid in state["clients"]))
+    elif words[0] == "terminate_client":
+        note(" ".join(words))
     elif words[0] == "quit":
         open(folder + "/quit", "w").close()
 """

@@ -19,8 +19,9 @@ import httpx
 import pytest
 from fake_nvidia import Fakes
 
-from tightship.node import control, daemon, gpu, prepare, watch
+from tightship.node import control, daemon, gpu, pods, prepare, watch
 from tightship.node.lock import HolderLock
+from tightship.node.patience import Patience
 
 UID = "0a1b2c3d-1111-2222-3333-444455556666"
 HASH = "0123456789abcdef0123456789abcdef"
@@ -129,7 +130,7 @@ def test_observation(fakes: Fakes, tmp_path: Path) -> None:
     (tmp_path / "7" / "cgroup").write_text(f"0::/kubepods/pod{UID}/x")
     fakes.show(servers=[44], clients=[7, 8])
     seen = watch.observe(tmp_path, tmp_path)
-    assert list(seen) == [watch.ANNOTATION_MPS]
+    assert seen[watch.ANNOTATION_GPU] is None, "none is known yet"
     assert json.loads(seen[watch.ANNOTATION_MPS]) == {
         "state": "ACTIVE",
         "server": 44,
@@ -158,19 +159,42 @@ def test_a_daemon_that_is_starting_is_not_down_yet(
     assert json.loads(fresh()[watch.ANNOTATION_MPS])["state"] == "DOWN", "once it has answered, silence is told at once"
 
 
+def test_an_identity_that_is_gone_is_taken_back(fakes: Fakes, tmp_path: Path) -> None:
+    written: list[Mapping[str, str | None]] = []
+    look = watch.Look(tmp_path, tmp_path)
+    watcher = watch.Watcher(look=look, write=written.append, interval=0.001)
+    rounds = iter(range(3))
+
+    def change() -> Mapping[str, str | None]:
+        number = next(rounds, None)
+        if number == 0:
+            gpu.write(tmp_path / "gpu.json", gpu.GPU("GPU-1", "H100", 5, "550"))
+        elif number == 1:
+            (tmp_path / "gpu.json").unlink()
+        else:
+            watcher.stopped.set()
+        return look()
+
+    watcher.look = change
+    watcher.run()
+    assert "GPU-1" in (written[0][watch.ANNOTATION_GPU] or "")
+    assert written[1] == {watch.ANNOTATION_GPU: None}
+    assert len(written) == 2
+
+
 def test_only_changes_are_written_and_a_failed_write_is_tried_again() -> None:
     looks = iter([{"a": "1"}, {"a": "1"}, {"a": "1", "b": "1"}, {"a": "2", "b": "1"}, {"a": "2", "b": "1"}])
-    written: list[Mapping[str, str]] = []
+    written: list[Mapping[str, str | None]] = []
     watcher = watch.Watcher(look=lambda: {}, write=lambda changed: None, interval=0.001, slowest=0.002)
 
-    def look() -> dict[str, str]:
+    def look() -> Mapping[str, str | None]:
         seen = next(looks, None)
         if seen is None:
             watcher.stopped.set()
             return {}
         return seen
 
-    def write(changed: Mapping[str, str]) -> None:
+    def write(changed: Mapping[str, str | None]) -> None:
         written.append(changed)
         if len(written) == 1:
             raise httpx.ConnectError("not yet")
@@ -302,7 +326,9 @@ def is_zombie(pid: int) -> bool:
 
 def test_it_holds_the_lock_while_the_daemon_lives_and_stops_it_when_asked(running: Running, fakes: Fakes) -> None:
     eventually(running.holds)
-    assert json.loads(running.lock.read_text()) == {"pack": "pack-uid", "gpu": "GPU-1"}
+    told = json.loads(running.lock.read_text())
+    assert (told["pack"], told["gpu"]) == ("pack-uid", "GPU-1")
+    assert len(told["session"]) == 32
     assert json.loads((running.pack / "gpu.json").read_text())["product"] == "NVIDIA-H100-80GB-HBM3"
     assert fakes.events("daemon")[0]["visible"] == "GPU-1"
 
@@ -310,7 +336,7 @@ def test_it_holds_the_lock_while_the_daemon_lives_and_stops_it_when_asked(runnin
     assert running.process.wait(20) == 0
     assert fakes.events("quit")
     assert not fakes.events("term")
-    assert not is_held(running.lock)
+    assert not running.lock.exists()
 
 
 def test_it_waits_for_the_clients_before_the_daemon_goes(running: Running, fakes: Fakes) -> None:
@@ -322,8 +348,147 @@ def test_it_waits_for_the_clients_before_the_daemon_goes(running: Running, fakes
     assert running.holds()
     assert not fakes.events("quit")
 
+    (running.pack / "shm" / "psm_123").write_text("what an engine shared")
+    (running.pack / "preflight.uid.json").write_text("{}")
     fakes.show(clients=[])
     assert running.process.wait(20) == 0
+    left = {path.relative_to(running.pack).as_posix() for path in running.pack.rglob("*")}
+    assert left == {"mps", "mps/pipe", "mps/log", "shm"}, "it leaves nothing behind but the directories"
+
+
+def test_a_holder_that_leaves_while_a_replica_starts_leaves_the_directory_as_it_is(running: Running) -> None:
+    eventually(running.holds)
+    starter = HolderLock(running.pack / "start.lock")
+    assert starter.try_acquire("{}")
+    running.process.terminate()
+    assert running.process.wait(20) == 0
+    assert (running.pack / "start.lock").exists()
+    assert (running.pack / "mps" / "pipe").is_dir()
+    starter.release()
+
+
+def test_each_daemon_is_a_session_of_its_own(running: Running, fakes: Fakes) -> None:
+    eventually(running.holds)
+    first = json.loads(running.lock.read_text())["session"]
+    running.process.kill()
+    running.process.wait()
+    eventually(lambda: fakes.events("term"))
+    running.process = start("mps", running.pack, running.env)
+    eventually(lambda: len(fakes.events("daemon")) == 2)
+    assert json.loads(running.lock.read_text())["session"] != first
+
+
+def test_the_clients_of_a_pod_that_asks_are_ended_and_no_others(fakes: Fakes, tmp_path: Path) -> None:
+    """The pod's processes are found by their cgroups; the daemon is told one by one; the request goes when that is done."""
+    for pid, uid in ((7, UID), (8, HASH), (9, UID)):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "cgroup").write_text(f"0::/kubepods/pod{uid}/x")
+    (tmp_path / f"terminate.{UID}").write_text("replica-0: did not stop within 8 s")
+    fakes.show(down=True)
+    with pytest.raises(control.ControlError):
+        pods.terminate_asked(tmp_path, tmp_path)
+    assert (tmp_path / f"terminate.{UID}").exists()
+    fakes.show(down=False, servers=[44], clients=[7, 8, 9, 10])
+    (line,) = pods.terminate_asked(tmp_path, tmp_path)
+    assert f"ended 2 MPS clients of pod {UID}" in line
+    assert fakes.events("terminate_client 44 7")
+    assert fakes.events("terminate_client 44 9")
+    assert not fakes.events("terminate_client 44 8")
+    assert not (tmp_path / f"terminate.{UID}").exists()
+    assert pods.terminate_asked(tmp_path, tmp_path) == []
+
+
+def test_a_holder_serves_such_requests(running: Running, fakes: Fakes) -> None:
+    eventually(running.holds)
+    fakes.show(servers=[44], clients=[os.getpid()])
+    request = running.pack / f"terminate.{UID}"
+    request.touch()
+    eventually(lambda: not request.exists())
+    fakes.show(clients=[])
+
+
+def test_what_replicas_saw_is_read_and_rubbish_is_not(tmp_path: Path) -> None:
+    seen = {"pod": "a", "uuid": "GPU-1", "total": 80, "free": 41, "at": 1}
+    (tmp_path / f"preflight.{UID}.json").write_text(json.dumps(seen))
+    (tmp_path / "preflight.torn.json").write_text('{"uuid": ')
+    (tmp_path / "preflight.other.json").write_text('["GPU-1"]')
+    assert pods.preflights(tmp_path) == {UID: {"uuid": "GPU-1", "total": 80, "free": 41}}
+
+
+# Faults that no process ends of
+
+FAULT = control.Health("FAULT", 44, (7, 8))
+DOWN = control.Health("DOWN")
+ACTIVE = control.Health("ACTIVE", 44, (7,))
+
+
+@pytest.mark.parametrize(
+    ("looks", "words"),
+    [
+        ([(0, ACTIVE), (500, ACTIVE)], None),
+        ([(0, FAULT), (89, FAULT)], None),
+        ([(0, FAULT), (60, ACTIVE), (100, FAULT), (150, FAULT)], None),
+        ([(0, ACTIVE), (10, FAULT), (100, FAULT)], "server 44 has been in FAULT for 90 s (limit 90 s) with 2 clients"),
+        ([(0, DOWN), (59, DOWN)], None),
+        ([(0, DOWN), (30, FAULT), (70, DOWN)], None),
+        ([(0, DOWN), (60, DOWN)], "has not answered for 60 s (limit 60 s)"),
+    ],
+)
+def test_patience_with_a_daemon(looks: list[tuple[float, control.Health]], words: str | None) -> None:
+    patience = Patience()
+    findings = [patience.daemon(health, now) for now, health in looks]
+    assert not any(findings[:-1])
+    assert (findings[-1] or "") == "" if words is None else words in (findings[-1] or "")
+
+
+def test_a_gpu_is_lost_when_two_looks_in_a_row_miss_it() -> None:
+    patience = Patience()
+    assert patience.gpu("busy") is None
+    assert patience.gpu(None) is None
+    assert patience.gpu("No devices were found") is None
+    assert patience.gpu("No devices were found") == (
+        "GPUNotVisible: the GPU is lost, by 2 looks in a row: No devices were found"
+    )
+
+
+def hold(fakes: Fakes, patience: Patience, act: Callable[[], None], **pace: float) -> tuple[int, str]:
+    """Hold a GPU in this process with short patience while `act` runs beside it; exit status and last words."""
+    directory, message = fakes.folder / "pack", fakes.folder / "message"
+    prepare.prepare(directory, os.getuid())
+    env = {**os.environ, "TIGHTSHIP_TERMINATION_MESSAGE": str(message)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    thread = threading.Thread(target=act)
+    thread.start()
+    try:
+        status = daemon.Holder(directory, env, daemon.Pace(tick=0.02, look=0.05, **pace), patience).run()
+    finally:
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not is_held(directory / "holder.lock")
+    return status, message.read_text()
+
+
+def test_a_server_that_stays_in_fault_ends_the_container_after_its_clients(fakes: Fakes) -> None:
+    def act() -> None:
+        eventually(lambda: fakes.events("daemon"))
+        fakes.show(servers=[44], faulty=[44], clients=[7])
+
+    status, words = hold(fakes, Patience(fault=0.3), act)
+    assert status == 1
+    assert words.startswith("MPSFault: the MPS server 44 has been in FAULT")
+    assert fakes.events("terminate_client 44 7")
+
+
+def test_a_gpu_that_nvidia_smi_misses_ends_the_container(fakes: Fakes) -> None:
+    def act() -> None:
+        eventually(lambda: fakes.events("daemon"))
+        fakes.show(smi=None)
+
+    status, words = hold(fakes, Patience(), act, gpu=0.05)
+    assert status == 1
+    assert words.startswith("GPUNotVisible: the GPU is lost, by 2 looks in a row")
+    assert "No devices were found" in words
 
 
 def test_a_daemon_that_dies_ends_the_container_and_the_lock(running: Running, fakes: Fakes) -> None:
@@ -352,12 +517,28 @@ def test_a_second_holder_waits_for_the_first(running: Running, fakes: Fakes) -> 
     assert running.holds()
 
 
+def test_a_holder_that_waited_for_the_one_before_finds_everything_in_place(running: Running, fakes: Fakes) -> None:
+    eventually(running.holds)
+    second = start("mps", running.pack, running.env, stderr=subprocess.PIPE)
+    assert second.stderr is not None
+    assert "still has the lock" in second.stderr.readline()
+    running.process.terminate()
+    assert running.process.wait(20) == 0
+    (fakes.folder / "quit").unlink()
+    eventually(lambda: len(fakes.events("daemon")) == 2)
+    assert (running.pack / "gpu.json").exists()
+    assert is_held(running.lock)
+    second.terminate()
+    assert second.wait(20) == 0
+
+
 def test_no_gpu_ends_the_container_in_words(fakes: Fakes) -> None:
     fakes.show(smi=None)
     running = Running(fakes)
     assert running.process.wait(20) == 1
-    assert "No devices were found" in running.message.read_text()
+    assert running.message.read_text().startswith("GPUNotVisible: nvidia-smi ended with 6: No devices were found")
     assert not running.lock.exists()
+    assert not (running.pack / "gpu.json").exists(), "an earlier one's identity is not kept"
 
 
 @pytest.mark.parametrize("deaf", [False, True])

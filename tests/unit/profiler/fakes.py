@@ -96,6 +96,9 @@ class FakeEngine:
         if self.dead:
             raise EngineError(f"the engine died: {self.dead}")
 
+    def owns(self, pid: int) -> bool:
+        return False
+
     def last_words(self) -> str:
         return self.dead or self.model.says
 

@@ -422,6 +422,23 @@ async def test_a_healthy_engine_tells_about_itself_and_stops() -> None:
         engine.check()
 
 
+async def test_a_connection_that_the_engine_closes_for_having_been_idle_is_no_trouble_of_the_engines() -> None:
+    kept_alive = HEALTHY.replace(
+        "def do_GET(self):",
+        """protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.asked = getattr(self, "asked", 0) + 1
+        if self.asked > 1:  # closed while the question was on its way
+            self.close_connection = True
+            return""",
+    )
+    engine = await launcher(kept_alive).launch(SETTINGS, timeout=20)
+    try:
+        assert [(await engine.sample()).running for _ in range(3)] == [3, 3, 3]
+    finally:
+        await engine.stop()
+
+
 @pytest.mark.parametrize(
     ("script", "kind", "words"),
     [

@@ -23,7 +23,7 @@ from tightship.profiler.fleet import Pair, Sizes, packed_settings
 from tightship.profiler.lengths import Lengths, Prompts
 from tightship.profiler.load import ClosedLoop
 from tightship.profiler.packed import PackedMeter
-from tightship.profiler.sharing import CoreSharing, NotAttachedError, SharingError, engine_cores
+from tightship.profiler.sharing import CoreSharing, NotAttachedError, Owner, SharingError, engine_cores
 from tightship.profiler.trials import Agenda, Bench, Given, Predicted, Trials, Verdict, better
 from tightship.sandbox.virtual.clock import VirtualClock, in_virtual_time
 from tightship.sandbox.virtual.disturbance import Faults
@@ -163,10 +163,10 @@ class FakeSharing:
     def environment(self, index: int) -> dict[str, str | None]:
         return {"SHARED_AS": str(index)}
 
-    async def prove(self, engines: int) -> None:
-        self.events.append(f"prove {engines}")
-        if engines > self.attached:
-            raise NotAttachedError(f"MPSNotAttached: {engines} engines, {self.attached} clients")
+    async def prove(self, engines: Sequence[Owner]) -> None:
+        self.events.append(f"prove {len(engines)}")
+        if len(engines) > self.attached:
+            raise NotAttachedError(f"MPSNotAttached: {len(engines)} engines, {self.attached} clients")
 
     async def condition(self) -> str | None:
         return "the MPS server is in FAULT" if self.fault else None

@@ -98,6 +98,8 @@ async def test_a_new_operator_finds_everything_as_it_should_be_and_changes_nothi
         pytest.param(lambda pack: pack["status"].update(node="n9"), True, id="its node"),
         pytest.param(lambda pack: pack["spec"]["assignments"].clear(), True, id="who is on it"),
         pytest.param(lambda pack: pack["status"]["gpu"].update(memory="40Gi"), True, id="its memory"),
+        pytest.param(lambda pack: pack["status"].pop("gpu"), True, id="its GPU"),
+        pytest.param(lambda pack: pack["status"].update(repair={"reason": "MPSFault"}), False, id="its repair"),
         pytest.param(
             lambda pack: pack["status"]["replicas"][0].update(message="Unschedulable: 0/2 nodes"),
             True,

@@ -23,8 +23,9 @@ OF_PACKS = {
     Reason.GPU_HELD, Reason.MPS_ACTIVE, Reason.CPU_SET, Reason.MPS_FAULT, Reason.MPS_NOT_ATTACHED, Reason.GPU_MISMATCH,
     Reason.GPU_NOT_VISIBLE, Reason.HOLDER_LOST, Reason.WAITING_FOR_START_SLOT, Reason.REPLICAS_READY, Reason.REPLICAS_STARTING,
     Reason.OOM_KILLED, Reason.CRASH_LOOP, Reason.IMAGE_PULL_FAILED, Reason.NOT_ASSIGNED,
+    Reason.EXCLUSIVE, Reason.ENGINE_HUNG, Reason.DEVICE_LIMITS_FORCED,
 }  # fmt: skip
-"""Reasons of a GPUPack's conditions: test_gpupack_story.py and test_gpupack_podstate.py."""
+"""Reasons of a GPUPack's conditions: test_pack_reasons.py."""
 
 
 async def start(*objects: dict[str, Any], gpus: tuple[int, ...] = (2, 2), **changes: Any) -> World:

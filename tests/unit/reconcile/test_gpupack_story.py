@@ -170,35 +170,6 @@ async def test_a_holder_without_a_gpu_says_what_the_scheduler_said() -> None:
     assert world.condition("LLMService", NS, "late", "Packed")[:2] == ("False", "InsufficientGPUs")
 
 
-async def test_a_fault_of_mps_stops_all_its_clients() -> None:
-    world = await make_packed()
-    before = {pod["metadata"]["uid"] for pod in replicas(world)}
-    world.mps_state = "FAULT"
-    world.nodes_act()
-    await world.settle()
-    assert condition(world, "SharingReady") == ("False", "MPSFault")
-    assert all(pod["metadata"].get("deletionTimestamp") for pod in replicas(world))
-    world.mps_state = "ACTIVE"
-    await world.run()
-    assert condition(world, "Ready") == ("True", "FullyRealised")
-    assert before.isdisjoint(pod["metadata"]["uid"] for pod in replicas(world))
-
-
-async def test_a_replica_that_runs_without_mps_is_found_out_after_a_while() -> None:
-    world = await make_packed()
-    world.mps_state = "IDLE"
-    bare = '{"state": "ACTIVE", "server": 7, "clients": []}'
-    world.change(
-        "Pod", SYSTEM, HOLDER, lambda pod: pod["metadata"]["annotations"].update({labels.ANNOTATION_MPS: bare})
-    )
-    await world.settle()
-    assert condition(world, "SharingReady")[0] == "Unknown"
-    await world.clock.advance(40)
-    await world.look_at_everything()
-    assert condition(world, "SharingReady") == ("False", "MPSNotAttached")
-    assert world.condition("LLMService", NS, "opt", "Packed")[:2] == ("False", "SharingUnavailable")
-
-
 @pytest.mark.parametrize(
     ("state", "reason", "words"),
     [

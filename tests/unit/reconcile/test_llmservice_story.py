@@ -355,21 +355,27 @@ async def test_where_the_cluster_has_no_pools_those_who_asked_for_one_are_told(r
     assert not world.all("InferencePool")
 
 
-async def test_a_budget_that_is_not_ours_is_left_alone() -> None:
+async def test_a_budget_that_is_not_ours_is_left_alone_and_keeps_the_service_from_nothing() -> None:
     world = World()
     theirs = {"minAvailable": 1, "selector": {"matchLabels": {labels.SERVICE: NAME}}}
     metadata = {"name": NAME, "namespace": NS}
     world.put({"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": metadata, "spec": theirs})
     world.put(make_service())
     await world.settle()
-    assert condition(world, "Accepted") == ("False", "NameConflict")
-    assert "PodDisruptionBudget 'opt'" in message(world, "Accepted")
-    assert world.get("PodDisruptionBudget", NS, NAME)["spec"] == theirs
-    assert not world.all("BatchProfile")
-    world.remove("PodDisruptionBudget", NS, NAME)
-    world.queue.add(Key("LLMService", NS, NAME))
-    await world.settle()
     assert condition(world, "Accepted") == ("True", "Valid")
+    assert "without a budget of its own" in message(world, "Accepted")
+    assert "PodDisruptionBudget 'opt'" in message(world, "Accepted")
+    world.change("BatchProfile", NS, world.all("BatchProfile")[0]["metadata"]["name"], complete)
+    await world.run()
+    before = world.get("LLMService", NS, NAME)["status"]["readyReplicas"]
+    world.change("LLMService", NS, NAME, lambda service: service["spec"].update(replicas=before + 1))
+    await world.run(rounds=10)
+    assert world.get("LLMService", NS, NAME)["status"]["readyReplicas"] == before + 1
+    assert world.get("PodDisruptionBudget", NS, NAME)["spec"] == theirs
+    world.remove("PodDisruptionBudget", NS, NAME)
+    await world.look_at_everything()
+    assert world.get("PodDisruptionBudget", NS, NAME)["spec"] != theirs
+    assert "budget" not in message(world, "Accepted")
 
 
 async def test_a_service_that_is_not_ours_is_left_alone_and_nothing_is_half_made() -> None:
@@ -552,10 +558,26 @@ async def test_a_new_rerun_text_is_passed_on_to_the_profile() -> None:
             PRODUCT,
             {labels.NODE_MIG_STRATEGY: "mixed"},
             {"nvidia.com/mig-1g.10gb": "4"},
-            "into MIG slices (strategy mixed)",
+            "node n0 has 2 GPUs cut into MIG slices: 4 nvidia.com/mig-1g.10gb (strategy mixed)",
         ),
-        (f"{PRODUCT}-MIG-1g.10gb", {labels.NODE_MIG_STRATEGY: "single"}, {}, "into MIG slices (strategy single)"),
-        (f"{PRODUCT}-SHARED", {labels.NODE_GPU_SHARING: "time-slicing"}, {}, "by the device plugin (time-slicing)"),
+        (
+            f"{PRODUCT}-MIG-1g.10gb",
+            {labels.NODE_MIG_STRATEGY: "single"},
+            {labels.GPU_RESOURCE: "14"},
+            "node n0 has 2 GPUs cut into 14 MIG slices 1g.10gb (strategy single)",
+        ),
+        (
+            f"{PRODUCT}-SHARED",
+            {labels.NODE_GPU_SHARING: "time-slicing", labels.NODE_GPU_REPLICAS: "4"},
+            {labels.GPU_RESOURCE: "8"},
+            "node n0 has 2 GPUs handed to 4 pods each by the device plugin (time-slicing)",
+        ),
+        (
+            PRODUCT,
+            {labels.NODE_GPU_SHARING: "mps", labels.NODE_GPU_REPLICAS: "10"},
+            {labels.GPU_RESOURCE: "0", "nvidia.com/gpu.shared": "20"},
+            "node n0 has 2 GPUs handed to 10 pods each by the device plugin (mps)",
+        ),
         (
             PRODUCT,
             {labels.NODE_GPU_SHARING: "none", labels.NODE_MIG_STRATEGY: "mixed"},
@@ -570,12 +592,15 @@ async def test_gpus_that_are_divided_already_are_refused(
     world = World(gpus=(2,), product=product)
 
     def divide(node: dict[str, Any]) -> None:
-        node["metadata"]["labels"].update(carried)
+        node["metadata"]["labels"].update(carried | {labels.NODE_GPU_COUNT: "2"})
         node["status"]["allocatable"].update(resources)
 
     world.change("Node", "", "n0", divide)
-    world.put(make_service(accelerator={"device": "cuda", "product": product}))
-    await world.settle()
-    status, reason, message = world.condition("LLMService", NS, "opt", "Accepted")
-    assert (status, reason) == (("False", "UnsupportedAccelerator") if words else ("True", "Valid"))
-    assert words in message
+    for asked in dict.fromkeys((PRODUCT, product)):
+        world.put(make_service(accelerator={"device": "cuda", "product": asked}))
+        await world.settle()
+        status, reason, message = world.condition("LLMService", NS, "opt", "Accepted")
+        assert (status, reason) == (("False", "UnsupportedAccelerator") if words else ("True", "Valid"))
+        assert words in message
+        assert not words or "turn that off on a node" in message
+        world.remove("LLMService", NS, "opt")

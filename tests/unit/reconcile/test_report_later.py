@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fault_world import make_packed
 from pack_world import World, complete
 from story import make_service
 from tightship.core.conditions import timestamp
@@ -101,3 +102,17 @@ async def test_a_holder_that_starts_has_lost_nothing() -> None:
     await world.run(rounds=20)
     seen.append(world.condition("GPUPack", "", PACK, "Held")[1])
     assert seen == ["NotYetKnown", "GPUHeld"]
+
+
+async def test_a_repair_is_written_down_at_once() -> None:
+    """The next look goes by it, so that a repair is begun once, and its back-off counts from then."""
+    world = await make_packed()
+    object.__setattr__(world.ctx.settings, "status_interval", 600.0)
+    world.mps_states[PACK] = "FAULT"
+    world.nodes_act()
+    await world.settle()
+    assert world.get("GPUPack", "", PACK)["status"]["repair"]["reason"] == "MPSFault"
+    world.mps_states.clear()
+    await world.run()
+    assert world.get("GPUPack", "", PACK)["status"]["repair"]["ended"]
+    assert len([pod for pod in world.all("Pod") if not pod["metadata"]["name"].startswith("holder")]) == 2

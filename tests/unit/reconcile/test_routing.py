@@ -45,6 +45,12 @@ def make_node(heartbeat: str = "1", ready: str = "True", **spec: Any) -> Any:
     return node
 
 
+def make_claiming() -> Any:
+    pack = make("GPUPack", "team-dra-0", spec={"namespace": "team", "assignments": [], "allocator": "DRA"})
+    del pack["metadata"]["namespace"]
+    return pack
+
+
 @pytest.fixture
 def store() -> Store:
     filled = Store(indexers=INDEXERS)
@@ -55,6 +61,7 @@ def store() -> Store:
         make_profile("waits", Progressing="Waiting"),
         make_profile("done", Complete="Completed"),
         make_pack("opt"),
+        make_claiming(),
     ):
         filled.observe(obj)
     return filled
@@ -75,6 +82,25 @@ HOLDER = make(
 BUDGET = make("PodDisruptionBudget", "opt", carried={labels.SERVICE: "opt"})
 JOB = make("Job", "opt-123-1", carried={labels.PROFILE: "opt-123"})
 JOB_DONE = {**JOB, "status": {"conditions": [{"type": "Complete", "status": "True"}]}}
+CLAIM = make("ResourceClaim", "c")
+OUR_CLAIM = make("ResourceClaim", "c", carried={labels.PACK: "team-opt-0"})
+CLAIMING = Key("GPUPack", "", "team-dra-0")
+SLICE = make("ResourceSlice", "s", spec={"driver": labels.DRA_DRIVER, "pool": {"name": "n1"}})
+
+
+def restarted(pod: Any) -> Any:
+    return {**pod, "status": {"containerStatuses": [{"name": "mps", "restartCount": 1}]}}
+
+
+def reserved(claim: Any) -> Any:
+    return {**claim, "status": {"reservedFor": [{"name": "p"}]}}
+
+
+def allocated(claim: Any) -> Any:
+    result = {"driver": labels.DRA_DRIVER, "pool": "n1", "device": "gpu-0"}
+    return {**claim, "status": {"allocation": {"devices": {"results": [result]}}}}
+
+
 UNFINISHED = {PROFILE, Key("BatchProfile", "team", "waits")}
 
 
@@ -108,6 +134,15 @@ UNFINISHED = {PROFILE, Key("BatchProfile", "team", "waits")}
         pytest.param(JOB, JOB_DONE, UNFINISHED, id="a Job that ends frees a slot"),
         pytest.param(JOB, None, UNFINISHED, id="a Job gone frees a slot"),
         pytest.param(None, make("Service", "foreign"), set(), id="nothing of ours"),
+        pytest.param(HOLDER, restarted(HOLDER), {PACK, PLACEMENT}, id="a holder's daemon that began anew"),
+        pytest.param(POD, restarted(POD), {SERVICE, PACK}, id="a replica that began anew"),
+        pytest.param(CLAIM, reserved(CLAIM), set(), id="who uses somebody's claim"),
+        pytest.param(CLAIM, allocated(CLAIM), {PLACEMENT}, id="a GPU that somebody's claim gets"),
+        pytest.param(OUR_CLAIM, allocated(OUR_CLAIM), {PACK, PLACEMENT}, id="a GPU that a pack's claim gets"),
+        pytest.param(
+            None, SLICE, {PLACEMENT, CLAIMING, SERVICE, Key("LLMService", "team", "other")}, id="GPUs for claims"
+        ),
+        pytest.param(SLICE, SLICE | {"status": {}}, set(), id="a slice that says the same"),
     ],
 )
 def test_keys_of_a_change(store: Store, before: Any, after: Any, expected: set[Key]) -> None:

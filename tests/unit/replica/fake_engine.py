@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--healthy-after", type=float, default=0)
     parser.add_argument("--in-flight", type=Path)
+    parser.add_argument("--hung", action="store_true", help="no step ever ends; else one does between two looks")
     parser.add_argument("--fail", default=None)
     parser.add_argument("--deaf", action="store_true")
     parser.add_argument("--child", action="store_true")
@@ -48,10 +49,13 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, on_term)
     signal.signal(signal.SIGUSR1, lambda number, frame: note("usr1"))
+    steps = 0
     ready_at = time.monotonic() + args.healthy_after
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            nonlocal steps
+            steps += not args.hung
             ready = time.monotonic() >= ready_at
             if self.path == "/health" and ready:
                 note("healthy")
@@ -59,6 +63,7 @@ def main() -> None:
             body = (
                 f'vllm:num_requests_running{{engine="0",model_name="m"}} {count}\n'
                 'vllm:num_requests_waiting{engine="0",model_name="m"} 0.0\n'
+                f'vllm:generation_tokens_total{{engine="0",model_name="m"}} {1200 + steps}.0\n'
                 'vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 7.0\n'
             ).encode()
             self.send_response(200 if ready else 503)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from tightship.replica import cuda_probe
 from tightship.replica.engine import address, option
 from tightship.replica.locks import FileLock, content, is_held
 from tightship.replica.outcome import MESSAGE_BYTES, Reason, RefusalError, leave_message
-from tightship.replica.preflight import Gpu, memory_share
+from tightship.replica.preflight import Gpu, memory_share, run_probe
+from tightship.replica.progress import Activity, Watchdog
 
 GIB = 1 << 30
 
@@ -169,3 +171,74 @@ def test_the_injected_supervisor_needs_nothing_but_the_standard_library(tmp_path
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def idle(tokens: float) -> Activity:
+    return Activity(0, int(tokens), (tokens,))
+
+
+def busy(tokens: float, running: int = 3) -> Activity:
+    return Activity(running, int(tokens), (tokens,))
+
+
+@pytest.mark.parametrize(
+    ("looks", "found"),
+    [
+        ([(0, busy(5)), (5, busy(6)), (10, busy(7)), (99, busy(8))], False),
+        ([(0, busy(5)), (5, busy(5)), (10, busy(5)), (15, busy(5))], True),
+        ([(0, idle(5)), (5, idle(5)), (10, idle(5)), (500, idle(5))], False),
+        ([(0, busy(5)), (5, None), (10, None), (15, None), (20, None)], False),
+        ([(0, busy(5)), (5, busy(5)), (10, busy(6)), (15, busy(6)), (20, busy(6))], False),
+        ([(0, busy(5)), (5, busy(5)), (10, idle(5)), (15, busy(5)), (20, busy(5))], False),
+        ([(0, busy(5)), (900, busy(5)), (905, busy(6))], False),  # the machine stood still, not the engine
+    ],
+    ids=["steps", "hangs", "idle", "silent", "steps again", "idle between", "paused"],
+)
+def test_a_hang_is_requests_that_run_without_a_step_for_long_enough(
+    looks: list[tuple[float, Activity | None]], found: bool
+) -> None:
+    watchdog = Watchdog(limit=15, period=5)
+    findings = [watchdog.look(seen, now) for now, seen in looks]
+    assert bool(findings[-1]) == found
+    assert not any(findings[:-1])
+    if found:
+        assert findings[-1] is not None
+        assert findings[-1].startswith("3 requests run, and for 15 s (limit 15 s) no step ended: 5 tokens since")
+
+
+def test_a_limit_of_nought_looks_for_no_hang() -> None:
+    watchdog = Watchdog(limit=0, period=5)
+    assert not any(watchdog.look(busy(5), now) for now in range(0, 10_000, 5))
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("cuInit returned CUDA error 807", Reason.MPS_FAULT),
+        ("CUDA error: the MPS server is not ready to accept new MPS client requests", Reason.MPS_FAULT),
+        ("cuInit returned CUDA error 8071", Reason.GPU_NOT_VISIBLE),
+        ("cuInit returned CUDA error 999", Reason.GPU_NOT_VISIBLE),
+    ],
+)
+def test_a_server_that_takes_no_clients_is_told_from_a_gpu_that_is_not_there(said: str, reason: Reason) -> None:
+    with pytest.raises(RefusalError) as refused:
+        run_probe(["sh", "-c", f"echo '{said}' >&2; exit 1"])
+    assert refused.value.reason is reason
+
+
+def test_a_lock_on_a_file_that_is_no_longer_there_is_none(tmp_path: Path) -> None:
+    """A holder that leaves removes the files; who opened one before must not take it for the new one of that name."""
+    path, real = tmp_path / "lock", os.path.samestat
+    first, second = FileLock(path), FileLock(path)
+
+    def exchanged(one: os.stat_result, other: os.stat_result) -> bool:
+        path.unlink()
+        path.touch()
+        return real(one, path.stat())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os.path, "samestat", exchanged)
+        assert not first.try_acquire("{}")
+    assert first.try_acquire("{}")
+    assert not second.try_acquire("{}")
+    first.release()

@@ -37,7 +37,11 @@ class Pack:
         (folder / "mps").mkdir()
         (folder / "mps" / "control").touch()
         self.see(uuid=UUID)
-        assert self.holder.try_acquire("{}")
+        self.hold()
+
+    def hold(self, gpu: str = UUID, session: str = "first") -> None:
+        """A holder takes the pack's lock."""
+        assert self.holder.try_acquire(json.dumps({"pack": "p", "gpu": gpu, "session": session}))
 
     def see(self, **gpu: Any) -> None:
         """What the driver will show."""
@@ -74,6 +78,7 @@ class Replica:
                 "TIGHTSHIP_DEVICE": device,
                 "TIGHTSHIP_PACK_DIR": str(pack.folder),
                 "TIGHTSHIP_POD_NAME": f"replica-{len(pack.replicas)}",
+                "TIGHTSHIP_POD_UID": f"uid-{len(pack.replicas)}",
                 "TIGHTSHIP_DRAIN_TIMEOUT": "20",
                 "TIGHTSHIP_CUDA_PROBE": f"cat {pack.gpu}",
                 "TIGHTSHIP_TERMINATION_MESSAGE": str(self.message_path),
@@ -135,6 +140,14 @@ def test_it_serves_until_asked_to_stop_and_ends_well(pack: Pack) -> None:
     assert pack.events("start")[0]["share"] == "0.1000"
     assert len(pack.events("term")) == 1
     assert not replica.message_path.exists()
+
+
+def test_a_gpu_of_its_own_needs_no_holder(pack: Pack) -> None:
+    pack.holder.release()
+    replica = pack.start(TIGHTSHIP_SHARING="Exclusive", TIGHTSHIP_GPU_UUID="")
+    eventually(serving(pack))
+    replica.process.terminate()
+    assert replica.ends() == 0
 
 
 def test_engines_start_one_at_a_time(pack: Pack) -> None:
@@ -202,6 +215,77 @@ def test_losing_the_holder_stops_a_serving_engine(pack: Pack) -> None:
     assert not alive(pack.events("start")[0]["pid"])
 
 
+def test_a_daemon_that_was_replaced_between_two_looks_ends_the_engine_of_the_one_before(pack: Pack) -> None:
+    """The lock is held again before anybody missed it; an engine whose MPS server has gone would fail with the next request."""
+    replica = pack.start()
+    eventually(serving(pack))
+    pack.holder.release()
+    pack.hold(session="second")
+    assert replica.ends() == EXIT_STATUS[Reason.HOLDER_LOST]
+    assert "another one has taken its place" in replica.message
+
+
+def test_a_holder_of_another_gpu_is_no_holder(pack: Pack) -> None:
+    pack.holder.release()
+    pack.hold(gpu="GPU-other")
+    replica = pack.start()
+    assert replica.ends() == EXIT_STATUS[Reason.GPU_MISMATCH]
+    assert "the pack's holder has GPU-other, this replica is made for GPU-0000" in replica.message
+    assert not pack.events("start")
+
+
+def test_an_engine_that_hangs_while_health_answers_is_killed_with_numbers(pack: Pack, tmp_path: Path) -> None:
+    """The look comes every five seconds, so a limit of one is found at the second."""
+    in_flight = tmp_path / "in-flight"
+    in_flight.write_text("3")
+    replica = pack.start("--hung", "--in-flight", str(in_flight), TIGHTSHIP_HANG_TIMEOUT="1")
+    assert replica.ends() == EXIT_STATUS[Reason.ENGINE_HUNG]
+    assert replica.message.startswith("EngineHung: 3 requests run, and for ")
+    assert "(limit 1 s) no step ended: 1200 tokens since the engine started" in replica.message
+    assert not alive(pack.events("start")[0]["pid"])
+
+
+def test_what_the_preflight_saw_lies_in_the_packs_directory_while_the_replica_lives(pack: Pack) -> None:
+    pack.see(uuid=UUID, free=41 * GIB)
+    replica = pack.start(TIGHTSHIP_MEMORY_BYTES=str(8 * GIB))
+    eventually(lambda: pack.events("start"))
+    (path,) = pack.folder.glob("preflight.*")
+    seen = json.loads(path.read_text())
+    assert path.name == "preflight.uid-0.json"
+    assert (seen["pod"], seen["uuid"], seen["total"], seen["free"]) == ("replica-0", UUID, 80 * GIB, 41 * GIB)
+    replica.process.terminate()
+    replica.ends()
+    assert not path.exists()
+
+
+def test_an_engine_that_must_be_killed_is_taken_out_of_mps_first(pack: Pack) -> None:
+    """Here the test is the holder: it sees the request while the engine lives, and ends its clients."""
+    replica = pack.start("--deaf", TIGHTSHIP_DRAIN_TIMEOUT="0")
+    eventually(serving(pack))
+    replica.process.terminate()
+    request = pack.folder / "terminate.uid-0"
+    eventually(request.exists)
+    engine = pack.events("start")[0]["pid"]
+    assert alive(engine)
+    assert "replica-0: did not stop within 8 s" in request.read_text()
+    request.unlink()
+    assert replica.ends() == 0
+    assert not alive(engine)
+
+
+def test_a_server_in_fault_is_waited_for(pack: Pack) -> None:
+    state = pack.folder / "mps-state"
+    state.write_text("cuInit returned CUDA error 807")
+    figures = json.dumps({"uuid": UUID, "name": "H100", "total": 80 * GIB, "free": 79 * GIB})
+    probe = f"""sh -c 'if [ -e {state} ]; then cat {state} >&2; exit 1; fi; echo "$FIGURES"'"""
+    replica = pack.start(TIGHTSHIP_CUDA_PROBE=probe, FIGURES=figures)
+    with pytest.raises(subprocess.TimeoutExpired):
+        replica.ends(timeout=1.5)
+    assert not pack.events("start")
+    state.unlink()
+    eventually(serving(pack))
+
+
 def test_requests_in_flight_get_their_time(pack: Pack, tmp_path: Path) -> None:
     in_flight = tmp_path / "in-flight"
     in_flight.write_text("3")
@@ -233,7 +317,7 @@ def test_draining_ends_at_its_timeout_or_when_asked_again(pack: Pack, tmp_path: 
 
 
 def test_an_engine_deaf_to_sigterm_is_killed_with_all_it_started(pack: Pack) -> None:
-    replica = pack.start("--deaf", "--child", TIGHTSHIP_DRAIN_TIMEOUT="0")
+    replica = pack.start("--deaf", "--child", device="cpu", TIGHTSHIP_DRAIN_TIMEOUT="0")
     eventually(serving(pack))
     replica.process.terminate()
     assert replica.ends() == 0

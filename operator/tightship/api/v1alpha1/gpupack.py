@@ -31,7 +31,23 @@ class GPUPackSpec(Model):
     namespace: Annotated[Name, Field(description="Namespace of the services on this GPU.")]
     device: Annotated[Literal["cuda", "cpu"], Field(description="cuda, or cpu for a set of cores.")] = "cuda"
     product: Annotated[Text | None, Field(description="GPU product, as on the node's label.")] = None
-    mode: Annotated[Literal["Reservation", "CPUSet"], Field(description="How the GPU is shared.")] = "Reservation"
+    mode: Annotated[
+        Literal["Reservation", "DRA", "DevicePlugin", "Exclusive", "CPUSet"],
+        Field(
+            description="How the GPU is shared. Reservation: a holder pod has it and runs MPS. DRA: a ResourceClaim of all replicas, MPS by its "
+            "driver. DevicePlugin: each replica has a share that the device plugin makes by MPS. Exclusive: one replica has it alone. CPUSet: "
+            "cores in place of a GPU."
+        ),
+    ] = "Reservation"
+    allocator: Annotated[
+        Literal["DevicePlugin", "DRA"],
+        Field(
+            description="Who hands the GPU out: the device plugin for nvidia.com/gpu, or DRA for a ResourceClaim of the pack's name."
+        ),
+    ] = "DevicePlugin"
+    resource: Annotated[
+        Text, Field(description="With allocator DevicePlugin: what the holder, or each replica, requests one of.")
+    ] = labels.GPU_RESOURCE
     run_as_user: Annotated[int, Field(ge=0, description="User of the MPS daemon and of every replica.")] = 0
     node: Annotated[Text | None, Field(description="With device cpu: the node whose cores these are.")] = None
     cores: Annotated[int | None, Field(ge=1, description="With device cpu: how many cores.")] = None
@@ -48,6 +64,16 @@ class GPUPackSpec(Model):
         list[Assignment],
         Field(max_length=16, description="Who is on it.", json_schema_extra=list_map("uid")),
     ] = Field(default_factory=list)
+
+    @property
+    def has_holder(self) -> bool:
+        """Whether a pod of its own holds the GPU, so that the replicas request none."""
+        return self.device == "cuda" and self.mode == "Reservation"
+
+    @property
+    def claims(self) -> bool:
+        """Whether the replicas get the GPU by a ResourceClaim."""
+        return self.allocator == "DRA"
 
 
 class PackGPU(Model):
@@ -74,6 +100,28 @@ class PackMPS(Model):
     attached_replicas: Annotated[int, Field(description="Replica pods with a process attached to it.")] = 0
 
 
+class PackPreflight(Model):
+    """What a replica saw of the GPU before its engine started."""
+
+    uuid: Annotated[Text, Field(description="UUID of the GPU.")]
+    total: Annotated[Quantity, Field(description="Memory of the GPU, as the engine sees it.")]
+    free: Annotated[Quantity, Field(description="Of it free just before the engine started.")]
+
+
+class PackRepair(Model):
+    """What was done last to make replicas share this GPU again."""
+
+    reason: Annotated[Literal["MPSFault", "MPSNotAttached"], Field(description="What was wrong.")]
+    count: Annotated[
+        int, Field(ge=1, description="How many repairs there were, with less than an hour between each two.")
+    ]
+    since: Annotated[Text, Field(description="When the last one began (RFC 3339).")]
+    ended: Annotated[
+        Text | None,
+        Field(description="When replicas could start again, or were seen to share again; absent until then."),
+    ] = None
+
+
 class PackReplica(Model):
     """One replica pod on this GPU."""
 
@@ -81,6 +129,10 @@ class PackReplica(Model):
     service: Annotated[Text, Field(description="Its LLMService.")]
     ready: Annotated[bool, Field(description="Whether it answers.")]
     attached: Annotated[bool | None, Field(description="Whether it runs under MPS; absent without MPS.")] = None
+    restarts: Annotated[int, Field(description="How often its engine was started anew in this pod.")] = 0
+    preflight: Annotated[
+        PackPreflight | None, Field(description="What it saw of the GPU before its engine started.")
+    ] = None
     message: Annotated[str | None, Field(max_length=4096, description="What keeps it from being ready.")] = None
 
 
@@ -102,6 +154,7 @@ class GPUPackStatus(Model):
         list[PackReplica],
         Field(max_length=64, description="The replica pods.", json_schema_extra=list_map("name")),
     ] = Field(default_factory=list)
+    repair: Annotated[PackRepair | None, Field(description="The last repair, if there was one.")] = None
     conditions: Conditions = Field(default_factory=list)
 
 

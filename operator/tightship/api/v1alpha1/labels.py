@@ -39,6 +39,8 @@ COMPONENT_SERVICE: Final = "service"
 
 ANNOTATION_GPU: Final = f"{GROUP}/gpu"
 ANNOTATION_MPS: Final = f"{GROUP}/mps"
+ANNOTATION_PREFLIGHT: Final = f"{GROUP}/preflight"
+"""On a holder: what each replica saw of the GPU before its engine started, as JSON by pod UID."""
 ANNOTATION_TEMPLATE: Final = f"{GROUP}/template"
 ANNOTATION_GENERATION: Final = f"{GROUP}/service-generation"
 ANNOTATION_RERUN: Final = f"{GROUP}/rerun"
@@ -55,7 +57,13 @@ NODE_GPU_PRODUCT: Final = "nvidia.com/gpu.product"
 NODE_GPU_SHARING: Final = "nvidia.com/gpu.sharing-strategy"
 NODE_MIG_STRATEGY: Final = "nvidia.com/mig.strategy"
 GPU_RESOURCE: Final = "nvidia.com/gpu"
+SHARED_GPU_RESOURCE: Final = "nvidia.com/gpu.shared"
+NODE_GPU_MEMORY: Final = "nvidia.com/gpu.memory"
 MIG_RESOURCES: Final = "nvidia.com/mig-"
+NODE_GPU_COUNT: Final = "nvidia.com/gpu.count"
+NODE_GPU_REPLICAS: Final = "nvidia.com/gpu.replicas"
+DRA_DRIVER: Final = "gpu.nvidia.com"
+"""NVIDIA's driver for dynamic resource allocation; its DeviceClass for whole GPUs has the same name."""
 
 _VALUE_LIMIT: Final = 63  # characters of a label's value
 

@@ -79,9 +79,12 @@ class PackingSpec(Model):
     """How replicas share a GPU."""
 
     mode: Annotated[
-        Literal["Auto", "Reservation"],
+        Literal["Auto", "Reservation", "DRA", "DevicePlugin", "Exclusive"],
         Field(
-            description="Reservation: a holder pod takes the GPU and runs MPS. Auto chooses what the cluster offers."
+            description="Reservation: a holder pod takes the GPU and runs MPS. DRA: the replicas share a ResourceClaim, and NVIDIA's DRA driver runs "
+            "MPS. DevicePlugin: each replica has a share of a node whose device plugin shares by MPS, with its limits on memory and threads. "
+            "Exclusive: one replica a GPU, without MPS; also what a GPU gets where packing doesn't pay. Auto: DRA where the cluster "
+            "offers GPUs so, else Reservation; the packs' SharingReady says which, and why."
         ),
     ] = "Auto"
     max_replicas_per_gpu: Annotated[
@@ -112,6 +115,11 @@ class PackingSpec(Model):
             "It is a must: what has no second GPU waits for one."
         ),
     ] = False
+
+    @property
+    def most_per_gpu(self) -> int:
+        """Most replicas of the service that its manifest lets on one GPU."""
+        return 1 if self.mode == "Exclusive" else self.max_replicas_per_gpu
 
 
 class RolloutSpec(Model):

@@ -23,6 +23,7 @@ from tightship.sandbox import images
 from tightship.sandbox.agent import netns, procfs
 from tightship.sandbox.agent.api import Api, Object, Reflector
 from tightship.sandbox.agent.devices import Addresses, Stock
+from tightship.sandbox.agent.dra import Driver
 from tightship.sandbox.agent.events import Recorder
 from tightship.sandbox.agent.hollow import main as hollow
 from tightship.sandbox.agent.host import Cores, Host, ImageResolver, Timing
@@ -57,6 +58,7 @@ class Config:
     variables: dict[str, str] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
     heartbeat: float = 5.0
+    dra: bool = False
 
 
 def resolver(config: Config) -> ImageResolver:
@@ -126,6 +128,18 @@ async def run(config: Config) -> None:
                 variables={**config.variables, "TIGHTSHIP_PROC_ROOT": str(directory / "proc")},
                 timing=Timing(**config.timing),
             )
+            if config.dra and spec.gpus:
+                host.claims = Driver(
+                    node=spec.name,
+                    gpus=spec.gpus,
+                    product=spec.product,
+                    memory=spec.gpu_memory,
+                    directory=directory,
+                    api=api,
+                    runtime=host.runtime,
+                    resolve=host.resolve,
+                    cores=split,
+                )
             node = nodes[spec.name] = Node(spec, host, version, config.heartbeat)
             host.allocatable = node.capacity(len(spec.gpus))
             await Kubelet(node, tls).start()

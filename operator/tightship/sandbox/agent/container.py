@@ -10,14 +10,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tightship.sandbox.agent import env, logs, probes, rootfs
 from tightship.sandbox.agent.api import ApiError, Object
-from tightship.sandbox.agent.devices import Grant
+from tightship.sandbox.agent.devices import Given, Grant
 from tightship.sandbox.agent.events import Event, now
 from tightship.sandbox.agent.host import Host
 from tightship.sandbox.agent.netns import PodNetwork
@@ -42,6 +42,8 @@ class PodParts:
     network: PodNetwork | None
     address: str
     changed: Callable[[], None]
+    given: Mapping[str, Given] = field(default_factory=dict)
+    """What claims give, by the pod's names for them."""
 
 
 class Container:
@@ -53,6 +55,8 @@ class Container:
         self.spec = spec
         self.state = state
         self._grant = grant
+        asked = [each["name"] for each in (spec.get("resources") or {}).get("claims") or []]
+        self._given = [parts.given[name] for name in asked if name in parts.given]
         self._volumes = parts.volumes
         self._network = parts.network
         self._address = parts.address
@@ -144,7 +148,12 @@ class Container:
             env=variables,
             cwd=self.spec.get("workingDir") or "/",
             hostname=pod["spec"].get("hostname") or pod["metadata"]["name"],
-            mounts=[*rootfs.base_mounts(), *self._own_mounts(pod), *self._volumes.mounts(self.spec, variables)],
+            mounts=[
+                *rootfs.base_mounts(),
+                *self._own_mounts(pod),
+                *(mount for given in self._given for mount in given.mounts),
+                *self._volumes.mounts(self.spec, variables),
+            ],
             cpus=self._host.cores.of(len(self._grant.cpus)),
             log=self._log(self.state.restarts),
             network=self._network,
@@ -159,9 +168,9 @@ class Container:
             wanted.add((kind, source[f"{'configMap' if kind == 'configmap' else kind}Ref"]["name"]))
         for entry in self.spec.get("env") or []:
             source = entry.get("valueFrom") or {}
-            for kind, field in (("configmap", "configMapKeyRef"), ("secret", "secretKeyRef")):
-                if field in source:
-                    wanted.add((kind, source[field]["name"]))
+            for kind, key in (("configmap", "configMapKeyRef"), ("secret", "secretKeyRef")):
+                if key in source:
+                    wanted.add((kind, source[key]["name"]))
         return {key: await self._volumes.read(*key) for key in wanted}
 
     def _base(self, pod: Object) -> dict[str, str]:
@@ -175,6 +184,8 @@ class Container:
         values |= self._host.variables
         if self._grant.gpus:
             values["NVIDIA_VISIBLE_DEVICES"] = ",".join(self._grant.gpus)
+        for given in self._given:
+            values |= given.env
         return values
 
     def _own_mounts(self, pod: Object) -> list[rootfs.Mount]:

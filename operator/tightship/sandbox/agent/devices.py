@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 from tightship.api.units import exact_quantity
+from tightship.sandbox.agent.rootfs import Mount
 
 GPU = "nvidia.com/gpu"
 Object = Mapping[str, Any]
@@ -23,6 +24,10 @@ class Refused(Exception):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class PrepareError(Exception):
+    """A claim can't be used yet; the kubelet calls it FailedPrepareDynamicResources and tries again."""
 
 
 class Addresses:
@@ -58,6 +63,28 @@ class Grant:
 
     gpus: tuple[str, ...] = ()
     cpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a container gets of a claim: GPU UUIDs, variables and mounts."""
+
+    gpus: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    mounts: tuple[Mount, ...] = ()
+
+
+class ClaimDriver(Protocol):
+    """What hands out the devices of claims on a node."""
+
+    async def publish(self) -> None:
+        """Tell the API server of the node's devices."""
+
+    async def prepare(self, pod: Object) -> dict[str, Given]:
+        """What the containers of a pod get, by the pod's name for each claim. Raises PrepareError."""
+
+    def release(self, pod: str) -> None:
+        """A pod (its UID) has ended."""
 
 
 def requests(container: Object, resource: str) -> Fraction:

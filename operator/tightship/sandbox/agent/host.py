@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tightship.sandbox.agent.api import Api, Object
-from tightship.sandbox.agent.devices import Addresses, Stock
+from tightship.sandbox.agent.devices import Addresses, ClaimDriver, Stock
 from tightship.sandbox.agent.events import Recorder
 from tightship.sandbox.agent.netns import PodNetwork
 from tightship.sandbox.agent.probes import Prober
@@ -71,3 +71,5 @@ class Host:
     allocatable: dict[str, str] = field(default_factory=dict)
     timing: Timing = field(default_factory=Timing)
     volumes: type[Volumes] = Volumes
+    claims: ClaimDriver | None = None
+    """Hands out the node's GPUs by claims; None where the device plugin does."""

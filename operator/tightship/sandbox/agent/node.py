@@ -107,6 +107,8 @@ class Node:
             try:
                 if not registered:
                     await self._register()
+                    if self.host.claims is not None:
+                        await self.host.claims.publish()
                     registered = True
                 await self._beat()
             except ApiError as error:
@@ -165,7 +167,7 @@ class Node:
             "pods": str(self.spec.pods),
             "ephemeral-storage": "100Gi",
         }
-        if self.spec.gpus:
+        if self.spec.gpus and self.host.claims is None:
             found[GPU] = str(gpus)
         return found
 

@@ -18,7 +18,7 @@ import aiohttp
 from tightship.sandbox.agent import netns, status
 from tightship.sandbox.agent.api import ApiError, Object
 from tightship.sandbox.agent.container import Container, PodParts
-from tightship.sandbox.agent.devices import Refused, qos_class
+from tightship.sandbox.agent.devices import Given, PrepareError, Refused, qos_class
 from tightship.sandbox.agent.env import ConfigError
 from tightship.sandbox.agent.events import Event, now
 from tightship.sandbox.agent.host import Host
@@ -159,12 +159,13 @@ class PodWorker:
             self._host.api, self.pod, self.directory, self._host.directory / "root", self._host.allocatable
         )
         await self._set_up(volumes)
+        given = await self._prepare_claims()
         if self._leaving.is_set():
             return
         self._tasks.append(asyncio.create_task(self._refresh(volumes)))
         inits = self.pod["spec"].get("initContainers") or []
         mains = self.pod["spec"]["containers"]
-        parts = PodParts(self._host, self._seen, volumes, self._network, self.address, self._changed)
+        parts = PodParts(self._host, self._seen, volumes, self._network, self.address, self._changed, given)
         for spec, state in zip([*inits, *mains], [*self._inits, *self._mains], strict=True):
             name = spec["name"]
             directory = self.directory / "containers" / name
@@ -211,6 +212,15 @@ class PodWorker:
                 self._event("Warning", "FailedMount", f"MountVolume.SetUp failed: {error}")
                 await asyncio.sleep(self._host.timing.retry)
 
+    async def _prepare_claims(self) -> dict[str, Given]:
+        while self._host.claims is not None and self.pod["spec"].get("resourceClaims"):
+            try:
+                return await self._host.claims.prepare(self.pod)
+            except PrepareError as error:
+                self._event("Warning", "FailedPrepareDynamicResources", f"Failed to prepare dynamic resources: {error}")
+                await asyncio.sleep(self._host.timing.retry)
+        return {}
+
     async def _refresh(self, volumes: Volumes) -> None:
         while True:
             await asyncio.sleep(self._host.timing.refresh)
@@ -256,7 +266,7 @@ class PodWorker:
         for task in self._tasks:
             task.cancel()
         # First the devices, then the word: who reads of the end may be given them at once.
-        self._host.stock.release(self.uid)
+        self._give_devices_back()
         await self._patch_status()
         metadata = self.pod["metadata"]
         body = {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}}
@@ -274,13 +284,18 @@ class PodWorker:
                 await asyncio.sleep(self._host.timing.retry)
 
     def _give_back(self) -> None:
-        self._host.stock.release(self.uid)
+        self._give_devices_back()
         if self._network is not None:
             self._network.close()
             self._network = None
         if self.address and self.address != self._host.address:
             self._host.addresses.free(self.address)
             self.address = ""
+
+    def _give_devices_back(self) -> None:
+        self._host.stock.release(self.uid)
+        if self._host.claims is not None:
+            self._host.claims.release(self.uid)
 
     def _fail(self, reason: str, message: str) -> None:
         self._phase, self._reason, self._message = "Failed", reason, message

@@ -103,6 +103,7 @@ def definition_name(model: str) -> str:
         ("DiscoveryV1", "discovery.v1"),
         ("AuthenticationV1", "authentication.v1"),
         ("StorageV1", "storage.v1"),
+        ("ResourceV1", "resource.v1"),
         ("V1", "v1"),
         ("V2", "v2"),
     ):

@@ -15,6 +15,7 @@ from tightship.sandbox.plane import crds
 from tightship.sandbox.plane.admission import Admission
 from tightship.sandbox.plane.api import Api
 from tightship.sandbox.plane.controllers.base import Controller, Manager
+from tightship.sandbox.plane.controllers.claims import Claims
 from tightship.sandbox.plane.controllers.endpoints import Endpoints
 from tightship.sandbox.plane.controllers.garbage import Garbage, Namespaces
 from tightship.sandbox.plane.controllers.housekeeping import Budgets, OldEvents, furnish
@@ -102,6 +103,7 @@ class Plane:
             Namespaces(api),
             Volumes(api),
             Scheduler(api),
+            Claims(api),
             StatefulSets(api),
             ReplicaSets(api),
             Deployments(api),

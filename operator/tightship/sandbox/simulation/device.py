@@ -112,7 +112,8 @@ class Devices:
         return await asyncio.get_running_loop().create_unix_server(lambda: Connection(self), str(path))
 
     def control(self, message: Message) -> dict[str, Any]:
-        """Do to a GPU what no user can: `fault` its MPS, make it `lose` its bus or come back (`restore`), `kill` clients."""
+        """Do to a GPU what no user can: `fault` its MPS, make it `lose` its bus or come back (`restore`), `kill` clients,
+        or have what they run on it never end (`hang`)."""
         verb = message.get("verb")
         slot = self.slots.get(str(message.get("uuid")))
         if slot is None:
@@ -133,7 +134,13 @@ class Devices:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             return {"killed": sorted(pids)}
-        raise DeviceError(f"unknown control verb {verb!r}; there are fault, lose, restore, kill")
+        if verb == "hang":
+            wanted = message.get("pid")
+            hung = [connection for connection in slot.connections if wanted in (None, connection.pid)]
+            for connection in hung:
+                connection.hung = True
+            return {"hung": sorted({connection.pid for connection in hung})}
+        raise DeviceError(f"unknown control verb {verb!r}; there are fault, lose, restore, kill, hang")
 
 
 class Connection(asyncio.Protocol):
@@ -155,6 +162,7 @@ class Connection(asyncio.Protocol):
             "control": devices.control,
         }
         self.pid = 0
+        self.hung = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note who is there."""
@@ -227,6 +235,8 @@ class Connection(asyncio.Protocol):
     def _run(self, message: Message) -> None:
         """Queue just before the work is ready, not when it is asked for: others may be ready earlier and ask later."""
         slot = self._bound()
+        if self.hung:
+            return
         ready, mean = float(message["ready"]), float(message["gpu"]) * self._devices.time_scale
         share = float(message.get("memory", 0.0))
         timer: asyncio.TimerHandle | None = None

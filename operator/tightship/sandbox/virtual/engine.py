@@ -102,6 +102,10 @@ class VirtualEngine:
             kind = OutOfMemory if is_memory(self._over) else EngineError
             raise kind(f"the engine died: exit status 1; its last words: {self._over}")
 
+    def owns(self, pid: int) -> bool:
+        """None: it is no process."""
+        return False
+
     def last_words(self) -> str:
         """What it died of, or what it says by its faults."""
         return self._over or self._place.faults.says

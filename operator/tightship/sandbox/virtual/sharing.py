@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from tightship.profiler.sharing import Owner
+
 
 class VirtualSharing:
     """The profiler's `Sharing` where the simulated GPU does it."""
@@ -13,7 +17,7 @@ class VirtualSharing:
         """Nothing an engine must be told."""
         return {}
 
-    async def prove(self, engines: int) -> None:
+    async def prove(self, engines: Sequence[Owner]) -> None:
         """All engines of a GPU share it."""
 
     async def condition(self) -> str | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import aiohttp
 
 from tightship.api.v1alpha1 import labels
+from tightship.manifests.claims import SHARING_VARIABLE
 from tightship.replica.outcome import EXIT_STATUS, Reason, RefusalError
 from tightship.sandbox.agent.api import Api, ApiError
 from tightship.sandbox.agent.hollow import journal
@@ -234,8 +235,24 @@ def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
+class Report(Program):
+    """`python3 -m tightship.replica.report`: tells which GPU a pod of a pack without a holder got."""
+
+    async def run(self) -> int:
+        """See Program."""
+        board, seen = self.node.board, self.env.get("NVIDIA_VISIBLE_DEVICES", "")
+        if seen not in board.gpus or seen in board.lost:
+            self.tell(str(RefusalError(Reason.GPU_NOT_VISIBLE, "the container sees no GPU")))
+            return EXIT_STATUS[Reason.GPU_NOT_VISIBLE]
+        gpu = board.gpus[seen]
+        self.tell(
+            _json({"uuid": seen, "name": gpu["product"], "total": gpu["memory"], "free": board.free(seen), "mps": None})
+        )
+        return 0
+
+
 class Replica(Program):
-    """`python3 -m tightship.replica -- ...`: supervisor and engine in one."""
+    """`python3 -m tightship.replica -- ...`: supervisor and engine in one. One that has its GPU alone needs no holder and no MPS."""
 
     _lost_since: float | None = None
 
@@ -268,6 +285,7 @@ class Replica(Program):
         self.note(journal.START, gpu, pack.uid, memory)
         if self._cuda:
             self.node.board.engines[self.pid] = (gpu, memory)
+        if self._held:
             pack.attach(self.pid, self.uid)
         end = self.now() + self.node.settings.start_seconds
         while self.now() < end:
@@ -283,6 +301,10 @@ class Replica(Program):
     def _cuda(self) -> bool:
         return self.env.get("TIGHTSHIP_DEVICE") != "cpu"
 
+    @property
+    def _held(self) -> bool:
+        return self._cuda and SHARING_VARIABLE not in self.env
+
     async def _tick(self, pack: Pack, seconds: float | None = None) -> None:
         """Wait for a change, at most `seconds`; raises what ends the replica."""
         if self._lost_since is not None:
@@ -296,7 +318,7 @@ class Replica(Program):
             raise Stopped
         if self.failure is not None:
             raise RefusalError(Reason.ENGINE_FAILED, f"the engine ended with status 1 while serving: {self.failure}")
-        if not self._cuda:
+        if not self._held:
             return
         if self.pid in self.node.board.engines and self.pid not in pack.clients:
             raise RefusalError(Reason.ENGINE_FAILED, "the engine ended with status 1 while serving: MPS server died")
@@ -310,7 +332,7 @@ class Replica(Program):
             self._require_holder(pack)
 
     def _require_holder(self, pack: Pack) -> None:
-        if self._cuda and pack.holder is None:
+        if self._held and pack.holder is None:
             raise RefusalError(
                 Reason.HOLDER_LOST,
                 "nobody holds the pack's holder.lock: the GPU may belong to another pod by now; the pack's holder pod tells why",
@@ -328,7 +350,7 @@ class Replica(Program):
         wanted = self.env.get("TIGHTSHIP_GPU_UUID", seen)
         if seen not in board.gpus or seen in board.lost:
             raise RefusalError(Reason.GPU_NOT_VISIBLE, f"the container sees no GPU, but should see {wanted}")
-        held = str((pack.gpu or {}).get("uuid", seen))
+        held = str((pack.gpu or {}).get("uuid", seen)) if self._held else wanted
         if held != wanted:
             raise RefusalError(Reason.GPU_MISMATCH, f"the container sees {held}, the pack holds {wanted}")
         memory = int(self.env.get("TIGHTSHIP_MEMORY_BYTES") or 0)
@@ -365,6 +387,7 @@ PROGRAMS: Sequence[tuple[tuple[str, ...], type[Program]]] = (
     (("tightship", "node", "prepare"), Done),
     (("tightship", "node", "mps"), Daemon),
     (("tightship", "node", "watch"), Watch),
+    (("python3", "-m", "tightship.replica.report"), Report),
     (("python3", "-m", "tightship.replica"), Replica),
     (("python3", "-m", "tightship.profiler"), Profiler),
 )

@@ -12,6 +12,7 @@ from fractions import Fraction
 
 from tightship.api.units import exact_quantity
 from tightship.sandbox.plane.api import Options
+from tightship.sandbox.plane.controllers import claims
 from tightship.sandbox.plane.controllers.base import Controller, Mapper
 from tightship.sandbox.plane.controllers.pods import is_finished, requests_of, tolerates
 from tightship.sandbox.plane.errors import Obj
@@ -93,6 +94,9 @@ class Scheduler(Controller):
             ("", "nodes"): nodes,
             ("", "persistentvolumeclaims"): always,
             ("", "persistentvolumes"): always,
+            (claims.GROUP, claims.CLAIMS): always,
+            (claims.GROUP, "resourceslices"): always,
+            (claims.GROUP, "deviceclasses"): always,
         }
 
     def reconcile(self, key: Key) -> float | None:
@@ -131,7 +135,7 @@ class Scheduler(Controller):
         return list(places.values())
 
     def _choose(self, pod: Obj, places: list[_Place]) -> tuple[_Place | None, str]:
-        missing = self._volume_problem(pod)
+        missing = self._volume_problem(pod) or self._claim_problem(pod)
         if missing:
             return None, f"0/{len(places)} nodes are available: {missing}."
         if not places:
@@ -166,6 +170,8 @@ class Scheduler(Controller):
             return ["Too many pods" if name == "pods" else f"Insufficient {name}" for name in short]
         if not self._volumes_reach(pod, node):
             return ["node(s) had volume node affinity conflict"]
+        if self._allocations(pod, node["metadata"]["name"]) is None:
+            return ["cannot allocate all claims"]
         return self._affinity_refusals(pod, place, places)
 
     def _ports(self, pod: Obj) -> set[tuple[str, int]]:
@@ -211,6 +217,36 @@ class Scheduler(Controller):
                 return "pod has unbound immediate PersistentVolumeClaims"
         return ""
 
+    def _claim_problem(self, pod: Obj) -> str:
+        for claim, name in zip(self._resource_claims(pod), claims.names_of(pod), strict=True):
+            if claim is None or claim["metadata"].get("deletionTimestamp"):
+                return f'resourceclaim "{name}" not found'
+            if len(dig(claim, "status", "reservedFor", default=[])) >= claims.MOST_CONSUMERS:
+                return f'resourceclaim "{name}" is used by {claims.MOST_CONSUMERS} pods already'
+        return ""
+
+    def _resource_claims(self, pod: Obj) -> list[Obj | None]:
+        namespace = pod["metadata"]["namespace"]
+        return [self.find(claims.GROUP, claims.CLAIMS, (namespace, name)) for name in claims.names_of(pod)]
+
+    def _allocations(self, pod: Obj, node: str) -> dict[str, claims.Results | None] | None:
+        """What each of the pod's claims would get on a node (None: it has it already); None where one can't be had there."""
+        found: dict[str, claims.Results | None] = {}
+        if not claims.names_of(pod):
+            return found
+        used = claims.taken(self.all(claims.GROUP, claims.CLAIMS))
+        slices = self.all(claims.GROUP, "resourceslices")
+        classes = {each["metadata"]["name"]: each for each in self.all(claims.GROUP, "deviceclasses")}
+        for claim in filter(None, self._resource_claims(pod)):
+            name, there = claim["metadata"]["name"], claims.node_of(claim)
+            if there is not None and there != node:
+                return None
+            found[name] = None if there else claims.allocate(claim, node, slices, classes, used)
+            if there is None and found[name] is None:
+                return None
+            used |= {(each["driver"], each["pool"], each["device"]) for each in found[name] or []}
+        return found
+
     def _volumes_reach(self, pod: Obj, node: Obj) -> bool:
         for name in self._claims(pod):
             claim = self.find("", "persistentvolumeclaims", (pod["metadata"]["namespace"], name)) or {}
@@ -227,11 +263,21 @@ class Scheduler(Controller):
             target["spec"]["nodeName"] = node
             set_condition(target["status"], "PodScheduled", "True")
 
+        for name, results in (self._allocations(pod, node) or {}).items():
+            claim = self.find(claims.GROUP, claims.CLAIMS, (pod["metadata"]["namespace"], name))
+            if claim is not None:
+                self._reserve(claim, pod, node, results)
         options = Options(manager="kube-scheduler", subresource="binding")
         bound = self.api.modify(self.resource("", "pods"), *key_of(pod), change, options)
         place.take(bound)
         namespace, name = key_of(pod)
         self.event(bound, "Normal", "Scheduled", f"Successfully assigned {namespace}/{name} to {node}")
+
+    def _reserve(self, claim: Obj, pod: Obj, node: str, results: claims.Results | None) -> None:
+        def change(target: Obj) -> None:
+            claims.reserve(target, pod, node, results)
+
+        self.api.modify(self.resource(claims.GROUP, claims.CLAIMS), *key_of(claim), change, self.status_options)
 
     def _report(self, pod: Obj, why: str) -> None:
         known = condition(pod, "PodScheduled") or {}

@@ -35,7 +35,7 @@ from tightship.manifests import packs as pack_manifests
 from tightship.manifests import service as service_manifests
 from tightship.manifests.budget import disruption_budget
 from tightship.manifests.pool import inference_pool
-from tightship.reconcile import extension, rerun, servicestatus, snapshot
+from tightship.reconcile import extension, fleet, rerun, servicestatus, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.lengths import measurable
 from tightship.reconcile.queue import PLACEMENT, Key, Result
@@ -58,10 +58,11 @@ async def reconcile(ctx: Context, key: Key) -> Result:
     planned = placement.plan(snapshot.take(ctx.store, ctx.clock.now()))
     shortfall = planned.shortfall_of(ServiceRef(key.namespace, key.name))
     view = gather(ctx.store, obj, refusals, shortfall, absent=ctx.absent)
-    if await ctx.report(obj, servicestatus.status(view, ctx.clock.now())):
-        # What packs make depends on this manifest, and a roll-out on one waits for replicas on the others.
-        for pack in view.packs:
-            ctx.queue.add(Key("GPUPack", "", pack.metadata.name))
+    changed = await ctx.report(obj, servicestatus.status(view, ctx.clock.now()))
+    # What packs make depends on this manifest; and what one may replace or send away, on the replicas of the others.
+    assigned = {each.metadata.name: servicestatus.assigned_to(each, view.uid) for each in view.packs}
+    for pack in sorted(fleet.unfinished(view.sets, view.pods, assigned) | (set(assigned) if changed else set())):
+        ctx.queue.add(Key("GPUPack", "", pack))
     before = ((obj.get("status") or {}).get("profile") or {}).get("name")
     if before != view.verdict.profile_name:
         _tell_profiles(ctx, key.namespace)

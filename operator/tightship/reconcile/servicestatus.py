@@ -27,13 +27,14 @@ from tightship.api.v1alpha1.llmservice import (
     ProfileStatus,
     Recommendation,
 )
-from tightship.core import advisor, conditions
+from tightship.core import advisor, conditions, rollout
 from tightship.core.conditions import Condition, find
 from tightship.core.placement import Shortfall
 from tightship.kube.kinds import KINDS, OPTIONAL
 from tightship.kube.store import Object, labels_of
 from tightship.manifests import service as service_manifests
-from tightship.reconcile import extension, podstate
+from tightship.manifests.replicas import set_name
+from tightship.reconcile import extension, fleet, podstate
 from tightship.reconcile.packview import current_revision, refused, revision_of
 from tightship.reconcile.snapshot import shape_of
 from tightship.reconcile.verdict import WAITING_REASONS, Verdict, failure_of, is_imported
@@ -50,6 +51,7 @@ _STALLING = frozenset(
         Reason.EFFICIENCY_FLOOR_NOT_MET,
         Reason.INSUFFICIENT_MEMORY,
         Reason.AWAITING_APPROVAL,
+        Reason.ROLLOUT_STOPPED,
     }
 )
 
@@ -530,6 +532,8 @@ def _realised(view: View) -> Condition:
         and all(_taken_up(view, found) for found in view.sets)
     ):
         return Condition(names.READY, "True", Reason.FULLY_REALISED, f"{view.ready} replicas serve this manifest")
+    if (stopped := _stopped(view)) is not None:
+        return stopped
     causes = [
         f"pack {pack.metadata.name}: {found.message}"
         for pack in view.packs
@@ -537,6 +541,25 @@ def _realised(view: View) -> Condition:
     ]
     text = "; ".join([f"{view.ready} of {view.wanted} replicas serve, {len(view.pods)} exist", *causes[:3]])
     return Condition(names.READY, "False", Reason.PROGRESSING, text)
+
+
+def _stopped(view: View) -> Condition | None:
+    """A roll-out that goes no further, because what it replaced doesn't come up."""
+    groups = fleet.grouped(view.sets, view.pods, view.generation)
+    found = rollout.stopped_by(groups)
+    if found is None:
+        return None
+    name = f"{set_name(view.obj['metadata']['name'], found[0])}-{found[1]}"
+    pod = next((each for each in view.pods if each["metadata"]["name"] == name), None)
+    trouble = podstate.trouble(pod) if pod is not None else None
+    old = [each for group in groups for each in group.pods if each.outdated and not each.going]
+    text = f"the roll-out has stopped: {name} on pack {found[0]} is of the new revision and doesn't become ready"
+    text += f" ({trouble.reason}: {trouble.message})" if trouble else ""
+    text += (
+        f"; {len(old)} of {view.wanted} replicas still run the earlier one, {sum(each.ready for each in old)} of them serve. "
+        "Mend the manifest or put the earlier one back: either goes on by itself"
+    )
+    return Condition(names.READY, "False", Reason.ROLLOUT_STOPPED, text)
 
 
 def _settled(view: View, pack: GPUPack) -> bool:

@@ -120,8 +120,9 @@ class RolloutSpec(Model):
     max_unavailable: Annotated[
         Share,
         Field(
-            description="Replicas that may be missing while the service counts as Available, and that evictions may take: a number, or a "
-            "percentage of spec.replicas, rounded up. Roll-outs replace one serving replica at a time whatever it says."
+            description="Replicas that may be missing while the service counts as Available, that evictions may take, and that a roll-out "
+            "replaces at a time: a number, or a percentage of spec.replicas, rounded up. On one GPU a roll-out replaces one at a time, "
+            "and its first replica alone."
         ),
     ] = 1
 

@@ -23,6 +23,9 @@ The algorithm; where services are taken in turn, the longest-waiting one comes f
 
 What is given up in 4 and 5 may be what another lacks: they are repeated until nothing changes.
 
+Of the packs on a cordoned node one at a time is no longer wanted, the first one that has somewhere to go, and the next one when that is
+gone: whoever drains the node then finds nothing on it.
+
 A replica moves only when its pack can no longer hold it: moving costs serving capacity, so a plan never tidies up for
 the sake of it. Scaling down tidies by itself, because the newest pack empties first.
 
@@ -109,6 +112,7 @@ class Demand:
     services of the namespace beside its own, if they have its ``priority`` (the class's name, "" for none): a pack's holder has one
     priority, and who had a higher one could preempt it. ``spread`` asks for two packs or more. ``reserve`` is what it wants left free of every
     device, ``device_memory`` the bytes of a device of this product, as far as known: it counts until the device itself is.
+    ``avoids`` are nodes on which its replicas found no room: nothing new is put there for now.
     """
 
     service: ServiceRef
@@ -128,6 +132,7 @@ class Demand:
     spread: bool = False
     reserve: Reserve = field(default_factory=Reserve)
     device_memory: int | None = None
+    avoids: frozenset[str] = frozenset()
 
     @property
     def per_pack(self) -> int:
@@ -142,7 +147,8 @@ class Pack:
     ``units`` and ``memory`` are what it takes of its node, as in a demand. ``ordinal`` grows with each pack that a service
     opens, so the highest is the newest. ``excluded`` are nodes that this pack must not be on, because the service's replicas
     did not fit there; ``unfit`` are services whose replicas find no room on its node, while those of others do. ``waiting`` says
-    that it found no device so far: nobody joins it.
+    that it found no device so far: nobody joins it; ``apart``, that it waits for a node that its topology spread allows, so that it
+    takes none of the devices that are free now. ``cordoned``: its node takes no more pods.
     """
 
     name: str
@@ -160,6 +166,8 @@ class Pack:
     memory: int = 0
     unfit: frozenset[ServiceRef] = frozenset()
     waiting: bool = False
+    apart: bool = False
+    cordoned: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,6 +248,7 @@ def ordinal_of(name: str) -> int:
 
 def plan(snapshot: Snapshot) -> Plan:
     """Plan one pass (see the module's docstring for the algorithm and what always holds)."""
+    snapshot = _clear_cordoned(snapshot)
     board = _Board(snapshot)
     for pack in snapshot.packs:
         _retain(board, pack)
@@ -272,6 +281,22 @@ def apply(snapshot: Snapshot, planned: Plan) -> Snapshot:
     updates = dict(planned.update)
     packs = tuple(replace(pack, assignments=updates.get(pack.name, pack.assignments)) for pack in snapshot.packs)
     return replace(snapshot, packs=packs + planned.create)
+
+
+def _clear_cordoned(snapshot: Snapshot) -> Snapshot:
+    """The snapshot with one pack of each cordoned node marked as unfit: the oldest one for which there are devices elsewhere."""
+    cordoned = [pack for pack in snapshot.packs if pack.cordoned and pack.health is Health.SOUND]
+    if not cordoned:
+        return snapshot
+    board, chosen = _Board(snapshot), set()
+    leaving = {pack.node for pack in snapshot.packs if pack.cordoned and not board.pencilled[pack.name]}
+    for pack in sorted(cordoned, key=lambda pack: (pack.ordinal, pack.name)):
+        here = [board.demands[each.service] for each in board.pencilled[pack.name]]
+        if pack.node not in leaving and here and all(board.could_move(pack, demand) for demand in here):
+            leaving.add(pack.node)
+            chosen.add(pack.name)
+    packs = (replace(pack, health=Health.UNFIT) if pack.name in chosen else pack for pack in snapshot.packs)
+    return replace(snapshot, packs=tuple(packs))
 
 
 class _Board:
@@ -383,8 +408,19 @@ class _Board:
             most = min(most, (capacity - taken) // max(1, demand.shape.memory))
         return max(0, most) if len(together) <= SERVICES_PER_PACK else 0
 
+    def could_move(self, pack: Pack, demand: Demand) -> bool:
+        """Whether there may be a place elsewhere for what the service has on the pack."""
+        if self.fixed(pack, demand):
+            return False
+        if any(self.good(each, demand) and self.space(each, demand) for each in self.packs_of(demand)):
+            return True
+        most = max(self.supply(demand).values(), default=0) if demand.device == "cpu" else self.free(demand)
+        return most >= demand.units or bool(self.openings(demand))
+
     def space(self, pack: Pack, demand: Demand) -> int:
         """How many more replicas of the service may be put on a pack where it is, or would be, well placed."""
+        if pack.cordoned:
+            return 0
         others = self.others(pack, demand)
         if others and not (self._agreed(demand, others) and self._measured(pack, demand, others)):
             return 0
@@ -440,9 +476,7 @@ class _Board:
 
     def excluded(self, demand: Demand) -> frozenset[str]:
         """Nodes on which this service's replicas were seen not to fit."""
-        nodes: set[str] = set()
-        for pack in self.owned.get(demand.service, ()):
-            nodes |= pack.excluded
+        nodes = set(demand.avoids)
         for pack in (*self.packs_of(demand), *self._unfit.get(demand.service, ())):
             if pack.node and (pack.health is Health.UNFIT or demand.service in pack.unfit):
                 nodes.add(pack.node)
@@ -476,6 +510,7 @@ class _Board:
             if pack.node is None
             and (pack.device, pack.product) == (demand.device, demand.product)
             and pack.health is not Health.LOST
+            and not (pack.apart and pack.owner != demand.service)
         )
 
     def free(self, demand: Demand) -> int:

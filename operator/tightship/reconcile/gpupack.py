@@ -315,6 +315,9 @@ async def _roll(ctx: Context, view: View) -> list[Problem]:
     """Replace outdated pods: as many as the service can miss, and on this pack one at a time over all services."""
     namespace, pack = view.pack.spec.namespace, view.pack.metadata.name
     for assignment in view.pack.spec.assignments:
+        live = ctx.store.get("StatefulSet", namespace, replica_manifests.set_name(assignment.service, pack))
+        if not any(pod.outdated for pod in rollout_pods(view, assignment.service, live)):
+            continue
         async with ctx.changing:
             chosen = rollout.replacements(
                 fleet.groups(ctx.store, namespace, assignment.service),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -26,6 +27,7 @@ from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.core import placement
+from tightship.core.backoff import avoid
 from tightship.core.placement import Devices, ServiceRef, Shortfall
 from tightship.kube.cluster import controller_of
 from tightship.kube.errors import AlreadyExists, Conflict, Forbidden, Invalid, NameConflict, NotFound, OutlivedOwner
@@ -57,7 +59,9 @@ async def reconcile(ctx: Context, key: Key) -> Result:
     refusals = await _apply(ctx, gather(ctx.store, obj))
     planned = placement.plan(snapshot.take(ctx.store, ctx.clock.now()))
     shortfall = planned.shortfall_of(ServiceRef(key.namespace, key.name))
-    view = gather(ctx.store, obj, refusals, shortfall, absent=ctx.absent)
+    unfit, serving, wait = snapshot.rooms(key.namespace, key.name, ctx.store, ctx.clock.now())
+    avoided = avoid(snapshot.remembered(obj), unfit, serving, ctx.clock.now())
+    view = replace(gather(ctx.store, obj, refusals, shortfall, absent=ctx.absent), avoided=avoided)
     changed = await ctx.report(obj, servicestatus.status(view, ctx.clock.now()))
     # What packs make depends on this manifest; and what one may replace or send away, on the replicas of the others.
     assigned = {each.metadata.name: servicestatus.assigned_to(each, view.uid) for each in view.packs}
@@ -68,7 +72,10 @@ async def reconcile(ctx: Context, key: Key) -> Result:
         _tell_profiles(ctx, key.namespace)
     if not planned.empty:
         ctx.queue.add(PLACEMENT)
-    return Result(requeue_after=ctx.settings.retry_seconds if refusals else None)
+    waits = [wait] if wait is not None else []
+    waits += [ctx.settings.retry_seconds] if refusals else []
+    waits += [left + 1 for each in avoided if (left := (each.until - ctx.clock.now()).total_seconds()) > 0]
+    return Result(requeue_after=min(waits, default=None))
 
 
 def _tell_profiles(ctx: Context, namespace: str) -> None:

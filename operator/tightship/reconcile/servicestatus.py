@@ -19,6 +19,7 @@ from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.llmservice import (
     Applied,
+    AvoidedNode,
     DefaultEngine,
     GPUCount,
     LatencyFigure,
@@ -28,7 +29,8 @@ from tightship.api.v1alpha1.llmservice import (
     Recommendation,
 )
 from tightship.core import advisor, conditions, rollout
-from tightship.core.conditions import Condition, find
+from tightship.core.backoff import Avoided
+from tightship.core.conditions import Condition, find, timestamp
 from tightship.core.placement import Shortfall
 from tightship.kube.kinds import KINDS, OPTIONAL
 from tightship.kube.store import Object, labels_of
@@ -80,7 +82,8 @@ class View:
 
     `refusals` are what only the apply step could find out (a Service that isn't ours); `packs` are those
     with replicas of it; `sets` and `pods` its StatefulSets and replica pods; `shortfall` what the planner found no place for;
-    `approved` whether the decision may be applied; `absent` the optional kinds that the cluster lacks.
+    `approved` whether the decision may be applied; `absent` the optional kinds that the cluster lacks; `avoided` the nodes that its
+    replicas are kept off, since they found no room there.
     """
 
     obj: Object
@@ -95,6 +98,7 @@ class View:
     approved: bool
     divided: tuple[tuple[str, str, str], ...] = ()  # product, node, how its GPUs are divided
     absent: frozenset[str] = frozenset()
+    avoided: tuple[Avoided, ...] = ()
 
     @property
     def generation(self) -> int:
@@ -374,6 +378,8 @@ def _too_few_gpus(view: View) -> Condition | None:
     if short.memory_per_pack:
         need, most = units.format_quantity(short.memory_per_pack), units.format_quantity(short.memory_free)
         text += f" on nodes with the {need} that a pack takes (at most {most} is free on one)"
+    if view.avoided:
+        text += f"; kept off for want of room: {', '.join(f'{each.node} until {timestamp(each.until)}' for each in view.avoided)}"
     if short.kept:
         text += f"; {short.kept} replicas stay where they are until then"
     text += ". Add a node, free a GPU, or lower spec.replicas"
@@ -613,6 +619,10 @@ def _fields(view: View, gates: Sequence[Condition], summary: Condition) -> dict[
         if verdict.profile_name and verdict.key
         else None,
         packs=[_pack(pack, view.uid) for pack in view.packs],
+        avoided_nodes=[
+            AvoidedNode(node=each.node, since=timestamp(each.since), until=timestamp(each.until), times=each.times)
+            for each in view.avoided
+        ],
         url=service_manifests.url(service) if service and accepted else was.get("url"),
         gpus=_gpus(view),
     ).to_dict()

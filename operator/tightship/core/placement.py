@@ -19,7 +19,8 @@ The algorithm; where services are taken in turn, the longest-waiting one comes f
    old replica that serves is worth more than none. When only such a pack's own device can make room, the newest one is
    given up, and no second one before its device is in use again.
 6. A demand without a shape (being measured, awaiting approval, infeasible) keeps what it has. It may shrink, never grow:
-   nobody knows what a new replica of it would need.
+   nobody knows what a new replica of it would need. The same goes for a new shape of which fewer would have a place than have to
+   serve (``least``), and than there are now: it waits for devices.
 
 What is given up in 4 and 5 may be what another lacks: they are repeated until nothing changes.
 
@@ -47,6 +48,7 @@ What always holds, whatever the snapshot:
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -112,7 +114,8 @@ class Demand:
     services of the namespace beside its own, if they have its ``priority`` (the class's name, "" for none): a pack's holder has one
     priority, and who had a higher one could preempt it. ``spread`` asks for two packs or more. ``reserve`` is what it wants left free of every
     device, ``device_memory`` the bytes of a device of this product, as far as known: it counts until the device itself is.
-    ``avoids`` are nodes on which its replicas found no room: nothing new is put there for now.
+    ``avoids`` are nodes on which its replicas found no room: nothing new is put there for now. ``least`` is how many replicas have
+    to serve whatever is changed.
     """
 
     service: ServiceRef
@@ -133,6 +136,7 @@ class Demand:
     reserve: Reserve = field(default_factory=Reserve)
     device_memory: int | None = None
     avoids: frozenset[str] = frozenset()
+    least: int = 0
 
     @property
     def per_pack(self) -> int:
@@ -249,6 +253,25 @@ def ordinal_of(name: str) -> int:
 def plan(snapshot: Snapshot) -> Plan:
     """Plan one pass (see the module's docstring for the algorithm and what always holds)."""
     snapshot = _clear_cordoned(snapshot)
+    waiting: dict[ServiceRef, Shortfall] = {}
+    while True:
+        board, shortfalls = _attempt(snapshot)
+        costly = {short.service: short for short in shortfalls if _costs_too_many(board, short)}
+        if not costly:
+            break
+        waiting |= costly
+        demands = (replace(each, shape=None) if each.service in waiting else each for each in snapshot.demands)
+        snapshot = replace(snapshot, demands=tuple(demands))
+    for short in waiting.values():
+        stay = sum(each.replicas for here in board.pencilled.values() for each in here if each.service == short.service)
+        shortfalls.append(replace(short, kept=stay))
+    return Plan(
+        board.created(), board.changed(), tuple(sorted(shortfalls, key=lambda short: board.turn[short.service]))
+    )
+
+
+def _attempt(snapshot: Snapshot) -> tuple[_Board, list[Shortfall]]:
+    """All steps of a plan, every service at the shape that it wants now."""
     board = _Board(snapshot)
     for pack in snapshot.packs:
         _retain(board, pack)
@@ -262,7 +285,13 @@ def plan(snapshot: Snapshot) -> Plan:
         sharing = board.mixed or any(board.demands[short.service].shared for short in shortfalls)
         if not shortfalls or not sharing or board.pencilled == before:
             break
-    return Plan(board.created(), board.changed(), tuple(shortfalls))
+    return board, shortfalls
+
+
+def _costs_too_many(board: _Board, short: Shortfall) -> bool:
+    """Whether a new shape would leave fewer replicas than have to serve, and than there are."""
+    demand = board.demands[short.service]
+    return short.service in board.squeezed and short.placed + short.kept < min(demand.least, board.had[short.service])
 
 
 def free_memory(snapshot: Snapshot) -> dict[str, int | None]:
@@ -314,10 +343,17 @@ class _Board:
         self.rented: dict[ServiceRef, dict[str, Pack]] = {}
         self.shareable: dict[str, list[Pack]] = {}
         self._unfit: dict[ServiceRef, list[Pack]] = {}
+        self.squeezed: set[ServiceRef] = set()  # who would have fewer on some pack, because its new shape is larger
         alive = {(demand.service, demand.uid) for demand in self.order}
         for pack in sorted(snapshot.packs, key=lambda pack: (pack.ordinal, pack.name)):
             kept = () if pack.health is Health.LOST else pack.assignments
             self._add(pack, tuple(each for each in kept if (each.service, each.uid) in alive and each.replicas > 0))
+        staying = [
+            here for pack in snapshot.packs if pack.health is not Health.LEAVING for here in self.pencilled[pack.name]
+        ]
+        self.had = Counter({demand.service: 0 for demand in self.order})
+        for each in staying:
+            self.had[each.service] += each.replicas
 
     def _add(self, pack: Pack, assignments: tuple[Assignment, ...]) -> None:
         self.pencilled[pack.name] = tuple(sorted(assignments, key=lambda each: each.service))
@@ -577,6 +613,8 @@ def _retain(board: _Board, pack: Pack) -> None:
     for each in sorted(others, key=lambda each: board.rank(pack, each.service)):
         demand = board.demands[each.service]
         replicas = min(each.replicas, board.carries(pack, demand, kept))
+        if replicas < each.replicas and each.shape != demand.shape:
+            board.squeezed.add(each.service)
         if replicas and demand.shape:
             kept.append(replace(each, replicas=replicas, shape=demand.shape))
     board.pencilled[pack.name] = tuple(sorted(kept, key=lambda each: each.service))

@@ -79,6 +79,7 @@ def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: St
         spread=packing.spread,
         reserve=parse_reserve(packing.memory_reserve),
         device_memory=_device_memory(verdict),
+        least=service.spec.rollout.least_serving(service.spec.replicas),
     )
 
 

@@ -117,6 +117,22 @@ def test_a_larger_shape_moves_only_what_no_longer_fits():
     assert dict(planned.update)["team-opt-0"][0].shape == larger
 
 
+@pytest.mark.parametrize(
+    ("least", "devices", "expected", "kept"),
+    [(3, 1, {0: 4}, 4), (2, 1, {0: 2}, 0), (3, 2, {0: 2, 1: 2}, None), (0, 1, {0: 2}, 0)],
+)
+def test_a_larger_shape_waits_for_devices_where_too_few_would_serve(least, devices, expected, kept):
+    larger = replace(SHAPE, profile="opt-2", memory=30 * GIB)
+    snapshot = Snapshot((make_demand(4, shape=larger, least=least),), (make_pack(0, 4),), make_devices(devices))
+    planned = plan(snapshot)
+    assert counts(snapshot, planned) == expected
+    shortfall = planned.shortfall_of(OPT)
+    assert (shortfall.kept if shortfall else None) == kept
+    assert shortfall is None or (shortfall.placed, shortfall.packs_needed) == (2, 1)
+    shapes_now = {each.shape for pack in apply(snapshot, planned).packs for each in pack.assignments}
+    assert shapes_now == {SHAPE if kept else larger}
+
+
 def test_too_few_gpus_are_reported_with_numbers():
     snapshot = Snapshot(
         (make_demand(9),), (make_pack(0, 4, service=ServiceRef("other", "x"), uid="u9"),), make_devices(2)
@@ -555,6 +571,7 @@ def snapshots(draw):
                     reserve=Reserve(draw(st.integers(0, 1))),
                     device_memory=draw(st.none() | st.integers(4, 12)),
                     avoids=draw(st.frozensets(st.sampled_from(["n0", "n1"]), max_size=1)),
+                    least=draw(st.sampled_from([0, 0, 1, 3, 6])),
                 )
             )
     packs = []
@@ -619,12 +636,32 @@ def test_no_ledger_is_exceeded_and_nobody_gets_more_than_asked(snapshot):
 
 def settled(pack, demands):
     """Whether all who are on the pack run there as they want to now."""
-    here = [demands[each.service] for each in pack.assignments]
-    return all(each.shape is not None and placement._compatible(pack, each) for each in here)
+    here = [(each, demands[each.service]) for each in pack.assignments]
+    return all(placement._compatible(pack, demand) and demand.shape == each.shape for each, demand in here)
 
 
 def on(pack, service):
     return sum(each.replicas for each in pack.assignments if each.service == service)
+
+
+@settings(max_examples=150, deadline=None)
+@given(snapshots())
+def test_a_larger_shape_leaves_as_many_as_have_to_serve_or_waits(snapshot):
+    """On packs of its own that nothing else is the matter with; who displaces a tenant is the pack's owner."""
+    after = {pack.name: pack for pack in apply(snapshot, plan(snapshot)).packs}
+    for demand in snapshot.demands:
+        mine = [pack for pack in snapshot.packs if on(pack, demand.service)]
+        alone = all(
+            pack.health is Health.SOUND
+            and demand.service not in pack.unfit
+            and placement._compatible(pack, demand)
+            and {each.service for each in pack.assignments} == {demand.service}
+            and all(each.uid == demand.uid and each.shape != demand.shape for each in pack.assignments)
+            for pack in mine
+        )
+        if alone and demand.shape:
+            had, has = (sum(on(pack, demand.service) for pack in packs) for packs in (mine, after.values()))
+            assert has >= min(demand.least, had, demand.replicas)
 
 
 @settings(max_examples=500, deadline=None)

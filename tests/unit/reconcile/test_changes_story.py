@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from change_world import SHARED, THREE, Least, change, make_serving, placed, pods, ready, serving, watch_it
-from pack_world import TRIALS, World, complete, measured
+from pack_world import TRIALS, World, complete, make_node, measured
 from story import make_service
 from tightship.api.v1alpha1 import labels
 from tightship.reconcile import gpupack, podstate
@@ -101,6 +101,30 @@ async def test_a_larger_shape_shrinks_first_and_what_no_longer_fits_stays_until_
     assert least.served == 2  # maxUnavailable is 1
     ledgers = [pack["status"]["ledger"]["assigned"] for pack in world.all("GPUPack")]
     assert len(set(ledgers)) == 1
+
+
+async def test_a_larger_shape_waits_where_too_few_would_serve_until_there_is_a_gpu() -> None:
+    service = make_service(packing={"maxReplicasPerGPU": 3}, replicas=3)
+    world = await make_serving(service, gpus=(1,), replica="25Gi", trials=THREE)
+    before, least = {pod["metadata"]["uid"] for pod in pods(world)}, Least(world)
+    change(world, workload={"inputTokens": 111, "outputTokens": 200})
+    await world.run(rounds=20)
+    name = world.get("LLMService", NS, "opt")["status"]["profile"]["name"]
+    world.change("BatchProfile", NS, name, lambda obj: complete(obj, replica="60Gi", trials=THREE))
+    await watch_it(world, least)
+    status, reason, message = world.condition("LLMService", NS, "opt", "Packed")
+    assert (status, reason) == ("False", "InsufficientGPUs")
+    assert "2 of 3 replicas have no place: they need 2 more" in message
+    assert "3 replicas stay where they are until then" in message
+    assert {pod["metadata"]["uid"] for pod in pods(world)} == before
+    assert world.condition("LLMService", NS, "opt", "Available")[:2] == ("True", "MinimumReplicasReady")
+    world.put(make_node("n1", 1))  # two of three have to serve, so two GPUs will do
+    await watch_it(world, least)
+    assert placed(world) == {"default-opt-0": {"opt": 1}, "default-opt-1": {"opt": 1}}
+    assert least.served >= 1
+    world.put(make_node("n2", 1))
+    await watch_it(world, least)
+    assert ready(world)[:2] == ("True", "FullyRealised")
 
 
 async def make_shared(gpus: tuple[int, ...], **opt: Any) -> World:

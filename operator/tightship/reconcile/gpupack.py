@@ -17,6 +17,7 @@ nobody is on it, whoever opened it.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -170,10 +171,11 @@ async def _run(ctx: Context, view: View) -> list[Problem]:
 
 
 async def _send_away(ctx: Context, view: View, found: Object) -> None:
-    """A StatefulSet that has no place here any more goes as its replicas start to serve elsewhere."""
+    """A StatefulSet that has no place here any more goes as its replicas start to serve elsewhere, or with the holder, which ends them."""
     service = str(labels_of(found).get(labels.SERVICE))
+    ends = view.holder is not None and podstate.is_going(view.holder)
     async with ctx.changing:
-        count = _may_shrink_to(ctx, view, service, found, 0)
+        count = 0 if ends else _may_shrink_to(ctx, view, service, found, 0)
         if count == 0:
             await ctx.cluster.delete(Ref.of(found), uid=found["metadata"]["uid"])
         else:
@@ -215,7 +217,8 @@ async def _run_service(ctx: Context, view: View, assignment: Assignment) -> list
         if live is not None:
             await _scale_down(ctx, live, 0)
         return []
-    async with ctx.changing:
+    shrinks = live is not None and int(live["spec"].get("replicas", 1)) > assignment.replicas
+    async with ctx.changing if shrinks else nullcontext():
         return await _change(ctx, view, assignment, service, live)
 
 

@@ -66,6 +66,22 @@ async def test_what_a_cordoned_node_has_stays_until_its_next_gpu_is_held_and_whe
     assert ready(full)[:2] == ("True", "FullyRealised")
 
 
+async def test_what_waits_on_a_cordoned_node_is_drained_when_its_holder_is_evicted() -> None:
+    world = await make_serving(make_service(replicas=2), gpus=(1, 1))
+    world.started = lambda pod: pod["metadata"]["name"] != "holder-default-opt-1"
+    cordon(world, "n0")
+    await world.run(rounds=20)
+    assert serving(world) == 2
+    going = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+    world.change("Pod", SYSTEM, "holder-default-opt-0", lambda obj: obj["metadata"].update(going))
+    await world.settle()
+    assert world.all("StatefulSet") == []
+    world.started = lambda pod: True
+    await world.run(rounds=20)
+    assert placed(world) == {"default-opt-1": {"opt": 2}}
+    assert ready(world)[:2] == ("True", "FullyRealised")
+
+
 async def test_a_tenant_without_room_on_two_shared_packs_stays_on_the_second_and_says_so() -> None:
     """The third time round it isn't before the first node's time is up."""
     services = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from change_world import SHARED, THREE, Least, change, make_serving, placed, pods, ready, serving, watch_it
@@ -9,6 +10,8 @@ from pack_world import World, complete
 from story import make_service
 from tightship.api.v1alpha1 import labels
 from tightship.core.conditions import timestamp
+from tightship.reconcile import gpupack, placement
+from tightship.reconcile.queue import PLACEMENT, Key
 
 NS, SYSTEM = "default", "tightship-system"
 
@@ -64,6 +67,29 @@ async def test_what_a_cordoned_node_has_stays_until_its_next_gpu_is_held_and_whe
     await full.run(rounds=20)
     assert placed(full) == {"default-opt-0": {"opt": 2}}
     assert ready(full)[:2] == ("True", "FullyRealised")
+
+
+async def test_a_pack_that_looks_while_a_move_is_being_written_sees_where_it_leads() -> None:
+    """The planner's writes take a while, and packs are looked at beside it."""
+    world = await make_serving(make_service(replicas=2), gpus=(1, 1))
+    cordon(world, "n0")
+    answer = world.api.request
+
+    async def slow(*request: Any) -> Any:
+        found = await answer(*request)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return found
+
+    world.api.request = slow  # type: ignore[method-assign]
+    pack = Key("GPUPack", "", "default-opt-0")
+    writing = asyncio.create_task(placement.reconcile(world.ctx, PLACEMENT))
+    for _ in range(30):
+        await asyncio.sleep(0)
+        await gpupack.reconcile(world.ctx, pack)
+    await writing
+    assert placed(world) == {"default-opt-0": {}, "default-opt-1": {"opt": 2}}
+    assert [found["spec"]["replicas"] for found in world.all("StatefulSet")] == [2]
 
 
 async def test_what_waits_on_a_cordoned_node_is_drained_when_its_holder_is_evicted() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,6 +28,7 @@ from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.core import placement
+from tightship.core.backoff import avoid
 from tightship.core.placement import Devices, ServiceRef, Shortfall
 from tightship.kube.cluster import controller_of
 from tightship.kube.errors import AlreadyExists, Conflict, Forbidden, Invalid, NameConflict, NotFound, OutlivedOwner
@@ -36,7 +38,7 @@ from tightship.manifests import packs as pack_manifests
 from tightship.manifests import service as service_manifests
 from tightship.manifests.budget import disruption_budget
 from tightship.manifests.pool import inference_pool
-from tightship.reconcile import dra, extension, modes, nodes, rerun, servicestatus, snapshot
+from tightship.reconcile import dra, extension, fleet, modes, nodes, rerun, servicestatus, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.lengths import measurable
 from tightship.reconcile.queue import PLACEMENT, Key, Result
@@ -58,18 +60,23 @@ async def reconcile(ctx: Context, key: Key) -> Result:
     refusals = await _apply(ctx, gather(ctx.store, obj))
     planned = placement.plan(snapshot.take(ctx.store, ctx.clock.now()))
     shortfall = planned.shortfall_of(ServiceRef(key.namespace, key.name))
-    view = gather(ctx.store, obj, refusals, shortfall, absent=ctx.absent)
-    if await ctx.report(obj, servicestatus.status(view, ctx.clock.now())):
-        # What packs make depends on this manifest, and a roll-out on one waits for replicas on the others.
-        for pack in view.packs:
-            ctx.queue.add(Key("GPUPack", "", pack.metadata.name))
+    unfit, serving, wait = snapshot.rooms(key.namespace, key.name, ctx.store, ctx.clock.now())
+    avoided = avoid(snapshot.remembered(obj), unfit, serving, ctx.clock.now())
+    view = replace(gather(ctx.store, obj, refusals, shortfall, absent=ctx.absent), avoided=avoided)
+    changed = await ctx.report(obj, servicestatus.status(view, ctx.clock.now()))
+    # What packs make depends on this manifest; and what one may replace or send away, on the replicas of the others.
+    assigned = {each.metadata.name: servicestatus.assigned_to(each, view.uid) for each in view.packs}
+    for pack in sorted(fleet.unfinished(view.sets, view.pods, assigned) | (set(assigned) if changed else set())):
+        ctx.queue.add(Key("GPUPack", "", pack))
     before = ((obj.get("status") or {}).get("profile") or {}).get("name")
     if before != view.verdict.profile_name:
         _tell_profiles(ctx, key.namespace)
     if not planned.empty:
         ctx.queue.add(PLACEMENT)
-    retry = any(not each.spared for each in refusals)
-    return Result(requeue_after=ctx.settings.retry_seconds if retry else None)
+    waits = [wait] if wait is not None else []
+    waits += [ctx.settings.retry_seconds] if any(not each.spared for each in refusals) else []
+    waits += [left + 1 for each in avoided if (left := (each.until - ctx.clock.now()).total_seconds()) > 0]
+    return Result(requeue_after=min(waits, default=None))
 
 
 def _tell_profiles(ctx: Context, namespace: str) -> None:

@@ -72,7 +72,8 @@ def _placement_input(service: Object) -> tuple[object, ...]:
         if condition["type"] in (conditions.ACCEPTED, conditions.PROFILED, conditions.RECOMMENDED)
     )
     metadata = service["metadata"]
-    return metadata.get("generation"), metadata.get("deletionTimestamp"), status.get("recommendation"), gates
+    decided = status.get("recommendation"), status.get("avoidedNodes")
+    return metadata.get("generation"), metadata.get("deletionTimestamp"), decided, gates
 
 
 def _profile(store: Store, profile: Object) -> set[Key]:

@@ -6,6 +6,7 @@ Reading the store is enough, because it shows this process's own writes at once:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -16,6 +17,7 @@ from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.core import placement
+from tightship.core.backoff import Avoided
 from tightship.core.conditions import find, is_true
 from tightship.core.placement import Demand, Devices, Health, Pack, ServiceRef, Shape, Snapshot
 from tightship.decide import ledger_from_profile, parse_reserve
@@ -47,7 +49,9 @@ def take(store: Store, now: datetime) -> Snapshot:
     verdicts = {_ref(obj): examine(obj, store) for obj in services}
     packs = [GPUPack.model_validate(obj) for obj in store.list("GPUPack")]
     return Snapshot(
-        demands=tuple(demand_of(obj, verdicts[_ref(obj)], packs, store) for obj in services),
+        demands=tuple(
+            replace(demand_of(obj, verdicts[_ref(obj)], packs, store), avoids=avoided(obj, now)) for obj in services
+        ),
         packs=tuple(pack_of(pack, store, now) for pack in packs),
         devices=tuple(devices_of(store)),
     )
@@ -86,6 +90,7 @@ def demand_of(obj: Object, verdict: Verdict, packs: Iterable[GPUPack], store: St
         spread=packing.spread,
         reserve=parse_reserve(packing.memory_reserve),
         device_memory=_device_memory(verdict),
+        least=service.spec.rollout.least_serving(service.spec.replicas),
     )
 
 
@@ -96,6 +101,19 @@ def _per_device(choice: modes.Choice, verdict: Verdict, product: str, store: Sto
     if choice.mode == modes.DEVICE_PLUGIN:
         return min(modes.most_shares(store, product), verdict.per_device)
     return verdict.per_device
+
+
+def avoided(service: Object | None, now: datetime) -> frozenset[str]:
+    """Nodes that a service's replicas are kept off for now, as its status remembers them."""
+    return frozenset(each.node for each in remembered(service) if each.until > now)
+
+
+def remembered(service: Object | None) -> list[Avoided]:
+    """All that a service's status remembers of nodes that turned out not to fit."""
+    return [
+        Avoided(each["node"], parse_timestamp(each["since"]), parse_timestamp(each["until"]), int(each["times"]))
+        for each in ((service or {}).get("status") or {}).get("avoidedNodes") or ()
+    ]
 
 
 def _device_memory(verdict: Verdict) -> int | None:
@@ -156,9 +174,34 @@ def pack_of(pack: GPUPack, store: Store, now: datetime) -> Pack:
         excluded=frozenset(spec.excluded_nodes),
         memory=units.parse_quantity(spec.memory or "0") if cpu else 0,
         unfit=frozenset(ServiceRef(spec.namespace, name) for name in _homeless(pack, store, now)),
-        waiting=not cpu
-        and pack.status.node is None
-        and any(each.type == names.HELD and each.status == "False" for each in pack.status.conditions),
+        waiting=_waits(pack),
+        apart=_waits(pack) and _kept_apart(pack, store),
+        cordoned=_cordoned(store.get("Node", "", (spec.node if cpu else pack.status.node) or "")),
+    )
+
+
+def _waits(pack: GPUPack) -> bool:
+    """Whether a pack has found no device so far."""
+    held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
+    return pack.spec.device != "cpu" and pack.status.node is None and held is not None and held.status == "False"
+
+
+def _kept_apart(pack: GPUPack, store: Store) -> bool:
+    """Whether what takes its GPU, the holder or without one a replica, waits for a place that its topology spread allows."""
+    takes = labels.COMPONENT_HOLDER if pack.spec.has_holder else labels.COMPONENT_REPLICA
+    return any(
+        labels_of(pod).get(labels.COMPONENT) == takes and podstate.is_kept_apart(pod)
+        for pod in store.list("Pod", label=(labels.PACK, pack.metadata.name))
+    )
+
+
+def _outdated(pack: GPUPack, store: Store, now: datetime) -> bool:
+    """Whether a pack that waits for a device keeps off a node that its owner may try again: then a new one is opened in its place."""
+    owner = owner_of(pack)
+    kept_off = avoided(store.get("LLMService", owner.namespace, owner.name), now)
+    return _waits(pack) and any(
+        node not in kept_off and store.get("Node", "", node) and not _cordoned(store.get("Node", "", node))
+        for node in pack.spec.excluded_nodes
     )
 
 
@@ -189,6 +232,8 @@ def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
         return Health.LOST
     since = _without_gpu_since(pack, store)
     if since is not None and (now - since).total_seconds() >= LOST_GPU_SECONDS:
+        return Health.LOST
+    if _outdated(pack, store, now):
         return Health.LOST
     homeless = _homeless(pack, store, now)
     if homeless and homeless >= {each.service for each in pack.spec.assignments}:
@@ -266,6 +311,11 @@ def next_look(store: Store, now: datetime) -> float | None:
         for pack in map(GPUPack.model_validate, store.list("GPUPack"))
         if (since := _without_gpu_since(pack, store))
     ]
+    waits += [
+        (each.since, (each.until - each.since).total_seconds())
+        for service in store.list("LLMService")
+        for each in remembered(service)
+    ]
     left = [limit - (now - since).total_seconds() for since, limit in waits]
     return min((seconds + 1 for seconds in left if seconds > 0), default=None)
 
@@ -298,9 +348,35 @@ def cores_of(node: Object) -> int:
 
 
 def _homeless(pack: GPUPack, store: Store, now: datetime) -> frozenset[str]:
-    """The services whose replicas have found no room on the pack's node for too long."""
-    waits = _homeless_since(pack, store).items()
-    return frozenset(service for service, since in waits if (now - since).total_seconds() >= UNFIT_SECONDS)
+    """The services whose replicas have found no room on the pack's node for too long, and whose status remembers that.
+
+    What isn't remembered yet is soon; moved away before, a service could come back at once to where it doesn't fit.
+    """
+    node = pack.spec.node or pack.status.node
+    return frozenset(
+        service
+        for service, since in _homeless_since(pack, store).items()
+        if (now - since).total_seconds() >= UNFIT_SECONDS
+        and node in avoided(store.get("LLMService", pack.spec.namespace, service), now)
+    )
+
+
+def rooms(namespace: str, service: str, store: Store, now: datetime) -> tuple[set[str], set[str], float | None]:
+    """Nodes on which replicas of a service find no room, nodes on which some serve, and seconds until another one may count as the former."""
+    unfit, serving, waits = set(), set(), []
+    for pod in store.list("Pod", namespace, (labels.SERVICE, service)):
+        if labels_of(pod).get(labels.COMPONENT) != labels.COMPONENT_REPLICA:
+            continue
+        node, since = podstate.node_of(pod), podstate.short_of_room_since(pod)
+        if node is not None and podstate.is_ready(pod):
+            serving.add(node)
+        pack = store.get("GPUPack", "", labels_of(pod).get(labels.PACK, "")) or {}
+        where = (pack.get("spec") or {}).get("node") or (pack.get("status") or {}).get("node")
+        if since is not None and where is not None:
+            left = UNFIT_SECONDS - (now - since).total_seconds()
+            waits += [left + 1] if left > 0 else []
+            unfit |= {str(where)} if left <= 0 else set()
+    return unfit, serving, min(waits, default=None)
 
 
 def _homeless_since(pack: GPUPack, store: Store) -> dict[str, datetime]:

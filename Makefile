@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12        the interpreter the environments are made with (3.11 or newer)
 #   ARGS="-k name -x"        passed to pytest by every target that runs it
+#   SEED=7 EVENTS=300        of `make chaos`; PLANE=real or embedded
 #   KUBEBUILDER_ASSETS=DIR   etcd, kube-apiserver, kube-controller-manager and kube-scheduler, for the tests on a real plane
 #   TIGHTSHIP_PAPER_DATA=DIR published measurements the advisor is held against
 #   TIGHTSHIP_NO_SKIPS=1     a test that would be skipped fails instead
@@ -16,6 +17,7 @@ VENV ?= .venv
 ENGINE_VENV ?= .venv-vllm
 ENGINE ?= simulated
 ARGS ?=
+EVENTS ?= 300
 
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
@@ -30,7 +32,7 @@ ENGINE_UNWANTED := torchvision torchaudio torchcodec
 ENGINE_COMPLETE := $(ENGINE_VENV)/.complete-$(ENGINE_VERSION)
 
 .PHONY: help env engine crds lint types unit sandbox-test chart controlplane engine-test test bench-load bench-cost bench-cost-engine \
-  bench-vllm-sweep demo clean
+  bench-vllm-sweep chaos demo clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -77,6 +79,9 @@ controlplane: env ## the whole way on a real control plane (needs KUBEBUILDER_AS
 
 engine-test: env engine ## the whole way with the real engine on the CPU (needs KUBEBUILDER_ASSETS)
 	$(PYTEST) tests/engine $(ARGS)
+
+chaos: env ## a long seeded run of faults and changes, with invariants after each (SEED, EVENTS, PLANE; real plane if there)
+	PYTHONPATH=operator:tests $(PY) -m chaos --events $(EVENTS) $(if $(SEED),--seed $(SEED)) $(if $(PLANE),--plane $(PLANE)) $(ARGS)
 
 test: lint types ## everything this machine can run; what it can't is listed at the end
 	$(PYTEST) tests --durations=15 $(ARGS)

@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PLANE_BINARIES = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 # Folders in the order they run: what is cheap and explains most comes first. A folder not named runs last.
-FOLDER_ORDER = ("unit", "chart", "sandbox", "controlplane", "engine")
+FOLDER_ORDER = ("unit", "chart", "sandbox", "chaos", "controlplane", "engine")
 
 
 @dataclass(frozen=True)

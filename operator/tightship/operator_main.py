@@ -30,7 +30,7 @@ from tightship import handlers
 from tightship.api.v1alpha1 import labels
 from tightship.kube.clock import Clock, SystemClock
 from tightship.kube.cluster import Cluster
-from tightship.kube.errors import Forbidden, KubeError, NoCluster, NotFound
+from tightship.kube.errors import Forbidden, KubeError, NoCluster, NotFound, NotServed
 from tightship.kube.events import Events
 from tightship.kube.kinds import KINDS, OPTIONAL, WATCHED, WATCHED_BY_LABEL, WATCHED_OWN, Ref
 from tightship.kube.lease import Lease, LeaseLost, LeaseTimes
@@ -170,7 +170,7 @@ class Operator:
         try:
             for name in WATCHED_OWN:
                 await self.cluster.list(name, limit=1)
-        except NotFound:
+        except (NotFound, NotServed):
             names = ", ".join(f"{KINDS[name].plural}.{labels.GROUP}" for name in WATCHED_OWN)
             return (
                 f"this cluster doesn't serve {labels.API_VERSION} ({names}): install the CustomResourceDefinitions "

@@ -208,6 +208,37 @@ def conditions(pod: dict[str, Any], phase: str, *mains: ContainerState) -> dict[
     return {c["type"]: c for c in status.conditions(pod, phase, [], list(mains), "2026-02-02T00:00:00Z")}
 
 
+def test_what_a_watch_shows_late_moves_no_condition_back() -> None:
+    """Two versions under way would else be written in turn for ever, each because the other is shown."""
+    late = make_pod()
+    late["status"]["conditions"] = [
+        {"type": "PodScheduled", "status": "True"},
+        {"type": "Ready", "status": "True", "lastTransitionTime": NOW},
+    ]
+    own = {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:01Z"}
+    found = conditions(status.with_own(late, {"conditions": [own]}), "Running", running())
+    assert found["Ready"]["lastTransitionTime"] == own["lastTransitionTime"]
+    assert found["PodScheduled"]["status"] == "True"
+    assert conditions(status.with_own(late, None), "Running", running())["Ready"]["lastTransitionTime"] == NOW
+
+
+@pytest.mark.parametrize(
+    ("seen", "contradicts"),
+    [
+        ({}, False),
+        ({"Ready": "True"}, False),
+        ({"Ready": "False"}, True),
+        ({"PodScheduled": "False"}, False),
+    ],
+)
+def test_a_condition_that_another_has_turned_is_noticed(seen: dict[str, str], contradicts: bool) -> None:
+    """The node controller marks the pods of a node that it hears nothing from; the agent is to say otherwise when it is back."""
+    pod = make_pod()
+    pod["status"]["conditions"] = [{"type": kind, "status": value} for kind, value in seen.items()]
+    wanted = {"conditions": [{"type": kind, "status": "True"} for kind in ("PodScheduled", "Ready")]}
+    assert status.contradicted(pod, wanted) is contradicts
+
+
 def test_conditions_move_only_when_they_flip_and_keep_what_others_wrote() -> None:
     pod = make_pod()
     pod["status"]["conditions"] = [

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from tightship.api.v1alpha1 import labels
 from tightship.kube.clock import Clock, SystemClock
-from tightship.kube.errors import NameConflict, NotFound, OutlivedOwner, from_response
+from tightship.kube.errors import NameConflict, NotFound, NotServed, OutlivedOwner, from_response
 from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL, Kind, Ref
 from tightship.kube.store import Object, Store, labels_of
 
@@ -230,7 +230,7 @@ class Cluster:
         root = "/apis/" if resource.group else "/api/"
         try:
             found = await self._send("get", Ref(kind, "", ""), root + resource.api_version)
-        except NotFound:
+        except (NotFound, NotServed):
             return False
         return any(each.get("name") == resource.plural for each in found.get("resources") or ())
 

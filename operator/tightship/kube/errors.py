@@ -4,13 +4,14 @@
 
     KubeError
     |-- ApiError                the server answered with a failure (`status`, `reason`, `details`)
-    |   |-- NotFound            404: no such object, or no such kind
+    |   |-- NotFound            404: no such object
     |   |-- AlreadyExists       409 on create
     |   |-- Conflict            409 on a write that carried a resourceVersion, a uid or an unforced apply
     |   |-- Invalid             400, 422: the object breaks the schema, or an admission rule; so does an apply's 500 that says so
     |   |-- Forbidden           401, 403: RBAC, or an admission plug-in
     |   |   `-- NamespaceTerminating   nothing new can be made there, and everything in it goes away
     |   `-- Unavailable         429, 5xx: the server is busy or broken; later it may work
+    |       `-- NotServed        404 without a Status: the kind isn't installed, or the server has just started and doesn't know it yet
     |-- Unreachable             no answer at all: connection refused, reset, timed out, bad TLS
     |-- MissingKinds            the kinds of tightship.dev aren't installed in this cluster
     |-- NoCluster               neither a kubeconfig nor a service account tells which cluster to use
@@ -48,7 +49,7 @@ class ApiError(KubeError):
 
 
 class NotFound(ApiError):
-    """There is no such object, or the cluster doesn't serve its kind."""
+    """There is no such object."""
 
 
 class AlreadyExists(ApiError):
@@ -73,6 +74,10 @@ class NamespaceTerminating(Forbidden):
 
 class Unavailable(ApiError):
     """The server can't answer now."""
+
+
+class NotServed(Unavailable):
+    """The server has nothing at that path. Of an object this says nothing: an API server that starts (1.20) answers so for kinds of CRDs."""
 
 
 class Unreachable(KubeError):
@@ -137,6 +142,8 @@ def from_response(what: str, status: int, body: Mapping[str, Any]) -> ApiError:
     kind = _BY_STATUS.get(status, Unavailable if status >= 500 else ApiError)
     if status == 422 and any(cause.get("field") == "metadata.uid" for cause in causes):
         kind = Conflict  # how an apply is told that another object has the name now
+    if status == 404 and not reason:
+        kind = NotServed
     if status == 500 and message.startswith(_UNTYPED_PATCH):
         kind = Invalid
     if status == 409 and reason == "AlreadyExists":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tightship.sandbox import network
-from tightship.sandbox.lifeline import CONTROL_SOCKET, DEVICE_SOCKET
+from tightship.sandbox.lifeline import CONTROL_SOCKET, DEVICE_SOCKET, HOLLOW_JOURNAL, HOLLOW_SOCKET
 from tightship.sandbox.real import assets
 from tightship.sandbox.settings import PLANES, Settings
 
@@ -222,6 +222,29 @@ class Sandbox:
         """Start the node agent again."""
         self._control("POST", "agent/start")
 
+    def kill_process(self, name: str) -> None:
+        """SIGKILL a process of the sandbox (a name as for `process_id`) and leave it down; the data of the embedded plane die with it."""
+        self._control("POST", f"{name}/kill")
+
+    def start_process(self, name: str) -> None:
+        """Start a killed process again."""
+        self._control("POST", f"{name}/start")
+
+    def ask_hollow(self, path: str) -> None:
+        """Ask hollow nodes for a fault; `path` as in `agent/hollow/control.py`.
+
+        Raises:
+            SandboxError: there is no such node, pod, container or GPU; the text says what there is.
+        """
+        status, body = self._ask(HOLLOW_SOCKET, "POST", f"/{path}")
+        if status >= 400:
+            raise SandboxError(body)
+
+    @property
+    def journal(self) -> Path:
+        """What happened on hollow nodes (`agent/hollow/journal.py`)."""
+        return self.state / HOLLOW_JOURNAL
+
     def process_id(self, name: str) -> int | None:
         """The process ID (inside) of `agent`, `operator`, `devices` or a part of the control plane; None when down."""
         return self._control("GET", name)
@@ -280,15 +303,19 @@ class Sandbox:
         self.exec_in_namespace(["kill", "-KILL", *found])
 
     def _control(self, method: str, path: str) -> int | None:
-        connection = _UnixConnection(os.path.join(self._description["sockets"], CONTROL_SOCKET))
-        with contextlib.closing(connection):
-            connection.request(method, f"/processes/{path}")
-            answer = connection.getresponse()
-            body = answer.read().decode()
-        if answer.status >= 400:
+        status, body = self._ask(CONTROL_SOCKET, method, f"/processes/{path}")
+        if status >= 400:
             raise SandboxError(body)
         pid = json.loads(body)["pid"]
         return None if pid is None else int(pid)
+
+    def _ask(self, name: str, method: str, path: str) -> tuple[int, str]:
+        """Status and body of an answer on one of the sandbox's Unix sockets."""
+        connection = _UnixConnection(os.path.join(self._description["sockets"], name))
+        with contextlib.closing(connection):
+            connection.request(method, path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -26,9 +26,18 @@ from tightship.sandbox.agent.api import Api, Reflector
 from tightship.sandbox.agent.netns import GATEWAY
 from tightship.sandbox.certificates import Certificates, generate
 from tightship.sandbox.kubeconfig import write_kubeconfig
-from tightship.sandbox.lifeline import API_SOCKET, CONTROL_SOCKET, DEVICE_SOCKET, GATEWAY_SOCKET, end_of_input, say
+from tightship.sandbox.lifeline import (
+    API_SOCKET,
+    CONTROL_SOCKET,
+    DEVICE_SOCKET,
+    GATEWAY_SOCKET,
+    HOLLOW_JOURNAL,
+    HOLLOW_SOCKET,
+    end_of_input,
+    say,
+)
 from tightship.sandbox.processes import Command, Processes
-from tightship.sandbox.real import API_PORT, EVICTION_SECONDS, NODE_GRACE_SECONDS, RealPlane
+from tightship.sandbox.real import API_PORT, RealPlane
 from tightship.sandbox.settings import Settings
 
 OPERATOR_IMAGE = "tightship/operator:dev"
@@ -51,7 +60,7 @@ class Plane:
     ca: Path
 
 
-def embedded(keys: Certificates) -> Command:
+def embedded(keys: Certificates, settings: Settings) -> Command:
     """The command of the embedded control plane, with the time constants that the real one gets here."""
     options = {
         "--bind": GATEWAY,
@@ -59,8 +68,8 @@ def embedded(keys: Certificates) -> Command:
         "--tls-cert": str(keys.certificate),
         "--tls-key": str(keys.key),
         "--ca-cert": str(keys.ca),
-        "--node-grace": NODE_GRACE_SECONDS,
-        "--eviction": EVICTION_SECONDS,
+        "--node-grace": str(settings.node_grace),
+        "--eviction": str(settings.eviction),
     }
     words = [word for option in options.items() for word in option]
     return Command("plane", [sys.executable, "-m", "tightship.sandbox.plane", *words])
@@ -107,13 +116,17 @@ class Inside:
 
     async def _up(self, keys: Certificates) -> dict[str, Any]:
         """Start everything, the slow starters first and beside each other; returns how to reach the API."""
-        real = RealPlane.create(self._state / "plane", keys) if self._settings.plane == "real" else None
+        settings, directory = self._settings, self._state / "plane"
+        real = None
+        if settings.plane == "real":
+            real = RealPlane.create(directory, keys, settings.node_grace, settings.eviction)
         plane = Plane(f"https://{GATEWAY}:{API_PORT}", real.token if real else None, keys.ca)
-        for command in (real.etcd(), real.apiserver()) if real else (embedded(keys),):
+        for command in (real.etcd(), real.apiserver()) if real else (embedded(keys, settings),):
             await self._processes.start(command)
-        if self._settings.gpus_per_node:
+        if settings.gpus_per_node and settings.hollow is None:
             await self._processes.start(self._device_command())
-        await self._processes.start(self._agent_command(plane, keys))
+        hollow = settings.hollow is not None
+        await self._processes.start(self._hollow_command(plane) if hollow else self._agent_command(plane, keys))
         api = await self._held.enter_async_context(Api(plane.server, plane.token, str(plane.ca)))
         await self._wait_for_api(api)
         for command in (real.controllers(), real.scheduler()) if real else ():
@@ -180,17 +193,37 @@ class Inside:
             "engine_environment": settings.engine_environment,
             "timing": settings.timing,
             "dra": settings.dra,
+            "heartbeat": settings.heartbeat,
         }
+        return self._agent(config)
+
+    def _hollow_command(self, plane: Plane) -> Command:
+        settings = self._settings
+        config = {
+            "server": plane.server,
+            "token": plane.token,
+            "ca": str(plane.ca),
+            "nodes": settings.node_specs(),
+            "timing": settings.timing,
+            "heartbeat": settings.heartbeat,
+            "hollow": settings.hollow,
+            "control": str(self._sockets / HOLLOW_SOCKET),
+            "journal": str(self._state / HOLLOW_JOURNAL),
+        }
+        return self._agent(config, "--hollow")
+
+    def _agent(self, config: dict[str, Any], *options: str) -> Command:
         path = self._state / "agent.json"
         path.touch(mode=0o600)
         path.write_text(json.dumps(config, indent=1))
-        return Command("agent", [sys.executable, "-m", "tightship.sandbox.agent", str(path)], vital=False)
+        return Command("agent", [sys.executable, "-m", "tightship.sandbox.agent", *options, str(path)], vital=False)
 
     def _operator_command(self, kubeconfig: Path) -> Command:
         # Short lease times: one operator alone may take over from its killed self within seconds.
         lease = ["--lease-duration=4", "--lease-renew-deadline=3", "--lease-retry=0.5"]
         image = f"--image={OPERATOR_IMAGE}"
         argv = [sys.executable, "-m", "tightship", "run", "--kubeconfig", str(kubeconfig), image, *lease]
+        argv += self._settings.operator_arguments
         env = {"KUBECONFIG": str(kubeconfig), **self._settings.environment}
         return Command("operator", argv, env, vital=False, cores=self._other_cores())
 

@@ -8,7 +8,10 @@ import sys
 from typing import Any
 
 API_SOCKET, GATEWAY_SOCKET, CONTROL_SOCKET, DEVICE_SOCKET = "api.sock", "gateway.sock", "control.sock", "devices.sock"
+HOLLOW_SOCKET = "hollow.sock"
 """Names in the directory of the Unix sockets."""
+HOLLOW_JOURNAL = "journal.jsonl"
+"""What happened on hollow nodes, in the state directory."""
 
 
 async def end_of_input() -> None:

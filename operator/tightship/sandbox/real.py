@@ -18,10 +18,6 @@ from tightship.sandbox.processes import Command
 
 BINARIES = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 API_PORT = 6443
-NODE_GRACE_SECONDS = "20"
-"""How long a node may be silent before its pods count as lost; a cluster's default is 40."""
-EVICTION_SECONDS = "20"
-"""How long pods stay on a lost node; a cluster's default is 300."""
 _ETCD = "http://127.0.0.1:2379"
 
 
@@ -50,18 +46,20 @@ def assets() -> Path:
 
 @dataclass(frozen=True)
 class RealPlane:
-    """Commands and credentials of one control plane whose data lie in `directory`."""
+    """Commands and credentials of one control plane whose data lie in `directory`; `node_grace` and `eviction` as in Settings."""
 
     binaries: Path
     directory: Path
     certificates: Certificates
     token: str
+    node_grace: int
+    eviction: int
 
     @classmethod
-    def create(cls, directory: Path, certificates: Certificates) -> RealPlane:
+    def create(cls, directory: Path, certificates: Certificates, node_grace: int, eviction: int) -> RealPlane:
         """Write tokens and the component's kubeconfig. Raises AssetsError."""
         directory.mkdir(parents=True, exist_ok=True)
-        plane = cls(assets(), directory, certificates, secrets.token_hex(16))
+        plane = cls(assets(), directory, certificates, secrets.token_hex(16), node_grace, eviction)
         tokens = directory / "tokens.csv"
         tokens.touch(mode=0o600)
         tokens.write_text(f'{plane.token},admin,admin,"system:masters"\n')
@@ -117,8 +115,8 @@ class RealPlane:
                 # nodes are reached by address: their names resolve nowhere
                 "--kubelet-preferred-address-types=InternalIP",
                 # a pod of a node that vanished is evicted within seconds, not after five minutes
-                f"--default-not-ready-toleration-seconds={EVICTION_SECONDS}",
-                f"--default-unreachable-toleration-seconds={EVICTION_SECONDS}",
+                f"--default-not-ready-toleration-seconds={self.eviction}",
+                f"--default-unreachable-toleration-seconds={self.eviction}",
                 "--profiling=false",
             ],
         )
@@ -135,9 +133,9 @@ class RealPlane:
                 "--use-service-account-credentials=true",
                 "--leader-elect=false",
                 "--allocate-node-cidrs=false",
-                # a dead agent is noticed after 20 s instead of 40
+                # a dead agent is noticed after 20 s, if nothing else is asked for, instead of 40
                 "--node-monitor-period=2s",
-                f"--node-monitor-grace-period={NODE_GRACE_SECONDS}s",
+                f"--node-monitor-grace-period={self.node_grace}s",
                 # a claim that waits for its volume is looked at again after 1 s instead of 15
                 "--pvclaimbinder-sync-period=1s",
                 "--profiling=false",

@@ -17,8 +17,10 @@ class Settings:
     """One sandbox.
 
     `state` is its directory; `sockets` a short path for Unix sockets. `memory` and `gpu_memory` are bytes. `timing` are
-    fields of the agent's Timing; `environment` goes into the operator's process, `engine_environment` into engines. With `dra` a fake of
-    NVIDIA's DRA driver hands GPUs out by claims, in place of the device plugin.
+    fields of the agent's Timing; `environment` and `operator_arguments` go to the operator's process, `engine_environment` into
+    engines. `node_grace` is how long a node may be silent before its pods count as lost (a cluster's default is 40), `eviction` how
+    long pods stay on a lost node (300), in whole seconds. `hollow` are fields of HollowSettings: with it, if only {}, pods are state machines.
+    With `dra` a fake of NVIDIA's DRA driver hands GPUs out by claims, in place of the device plugin.
     """
 
     state: str
@@ -40,6 +42,11 @@ class Settings:
     device_arguments: list[str] = field(default_factory=list)
     crds: str | None = None
     dra: bool = False
+    operator_arguments: list[str] = field(default_factory=list)
+    node_grace: int = 20
+    eviction: int = 20
+    heartbeat: float = 5.0
+    hollow: dict[str, Any] | None = None
 
     def write(self, path: Path) -> None:
         """Write as JSON."""

@@ -18,6 +18,7 @@ from tightship.kube.errors import (
     NameConflict,
     NamespaceTerminating,
     NotFound,
+    NotServed,
     OutlivedOwner,
     Unavailable,
     Unreachable,
@@ -235,6 +236,17 @@ async def test_replacing_needs_the_version_that_was_read(cluster: Cluster, api: 
         await cluster.create(make_service())
 
 
+async def test_a_server_that_does_not_know_the_kind_yet_says_nothing_of_its_objects(
+    api: FakeApi, store: Store, cluster: Cluster
+) -> None:
+    """Else what is to be deleted would count as gone, though it is there again as soon as the server has read its CRDs."""
+    await cluster.create(make_service())
+    api.refuse["DELETE", "Service"] = {"code": 404, "message": "404 page not found"}
+    with pytest.raises(Unavailable):
+        await cluster.delete(Ref("Service", "a", "opt"))
+    assert store.get("Service", "a", "opt") is not None
+
+
 async def test_every_request_is_counted_also_those_without_an_answer(api: FakeApi, store: Store) -> None:
     counted: list[tuple[str, str, int]] = []
     cluster = Cluster(api, store, on_request=lambda verb, kind, status, seconds: counted.append((verb, kind, status)))
@@ -249,6 +261,7 @@ async def test_every_request_is_counted_also_those_without_an_answer(api: FakeAp
     ("status", "body", "expected"),
     [
         (404, {"reason": "NotFound"}, NotFound),
+        (404, {"message": "404 page not found"}, NotServed),
         (409, {"reason": "AlreadyExists"}, AlreadyExists),
         (409, {"reason": "Conflict"}, Conflict),
         (422, {"reason": "Invalid"}, Invalid),

@@ -195,7 +195,7 @@ async def test_the_time_counts_from_before_a_renewal_is_sent(api: FakeApi, clock
 
 async def test_trouble_is_told_and_standing_by_is_none(api: FakeApi, clock: FakeClock) -> None:
     told: list[str | None] = []
-    api.refuse["POST", "Lease"] = {"code": 404, "message": "namespaces system not found"}
+    api.refuse["POST", "Lease"] = {"code": 404, "reason": "NotFound", "message": "namespaces system not found"}
     cluster = Cluster(api, Store(), clock=clock)
     lease = Lease(cluster, clock, REF, "one", TIMES, on_trouble=told.append)
     waiting = asyncio.create_task(lease.acquire())

@@ -1,6 +1,7 @@
-"""`python -m tightship.sandbox.agent CONFIG`: run the node agent inside the sandbox's network namespace.
+"""`python -m tightship.sandbox.agent [--hollow] CONFIG`: run the node agent inside the sandbox's network namespace.
 
-CONFIG is a JSON file with the fields of `Config`. The agent must be started with the sandbox's bridge in place.
+CONFIG is a JSON file with the fields of `Config`. The agent must be started with the sandbox's bridge in place; with `--hollow`
+pods are state machines and it runs anywhere (see `hollow/main.py` for its CONFIG).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from tightship.sandbox.agent.api import Api, Object, Reflector
 from tightship.sandbox.agent.devices import Addresses, Stock
 from tightship.sandbox.agent.dra import Driver
 from tightship.sandbox.agent.events import Recorder
+from tightship.sandbox.agent.hollow import main as hollow
 from tightship.sandbox.agent.host import Cores, Host, ImageResolver, Timing
 from tightship.sandbox.agent.kubelet import Kubelet
 from tightship.sandbox.agent.node import Node, NodeSpec
@@ -171,10 +173,11 @@ async def _version(api: Api) -> str:
 def main() -> int:
     """Run until SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config = Config(**json.loads(Path(sys.argv[1]).read_text()))
+    fields = json.loads(Path(sys.argv[-1]).read_text())
+    serving = hollow.run(hollow.HollowConfig(**fields)) if sys.argv[1] == "--hollow" else run(Config(**fields))
 
     async def until_stopped() -> None:
-        task = asyncio.create_task(run(config))
+        task = asyncio.create_task(serving)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         await task
 

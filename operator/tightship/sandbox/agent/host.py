@@ -12,6 +12,7 @@ from tightship.sandbox.agent.events import Recorder
 from tightship.sandbox.agent.netns import PodNetwork
 from tightship.sandbox.agent.probes import Prober
 from tightship.sandbox.agent.runtime import Runtime
+from tightship.sandbox.agent.volumes import Volumes
 from tightship.sandbox.images import ImageEnvironment
 
 ImageResolver = Callable[[str, str], "ImageEnvironment | None"]
@@ -71,3 +72,4 @@ class Host:
     timing: Timing = field(default_factory=Timing)
     claims: ClaimDriver | None = None
     """Hands out the node's GPUs by claims; None where the device plugin does."""
+    volumes: type[Volumes] = Volumes

@@ -47,6 +47,7 @@ class PodWorker:
         self._reason = ""
         self._message = ""
         self._leaving = asyncio.Event()
+        self._evicting = asyncio.Event()
         self._removed = False
         self._dirty = asyncio.Event()
         self._written: Object | None = None
@@ -74,6 +75,11 @@ class PodWorker:
         """The API server's pod is gone."""
         self._removed = True
         self._leaving.set()
+
+    def evict(self, message: str) -> None:
+        """End the pod for want of something on the node, as the kubelet does under pressure; it stays as Failed."""
+        self._message = message
+        self._evicting.set()
 
     def log_file(self, container: str, previous: bool) -> Path:
         """The log of a container's latest start, or of the one before it. Raises KeyError when it has no such container."""
@@ -116,9 +122,10 @@ class PodWorker:
         """Run the containers until they are through, the pod is deleted, or its time is up."""
         life = asyncio.create_task(self._containers())
         leaving = asyncio.create_task(self._leaving.wait())
+        evicting = asyncio.create_task(self._evicting.wait())
         try:
             done, _ = await asyncio.wait(
-                {life, leaving}, timeout=self._time_left(), return_when=asyncio.FIRST_COMPLETED
+                {life, leaving, evicting}, timeout=self._time_left(), return_when=asyncio.FIRST_COMPLETED
             )
             if life in done:
                 life.result()
@@ -130,11 +137,14 @@ class PodWorker:
             await asyncio.wait({life})
             if expired:
                 self._fail("DeadlineExceeded", "Pod was active on the node longer than the specified deadline")
+            elif evicting in done:
+                self._fail("Evicted", self._message)
         except Refused as refusal:
             self._event("Warning", refusal.reason, str(refusal))
             self._fail(refusal.reason, f"Pod was rejected: {refusal}" if refusal.reason != "OutOfcpu" else str(refusal))
         finally:
             leaving.cancel()
+            evicting.cancel()
             life.cancel()
             with contextlib.suppress(asyncio.CancelledError, Refused):
                 await life
@@ -145,7 +155,7 @@ class PodWorker:
         self._changed()
         await self._connect()
         self._changed()
-        volumes = Volumes(
+        volumes = self._host.volumes(
             self._host.api, self.pod, self.directory, self._host.directory / "root", self._host.allocatable
         )
         await self._set_up(volumes)
@@ -314,9 +324,10 @@ class PodWorker:
             self._phase = status.phase(policy, self._inits, self._mains)
             if self._phase in FINISHED:
                 self._phase = "Running"  # _conclude decides about the end, once all tasks are through
+        before = status.with_own(self.pod, self._written)
         found: Object = {
             "phase": self._phase,
-            "conditions": status.conditions(self.pod, self._phase, self._inits, self._mains, now()),
+            "conditions": status.conditions(before, self._phase, self._inits, self._mains, now()),
             "hostIP": self._host.address,
             "startTime": self._started,
             "qosClass": qos_class(self.pod),
@@ -334,7 +345,8 @@ class PodWorker:
     async def _patch_status(self) -> None:
         metadata = self.pod["metadata"]
         wanted = self.status()
-        if wanted == self._written or self._removed:
+        # what a watch shows late may look like a contradiction too: to write the same again changes nothing then
+        if (wanted == self._written and not status.contradicted(self.pod, wanted)) or self._removed:
             return
         path = f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}/status"
         try:

@@ -1,6 +1,7 @@
 """A pod's status from the states of its containers. Pure; the same rules as the kubelet's.
 
-Conditions change their `lastTransitionTime` only when their status flips. What others put into the status (PodScheduled,
+Conditions change their `lastTransitionTime` only when their status flips, by what was written last: what a watch shows may be older
+than that, and to go by it would be to write the one and the other in turn for ever. What others put into the status (PodScheduled,
 readiness gates) is passed through.
 """
 
@@ -92,6 +93,30 @@ def phase(policy: str, inits: list[ContainerState], containers: list[ContainerSt
     if all(run.exit_code == 0 for run in ended):
         return "Succeeded"
     return "Failed" if policy == "Never" or all(c.finished_for_good for c in containers) else "Running"
+
+
+OWN = ("Initialized", "Ready", "ContainersReady")
+"""The conditions that a kubelet writes."""
+
+
+def with_own(pod: Mapping[str, Any], written: Mapping[str, Any] | None) -> Object:
+    """The pod as seen, with the kubelet's conditions as it wrote them last (None: as seen)."""
+    if written is None:
+        return dict(pod)
+    seen = (pod.get("status") or {}).get("conditions") or []
+    own = [each for each in written.get("conditions") or [] if each["type"] in OWN]
+    others = [each for each in seen if each["type"] not in OWN]
+    return {**pod, "status": {**(pod.get("status") or {}), "conditions": [*others, *own]}}
+
+
+def contradicted(pod: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether somebody else has turned a kubelet's condition: the node controller does, of a node that it hears nothing from."""
+    seen = {each["type"]: each["status"] for each in (pod.get("status") or {}).get("conditions") or []}
+    return any(
+        seen.get(each["type"], each["status"]) != each["status"]
+        for each in wanted.get("conditions") or []
+        if each["type"] in OWN
+    )
 
 
 def conditions(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -497,4 +498,73 @@ def two_services_share_a_gpu(sandbox: Sandbox) -> None:
     story.wait_ready(sandbox, tenant, 1)
     assert story.replica_pods(sandbox, tenant)[0]["metadata"]["uid"] == pods[tenant], "the tenant was left alone"
     assert story.complete(sandbox, tenant, served[tenant])["choices"][0]["text"]
+    story.check_settled(sandbox)
+
+
+class Users:
+    """Threads that send one request after the other to a service, each on a connection of its own, and remember what failed."""
+
+    def __init__(self, sandbox: Sandbox, model: str, threads: int = 4) -> None:
+        self.answered, self.failed = 0, []  # type: ignore[var-annotated]
+        self._end = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(sandbox, model)) for _ in range(threads)]
+
+    def _ask(self, sandbox: Sandbox, model: str) -> None:
+        while not self._end.is_set():
+            try:
+                made = story.complete(sandbox, "opt", model, prompt="The sea was", max_tokens=64)
+                assert made["usage"]["completion_tokens"] == 64
+                self.answered += 1
+            except (OSError, AssertionError, KeyError) as error:
+                self.failed.append(repr(error))
+
+    def __enter__(self) -> Users:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@told
+def changes_reach_the_replicas_without_an_outage(sandbox: Sandbox) -> None:
+    """A change is rolled out, and then a node is emptied, while users send requests: none fails, and never two replicas are away."""
+    service = story.make_service()
+    story.apply(sandbox, story.make_profile(service), service)
+    story.wait_ready(sandbox, "opt", 4)
+    before = {pod["metadata"]["uid"] for pod in story.replica_pods(sandbox, "opt")}
+    least = 4
+
+    def unless_done(done: Callable[[], bool]) -> bool:
+        nonlocal least
+        least = min(least, ready_replicas(sandbox))
+        return done()
+
+    def rolled() -> bool:
+        return not before & {pod["metadata"]["uid"] for pod in story.replica_pods(sandbox, "opt")}
+
+    with Users(sandbox, "opt-1.3b") as users:
+        changed = {"template": {"metadata": {"annotations": {"example.com/note": "changed"}}}}
+        sandbox.kubectl("patch", "llm/opt", "--type=merge", "-p", json.dumps({"spec": changed}))
+        story.wait_until(sandbox, "every replica is a new one", lambda: unless_done(rolled), 90)
+        story.wait_ready(sandbox, "opt", 4)
+        assert least >= 3
+        node = story.items(sandbox, "gpupacks")[0]["status"]["node"]
+        sandbox.kubectl("cordon", node)
+        try:
+
+            def emptied() -> bool:
+                return node not in {pack.get("status", {}).get("node") for pack in story.items(sandbox, "gpupacks")}
+
+            least = 4
+            story.wait_until(sandbox, f"nothing is left on {node}", lambda: unless_done(emptied), 90)
+            story.wait_ready(sandbox, "opt", 4)
+        finally:
+            sandbox.kubectl("uncordon", node)
+        assert least >= 3  # all four, unless a loaded machine makes one late to answer its probe
+    assert not users.failed, f"{len(users.failed)} of {len(users.failed) + users.answered} failed: {users.failed[:3]}"
+    assert users.answered > 20
     story.check_settled(sandbox)

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -218,6 +218,37 @@ def losing_the_lease_ends_the_process(sandbox: Sandbox, log: Path) -> None:
             assert "held by somebody else now" in operator.log
         finally:
             sandbox.kubectl(*patch, json.dumps({"spec": {"holderIdentity": ""}}))
+
+
+def a_leader_that_was_paused_writes_nothing_more(sandbox: Sandbox, log: Path) -> None:
+    """It is stopped in the midst of leading; another takes over in seconds; what it then wakes up to, it leaves alone."""
+    with running(sandbox, log) as first, ExitStack() as later:
+        until_at_rest(first)
+        second = later.enter_context(running(sandbox, log.with_suffix(".second")))
+        eventually(lambda: "standing by" in second.log, lambda: second.log)
+        first.process.send_signal(signal.SIGSTOP)
+        paused = time.monotonic()
+        create(sandbox, imported("second"))
+        await_condition(sandbox, second, "second", "Complete", ("True", "Imported"))
+        assert time.monotonic() - paused < 15  # 4 s of lease, 0.5 s to look, and its start
+        holder = lease_holder(sandbox)
+        second.process.send_signal(signal.SIGSTOP)
+        try:
+            create(sandbox, imported("third"))  # work for whoever believes to lead
+            first.process.send_signal(signal.SIGCONT)
+            eventually(lambda: "stopping: lease" in first.log, lambda: first.log[-3000:])
+            assert "status" not in get(sandbox, "bprof", "third")
+            assert lease_holder(sandbox) == holder
+        finally:
+            second.process.send_signal(signal.SIGCONT)
+        assert first.process.wait(30) == 1
+        await_condition(sandbox, second, "third", "Complete", ("True", "Imported"))
+        assert lease_holder(sandbox) == holder
+
+
+def lease_holder(sandbox: Sandbox) -> str:
+    found = get(sandbox, "lease", "tightship-operator", "-n", "tightship-system")
+    return str(found["spec"]["holderIdentity"])
 
 
 def a_job_that_is_not_ours_is_left_alone(sandbox: Sandbox, log: Path) -> None:
@@ -462,6 +493,7 @@ STORIES = (
     reconciling_again_changes_nothing,
     one_leads_and_another_takes_over,
     losing_the_lease_ends_the_process,
+    a_leader_that_was_paused_writes_nothing_more,
     a_job_that_is_not_ours_is_left_alone,
     lengths_are_read_from_a_config_map_with_the_label,
     the_scale_subresource_is_read_and_written,

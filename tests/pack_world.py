@@ -212,6 +212,7 @@ class World:
         """Run reconcilers until nothing is due; a loop that never ends is an error."""
         for _ in range(200):
             self.watch()
+            self.queue._promote()  # what has become due meanwhile
             if not len(self.queue):
                 return
             key = await self.queue.get()

@@ -2,9 +2,10 @@
 
 The order matters and is the whole of the module: first somebody to ask (telemetry), then a cluster that serves our kinds,
 then the lease, then which of the kinds it lacks that it may lack, then everything there is (one listing), then workers and
-watches together. What must always hold: nothing is written before the lease is held; losing the lease stops the workers at
-once and ends the process; a clean stop finishes what is begun, lets the lease go, and leaves nothing behind that the next
-start would have to wait for.
+watches together. What must always hold: nothing is written before the lease is held, nor later than its last renewal allows;
+from the moment it is held it is kept, also while the cluster is being read; losing it stops the workers at once and ends the
+process; a clean stop finishes what is begun, lets the lease go, and leaves nothing behind that the next start would have to
+wait for.
 """
 
 from __future__ import annotations
@@ -114,12 +115,21 @@ class Operator:
         """Run until `stop` is set. Returns the exit status: 0 after a clean stop, 1 when the lease or a part was lost."""
         await self.telemetry.start()
         log.info("telemetry on http://%s:%d", self._options.telemetry_host, self.telemetry.port)
-        lease = self._lease()
+        lease, keeping = self._lease(), None
         try:
             if not await _unless(stop, self._prepare(lease)):
                 return 0
-            return await self._work(lease, stop)
+            keeping = None if lease is None else self._spawn(lease.keep())
+            if not await _unless(stop, _while_going(keeping, self._look_around())):
+                return 0
+            return await self._work(keeping, stop)
+        except LeaseLost as lost:  # while the cluster was being read
+            self.health.problem = str(lost)
+            log.error("stopping: %s", lost)
+            return 1
         finally:
+            if keeping is not None:
+                await _cancel(keeping)
             if lease is not None:
                 await lease.release()
             await self.telemetry.stop()
@@ -139,10 +149,15 @@ class Operator:
     async def _prepare(self, lease: Lease | None) -> None:
         await self._await_cluster()
         if lease is not None:
+            self.cluster.guard_writes(lease.check)
             await lease.acquire()
-        self.context.absent = await self._absent()
         self.metrics.leading(True)
         self.health.waiting = "reading the cluster"
+
+    async def _look_around(self) -> None:
+        """What the cluster lacks, and all that it has of the rest."""
+        self.context.absent = await self._absent()
+        await self._read_everything()
 
     async def _await_cluster(self) -> None:
         """Wait for an API server that answers and serves our kinds, saying what is missing when that changes."""
@@ -198,18 +213,17 @@ class Operator:
     def _watched(self) -> tuple[str, ...]:
         return tuple(name for name in WATCHED if name not in self.context.absent)
 
-    async def _work(self, lease: Lease | None, stop: asyncio.Event) -> int:
-        """Run workers, watches, resync and the lease together until one ends or `stop` is set."""
+    async def _work(self, keeping: asyncio.Task[None] | None, stop: asyncio.Event) -> int:
+        """Run workers, watches and resync beside the lease until one ends or `stop` is set."""
         kopf_stop = asyncio.Event()
-        await self._read_everything()
         self.queue.add(PLACEMENT)
         workers = asyncio.create_task(self._workers.run(), name="workers")
         parts: dict[str, asyncio.Task[Any]] = {
             "resync": self._spawn(self._resync()),
             "relist": self._spawn(self._relist()),
         }
-        if lease is not None:
-            parts["lease"] = self._spawn(lease.keep())
+        if keeping is not None:
+            parts["lease"] = keeping
         stopping = self._spawn(stop.wait())
         # Last: when kopf ends it cancels every task that was made after it.
         parts["kopf"] = self._spawn(self._watch(kopf_stop, stop))
@@ -336,6 +350,19 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
     if done:
         task.result()
     return done
+
+
+async def _while_going(other: asyncio.Task[None] | None, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`, unless `other`, which never ends by itself, fails before: its error is raised then."""
+    if other is None:
+        return await work
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait({task, other}, return_when=asyncio.FIRST_COMPLETED)
+        (other if other.done() else task).result()
+    finally:
+        await _cancel(task)
+    return None
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

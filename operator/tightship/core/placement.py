@@ -19,9 +19,13 @@ The algorithm; where services are taken in turn, the longest-waiting one comes f
    old replica that serves is worth more than none. When only such a pack's own device can make room, the newest one is
    given up, and no second one before its device is in use again.
 6. A demand without a shape (being measured, awaiting approval, infeasible) keeps what it has. It may shrink, never grow:
-   nobody knows what a new replica of it would need.
+   nobody knows what a new replica of it would need. The same goes for a new shape of which fewer would have a place than have to
+   serve (``least``), and than there are now: it waits for devices.
 
 What is given up in 4 and 5 may be what another lacks: they are repeated until nothing changes.
+
+Of the packs on a cordoned node one at a time is no longer wanted, the first one that has somewhere to go, and the next one when that is
+gone: whoever drains the node then finds nothing on it.
 
 A replica moves only when its pack can no longer hold it: moving costs serving capacity, so a plan never tidies up for
 the sake of it. Scaling down tidies by itself, because the newest pack empties first.
@@ -44,6 +48,7 @@ What always holds, whatever the snapshot:
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -109,6 +114,8 @@ class Demand:
     services of the namespace beside its own, if they have its ``priority`` (the class's name, "" for none): a pack's holder has one
     priority, and who had a higher one could preempt it. ``spread`` asks for two packs or more. ``reserve`` is what it wants left free of every
     device, ``device_memory`` the bytes of a device of this product, as far as known: it counts until the device itself is.
+    ``avoids`` are nodes on which its replicas found no room: nothing new is put there for now. ``least`` is how many replicas have
+    to serve whatever is changed.
     """
 
     service: ServiceRef
@@ -128,6 +135,8 @@ class Demand:
     spread: bool = False
     reserve: Reserve = field(default_factory=Reserve)
     device_memory: int | None = None
+    avoids: frozenset[str] = frozenset()
+    least: int = 0
 
     @property
     def per_pack(self) -> int:
@@ -142,7 +151,8 @@ class Pack:
     ``units`` and ``memory`` are what it takes of its node, as in a demand. ``ordinal`` grows with each pack that a service
     opens, so the highest is the newest. ``excluded`` are nodes that this pack must not be on, because the service's replicas
     did not fit there; ``unfit`` are services whose replicas find no room on its node, while those of others do. ``waiting`` says
-    that it found no device so far: nobody joins it.
+    that it found no device so far: nobody joins it; ``apart``, that it waits for a node that its topology spread allows, so that it
+    takes none of the devices that are free now. ``cordoned``: its node takes no more pods.
     """
 
     name: str
@@ -160,6 +170,8 @@ class Pack:
     memory: int = 0
     unfit: frozenset[ServiceRef] = frozenset()
     waiting: bool = False
+    apart: bool = False
+    cordoned: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,6 +252,26 @@ def ordinal_of(name: str) -> int:
 
 def plan(snapshot: Snapshot) -> Plan:
     """Plan one pass (see the module's docstring for the algorithm and what always holds)."""
+    snapshot = _clear_cordoned(snapshot)
+    waiting: dict[ServiceRef, Shortfall] = {}
+    while True:
+        board, shortfalls = _attempt(snapshot)
+        costly = {short.service: short for short in shortfalls if _costs_too_many(board, short)}
+        if not costly:
+            break
+        waiting |= costly
+        demands = (replace(each, shape=None) if each.service in waiting else each for each in snapshot.demands)
+        snapshot = replace(snapshot, demands=tuple(demands))
+    for short in waiting.values():
+        stay = sum(each.replicas for here in board.pencilled.values() for each in here if each.service == short.service)
+        shortfalls.append(replace(short, kept=stay))
+    return Plan(
+        board.created(), board.changed(), tuple(sorted(shortfalls, key=lambda short: board.turn[short.service]))
+    )
+
+
+def _attempt(snapshot: Snapshot) -> tuple[_Board, list[Shortfall]]:
+    """All steps of a plan, every service at the shape that it wants now."""
     board = _Board(snapshot)
     for pack in snapshot.packs:
         _retain(board, pack)
@@ -253,7 +285,13 @@ def plan(snapshot: Snapshot) -> Plan:
         sharing = board.mixed or any(board.demands[short.service].shared for short in shortfalls)
         if not shortfalls or not sharing or board.pencilled == before:
             break
-    return Plan(board.created(), board.changed(), tuple(shortfalls))
+    return board, shortfalls
+
+
+def _costs_too_many(board: _Board, short: Shortfall) -> bool:
+    """Whether a new shape would leave fewer replicas than have to serve, and than there are."""
+    demand = board.demands[short.service]
+    return short.service in board.squeezed and short.placed + short.kept < min(demand.least, board.had[short.service])
 
 
 def free_memory(snapshot: Snapshot) -> dict[str, int | None]:
@@ -274,6 +312,22 @@ def apply(snapshot: Snapshot, planned: Plan) -> Snapshot:
     return replace(snapshot, packs=packs + planned.create)
 
 
+def _clear_cordoned(snapshot: Snapshot) -> Snapshot:
+    """The snapshot with one pack of each cordoned node marked as unfit: the oldest one for which there are devices elsewhere."""
+    cordoned = [pack for pack in snapshot.packs if pack.cordoned and pack.health is Health.SOUND]
+    if not cordoned:
+        return snapshot
+    board, chosen = _Board(snapshot), set()
+    leaving = {pack.node for pack in snapshot.packs if pack.cordoned and not board.pencilled[pack.name]}
+    for pack in sorted(cordoned, key=lambda pack: (pack.ordinal, pack.name)):
+        here = [board.demands[each.service] for each in board.pencilled[pack.name]]
+        if pack.node not in leaving and here and all(board.could_move(pack, demand) for demand in here):
+            leaving.add(pack.node)
+            chosen.add(pack.name)
+    packs = (replace(pack, health=Health.UNFIT) if pack.name in chosen else pack for pack in snapshot.packs)
+    return replace(snapshot, packs=tuple(packs))
+
+
 class _Board:
     """The packs of a snapshot while a plan is made: assignments are pencilled in, nothing else changes."""
 
@@ -289,10 +343,17 @@ class _Board:
         self.rented: dict[ServiceRef, dict[str, Pack]] = {}
         self.shareable: dict[str, list[Pack]] = {}
         self._unfit: dict[ServiceRef, list[Pack]] = {}
+        self.squeezed: set[ServiceRef] = set()  # who would have fewer on some pack, because its new shape is larger
         alive = {(demand.service, demand.uid) for demand in self.order}
         for pack in sorted(snapshot.packs, key=lambda pack: (pack.ordinal, pack.name)):
             kept = () if pack.health is Health.LOST else pack.assignments
             self._add(pack, tuple(each for each in kept if (each.service, each.uid) in alive and each.replicas > 0))
+        staying = [
+            here for pack in snapshot.packs if pack.health is not Health.LEAVING for here in self.pencilled[pack.name]
+        ]
+        self.had = Counter({demand.service: 0 for demand in self.order})
+        for each in staying:
+            self.had[each.service] += each.replicas
 
     def _add(self, pack: Pack, assignments: tuple[Assignment, ...]) -> None:
         self.pencilled[pack.name] = tuple(sorted(assignments, key=lambda each: each.service))
@@ -383,8 +444,19 @@ class _Board:
             most = min(most, (capacity - taken) // max(1, demand.shape.memory))
         return max(0, most) if len(together) <= SERVICES_PER_PACK else 0
 
+    def could_move(self, pack: Pack, demand: Demand) -> bool:
+        """Whether there may be a place elsewhere for what the service has on the pack."""
+        if self.fixed(pack, demand):
+            return False
+        if any(self.good(each, demand) and self.space(each, demand) for each in self.packs_of(demand)):
+            return True
+        most = max(self.supply(demand).values(), default=0) if demand.device == "cpu" else self.free(demand)
+        return most >= demand.units or bool(self.openings(demand))
+
     def space(self, pack: Pack, demand: Demand) -> int:
         """How many more replicas of the service may be put on a pack where it is, or would be, well placed."""
+        if pack.cordoned:
+            return 0
         others = self.others(pack, demand)
         if others and not (self._agreed(demand, others) and self._measured(pack, demand, others)):
             return 0
@@ -440,9 +512,7 @@ class _Board:
 
     def excluded(self, demand: Demand) -> frozenset[str]:
         """Nodes on which this service's replicas were seen not to fit."""
-        nodes: set[str] = set()
-        for pack in self.owned.get(demand.service, ()):
-            nodes |= pack.excluded
+        nodes = set(demand.avoids)
         for pack in (*self.packs_of(demand), *self._unfit.get(demand.service, ())):
             if pack.node and (pack.health is Health.UNFIT or demand.service in pack.unfit):
                 nodes.add(pack.node)
@@ -476,6 +546,7 @@ class _Board:
             if pack.node is None
             and (pack.device, pack.product) == (demand.device, demand.product)
             and pack.health is not Health.LOST
+            and not (pack.apart and pack.owner != demand.service)
         )
 
     def free(self, demand: Demand) -> int:
@@ -542,6 +613,8 @@ def _retain(board: _Board, pack: Pack) -> None:
     for each in sorted(others, key=lambda each: board.rank(pack, each.service)):
         demand = board.demands[each.service]
         replicas = min(each.replicas, board.carries(pack, demand, kept))
+        if replicas < each.replicas and each.shape != demand.shape:
+            board.squeezed.add(each.service)
         if replicas and demand.shape:
             kept.append(replace(each, replicas=replicas, shape=demand.shape))
     board.pencilled[pack.name] = tuple(sorted(kept, key=lambda each: each.service))

@@ -6,25 +6,46 @@ larger of its own memory and the template's. Three rules follow:
 - shrink before grow: the template changes only when all pods that stay, at that larger figure, fit together with those that
   are still going;
 - a StatefulSet grows only as far as what is left carries replicas of the new template;
-- pods are replaced one at a time, broken ones first; a pod that serves is replaced only while nothing else of the service is
-  down.
+- on a pack pods are replaced one at a time, broken ones first, and over the whole service as many as may be missing: never
+  fewer serve than have to. The first one goes alone: until it serves at the new revision, and as long as one of that revision is in
+  trouble, no other that serves is touched. A revision that mends it makes the broken one outdated, and that one is replaced first.
+
+A service's replicas may also be wanted elsewhere, or be fewer on a GPU at a larger shape. Then those that serve leave as others come:
+
+- a StatefulSet shrinks only as far as as many serve as there is a place for, those in trouble left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One pod: its ordinal, the bytes it was granted, and how it is."""
+    """One pod: its ordinal, the bytes it was granted, and how it is; `failed` when something else than time keeps it from being ready."""
 
     ordinal: int
     memory: int
     ready: bool = False
     going: bool = False
     outdated: bool = False
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """The replicas of one service on one pack: what its StatefulSet asks for (0 once that goes), and its pods.
+
+    `crowded`: a replica of another service there is leaving or starting. `taken_up`: the StatefulSet was made from the present
+    manifest, so its newest revision is the service's.
+    """
+
+    pack: str
+    wanted: int
+    pods: tuple[Replica, ...] = ()
+    crowded: bool = False
+    taken_up: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,16 +76,90 @@ def step(target: int, live: int | None, pods: Sequence[Replica], memory: int, ca
     return Step(replicas, template=True)
 
 
-def next_to_replace(pods: Sequence[Replica], others_down: int) -> Replica | None:
-    """The pod to delete next in a roll-out; None when there is none, or when it must wait.
+def replacements(groups: Iterable[Group], least: int) -> tuple[tuple[str, int], ...]:
+    """The pods, each as (pack, ordinal), that may be deleted now so that they come back at the newest revision.
 
-    `others_down` is the number of the service's wanted replicas that do not serve, outside `pods`.
+    `groups` are all of one service, `least` how many of its replicas have to serve (`rollout.maxUnavailable`). Fewer than that
+    serve only where it has fewer: of `n` replicas one may always be replaced.
     """
-    outdated = sorted((pod for pod in pods if pod.outdated and not pod.going), key=lambda pod: -pod.ordinal)
-    if not outdated or any(pod.going for pod in pods):
+    groups = sorted(groups, key=lambda group: group.pack)
+    spare = _serving(groups) - min(least, sum(group.wanted for group in groups) - 1)
+    if not _proven(groups):
+        spare = min(spare, 0 if _under_way(groups) else 1)
+    chosen = []
+    for group in groups:
+        staying = [pod for pod in group.pods if pod.outdated and pod.ordinal < group.wanted]
+        outdated = sorted(staying, key=lambda pod: -pod.ordinal)
+        if group.crowded or any(pod.going for pod in group.pods):
+            continue
+        broken = [pod for pod in outdated if not pod.ready]
+        if broken:
+            chosen.append((group.pack, broken[0].ordinal))
+        elif outdated and spare > 0 and not _starting(group):
+            chosen.append((group.pack, outdated[0].ordinal))
+            spare -= 1
+    return tuple(chosen)
+
+
+def stopped_by(groups: Iterable[Group]) -> tuple[str, int] | None:
+    """The pod (pack, ordinal) of the newest revision whose trouble keeps the others from being replaced; None where none does."""
+    groups = sorted(groups, key=lambda group: group.pack)
+    if not any(pod.outdated and not pod.going for group in groups for pod in group.pods):
         return None
-    broken = [pod for pod in outdated if not pod.ready]
-    if broken:
-        return broken[0]
-    down = others_down + sum(not pod.ready for pod in pods)
-    return outdated[0] if down == 0 else None
+    return next(((group.pack, pod.ordinal) for group in groups for pod in _newest(group) if pod.failed), None)
+
+
+def may_shrink_to(groups: Iterable[Group], pack: str, target: int, least: int, placed: int) -> int:
+    """How far one group may be scaled down towards `target` now: `target`, or more where others are yet to come in their stead.
+
+    `placed` is how many replicas the service has a place for. As long as those start, or wait for their GPU, what serves stays; for
+    those that are in trouble nobody waits, beyond the `least` that have to serve. From the highest ordinal down, since that is the
+    order in which a StatefulSet shrinks; what doesn't serve holds nobody up.
+    """
+    groups = list(groups)
+    own = next((group for group in groups if group.pack == pack), None)
+    if own is None:
+        return target
+    failed = sum(pod.failed and not pod.going and pod.ordinal < group.wanted for group in groups for pod in group.pods)
+    spare, count = _serving(groups) - max(min(least, placed), placed - failed), own.wanted
+    serves = {pod.ordinal for pod in own.pods if _serves(own, pod)}
+    while count > target:
+        if count - 1 in serves:
+            if spare <= 0:
+                break
+            spare -= 1
+        count -= 1
+    return count
+
+
+def _serving(groups: Iterable[Group]) -> int:
+    return sum(_serves(group, pod) for group in groups for pod in group.pods)
+
+
+def _serves(group: Group, pod: Replica) -> bool:
+    # A StatefulSet that was scaled down takes its last pods away at any moment.
+    return pod.ready and not pod.going and pod.ordinal < group.wanted
+
+
+def _newest(group: Group) -> list[Replica]:
+    """The pods of the newest revision that are to stay."""
+    if not group.taken_up:
+        return []
+    return [pod for pod in group.pods if not pod.outdated and not pod.going and pod.ordinal < group.wanted]
+
+
+def _starting(group: Group) -> bool:
+    return any(not pod.ready for pod in _newest(group))
+
+
+def _proven(groups: Iterable[Group]) -> bool:
+    """Whether the newest revision serves somewhere and is in trouble nowhere."""
+    newest = [pod for group in groups for pod in _newest(group)]
+    return any(pod.ready for pod in newest) and not any(pod.failed for pod in newest)
+
+
+def _under_way(groups: Iterable[Group]) -> bool:
+    """Whether a replica has been replaced and doesn't serve yet, or is about to be made anew."""
+    return any(_starting(group) for group in groups) or any(
+        pod.going and pod.ordinal < group.wanted for group in groups for pod in group.pods
+    )

@@ -42,6 +42,7 @@ _METHODS = {
     "apply": "PATCH",
     "delete": "DELETE",
 }
+_READS = frozenset({"get", "list", "dryrun"})
 _PAGE = 500
 _REMEMBERED = 20_000
 #: Seconds for which an applied object of a kind that isn't watched is taken to be still there.
@@ -100,7 +101,12 @@ class Cluster:
         self._store = store
         self._on_request = on_request or (lambda verb, kind, status, seconds: None)
         self._clock = clock or SystemClock()
+        self._guard: Callable[[], None] = lambda: None
         self._applied: OrderedDict[tuple[Ref, str], _Applied] = OrderedDict()
+
+    def guard_writes(self, check: Callable[[], None]) -> None:
+        """Have `check` called right before each write but those of Leases; what it raises, the write raises instead of being sent."""
+        self._guard = check
 
     async def apply(self, obj: Object) -> dict[str, Any]:
         """Create or update `obj` by server-side apply (manager `tightship`, forced), and return what the server has.
@@ -293,6 +299,8 @@ class Cluster:
         body: Any = None,
         content_type: str = JSON,
     ) -> dict[str, Any]:
+        if verb not in _READS and ref.kind != "Lease":
+            self._guard()
         started = self._clock.monotonic()
         status = 0
         try:

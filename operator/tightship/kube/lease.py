@@ -5,6 +5,10 @@ go, or when it has seen no change of it for the lease's duration on its *own* cl
 compared). Every write carries the resourceVersion that was read, so of two candidates one loses. A leader that couldn't
 renew for `renew_deadline`, which is shorter than the duration, considers itself deposed before anybody else can lead.
 A clean stop lets the lease go, so that the next start doesn't wait.
+
+A leader that was stopped for a while (a debugger, a frozen container, a starved machine) goes on where it was, in the middle of anything.
+So each write asks `check` right before it goes out: the time is counted from before the last renewal was *sent*, since others count
+from when they saw it.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -66,6 +70,7 @@ class Lease:
         self._cluster, self._clock = cluster, clock
         self._ref, self._identity, self._times = ref, identity, times
         self._held: dict[str, Any] | None = None
+        self._renewed = 0.0  # on the own clock, before the write that took or renewed it was sent
         self._seen: tuple[str, str] = ("", "")
         self._seen_at = 0.0
         self._told = ""
@@ -76,22 +81,31 @@ class Lease:
             await self._clock.sleep(self._times.retry)
         log.info("holding lease %s as %s", self._ref, self._identity)
 
+    def check(self) -> None:
+        """Raise `LeaseLost` unless this candidate holds the lease and renewed it within the renew deadline."""
+        if self._held is None:
+            raise LeaseLost(f"lease {self._ref} is not held: nothing is written without it")
+        silent = self._clock.monotonic() - self._renewed
+        if silent >= self._times.renew_deadline:
+            raise LeaseLost(
+                f"lease {self._ref} was last renewed {silent:.1f} s ago, more than the {self._times.renew_deadline:g} s that a leader "
+                "may write without: another one may lead by now"
+            )
+
     async def keep(self) -> None:
         """Renew for ever. Raises `LeaseLost`."""
-        renewed = self._clock.monotonic()
         while True:
             await self._clock.sleep(self._times.retry)
-            left = renewed + self._times.renew_deadline - self._clock.monotonic()
+            left = self._renewed + self._times.renew_deadline - self._clock.monotonic()
             try:
                 if left > 0:
                     await asyncio.wait_for(self._renew(), left)
-                    renewed = self._clock.monotonic()
                     continue
             except (KubeError, asyncio.TimeoutError) as error:
                 if isinstance(error, LeaseLost):
                     raise
                 log.warning("lease %s was not renewed: %s", self._ref, error or "no answer in time")
-            if self._clock.monotonic() - renewed >= self._times.renew_deadline:
+            if self._clock.monotonic() - self._renewed >= self._times.renew_deadline:
                 raise LeaseLost(f"lease {self._ref} could not be renewed for {self._times.renew_deadline:g} seconds")
 
     async def release(self) -> None:
@@ -109,7 +123,7 @@ class Lease:
             lease = await self._cluster.get(self._ref)
             if not self._free(lease.get("spec") or {}):
                 return False
-            self._held = await self._cluster.replace({**lease, "spec": self._spec(lease.get("spec") or {})})
+            await self._hold(self._cluster.replace({**lease, "spec": self._spec(lease.get("spec") or {})}))
         except NotFound:
             return await self._create()
         except Conflict:
@@ -122,7 +136,7 @@ class Lease:
         metadata = {"name": self._ref.name, "namespace": self._ref.namespace}
         body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": self._spec({})}
         try:
-            self._held = await self._cluster.create(body)
+            await self._hold(self._cluster.create(body))
         except AlreadyExists:
             return False
         except NotFound as error:
@@ -148,7 +162,7 @@ class Lease:
             raise LeaseLost(f"lease {self._ref} is not held")
         spec = {**self._held["spec"], "renewTime": self._now()}
         try:
-            self._held = await self._cluster.replace({**self._held, "spec": spec})
+            await self._hold(self._cluster.replace({**self._held, "spec": spec}))
         except (Conflict, NotFound):
             await self._settle()
 
@@ -162,7 +176,13 @@ class Lease:
         if holder != self._identity:
             self._held = None
             raise LeaseLost(f"lease {self._ref} is held by {holder or 'nobody'} now")
-        self._held = await self._cluster.replace({**lease, "spec": {**lease["spec"], "renewTime": self._now()}})
+        await self._hold(self._cluster.replace({**lease, "spec": {**lease["spec"], "renewTime": self._now()}}))
+
+    async def _hold(self, write: Awaitable[dict[str, Any]]) -> None:
+        """Take or renew the lease by a write; what it was sent at is what counts."""
+        sent = self._clock.monotonic()
+        self._held = await write
+        self._renewed = sent
 
     def _spec(self, old: Mapping[str, Any]) -> dict[str, Any]:
         changed = old.get("holderIdentity") != self._identity

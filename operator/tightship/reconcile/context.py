@@ -67,7 +67,8 @@ class Context:
     """The ports of one operator process.
 
     `placed` is what the last placement pass found; nobody but it writes there. `starting` is held while a profiling Job is started, so that
-    two profiles don't take the last free slot together.
+    two profiles don't take the last free slot together; `changing` while replicas that serve are chosen and taken away, so that two packs
+    don't both take the last one that may be missing.
     `absent` are the kinds of `OPTIONAL` that the cluster doesn't serve: objects of theirs are not made.
     """
 
@@ -79,6 +80,7 @@ class Context:
     metrics: Metrics
     events: Events
     starting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     absent: frozenset[str] = frozenset()
     placed: Pass = field(default_factory=Pass)
 

@@ -11,15 +11,17 @@ What must always hold: no GPU is taken for replicas that their namespace refuses
 said which GPU it holds; a pack never moves to another node or GPU; a holder that leaves gets its replicas drained first; one
 that dies is made anew on the same node, and until its daemon is back the replicas stop by themselves (fencing is theirs); what is
 done about faults of MPS (`packfaults`) is decided once a call, acted upon and remembered in the same status; of
-all replicas of a service at most one that serves is being replaced, whatever number of packs they are on, and on one pack at most one
-of all services; no service gets memory of a pack that pods of another still hold; nothing is deleted but pods and StatefulSets of
-this pack, and the pack itself once nobody is on it, whoever opened it.
+all replicas of a service, whatever number of packs they are on, never more are being replaced or sent away than
+`rollout.maxUnavailable` lets be missing, and on one pack at most one of all services is replaced at a time; no service gets memory
+of a pack that pods of another still hold; nothing is deleted but pods and StatefulSets of this pack, and the pack itself once
+nobody is on it, whoever opened it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +31,7 @@ from tightship.api.v1alpha1.batchprofile import BatchProfile, ProfileEngine
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import Assignment
 from tightship.core import rollout
+from tightship.kube.cluster import controller_of
 from tightship.kube.errors import Conflict, Forbidden, Invalid, KubeError, NameConflict, OutlivedOwner
 from tightship.kube.kinds import Ref
 from tightship.kube.store import Object, labels_of
@@ -37,21 +40,18 @@ from tightship.manifests import holder as holder_manifests
 from tightship.manifests import replicas as replica_manifests
 from tightship.manifests.podparts import OperatorImage
 from tightship.manifests.replicas import Place
-from tightship.reconcile import admission, packfaults, packstatus, podstate, snapshot
+from tightship.reconcile import admission, fleet, packfaults, packstatus, podstate
 from tightship.reconcile.context import Context
 from tightship.reconcile.packfaults import Course
 from tightship.reconcile.packview import (
     Mps,
     Problem,
     View,
-    current_revision,
     gather,
-    granted_to_others,
     holding,
     readable,
     refused,
     replica_pods,
-    revision_of,
     rollout_pods,
 )
 from tightship.reconcile.queue import Key, Result
@@ -184,13 +184,47 @@ async def _run(ctx: Context, view: View, course: Course) -> list[Problem]:
     problems = []
     for found in view.sets:
         if found["metadata"]["labels"].get(labels.SERVICE) not in wanted and not podstate.is_going(found):
-            await ctx.cluster.delete(Ref.of(found), uid=found["metadata"]["uid"])
+            await _send_away(ctx, view, found, course)
     for assignment in wanted.values():
         try:
             problems += await _run_service(ctx, view, assignment, course)
         except (NameConflict, OutlivedOwner, Invalid, Forbidden) as error:
             problems.append(_problem(error))
     return problems
+
+
+async def _send_away(ctx: Context, view: View, found: Object, course: Course) -> None:
+    """A StatefulSet that has no place here any more goes as its replicas start to serve elsewhere, or with the holder, which ends them."""
+    service = str(labels_of(found).get(labels.SERVICE))
+    ends = course.stop or (view.holder is not None and podstate.is_going(view.holder))
+    async with ctx.changing:
+        count = 0 if ends else _may_shrink_to(ctx, view, service, found, 0)
+        if count == 0:
+            await ctx.cluster.delete(Ref.of(found), uid=found["metadata"]["uid"])
+        else:
+            await _scale_down(ctx, found, count)
+
+
+def _may_shrink_to(ctx: Context, view: View, service: str, live: Object, target: int) -> int:
+    """How far a StatefulSet may be scaled down towards `target` with enough replicas of its service serving."""
+    namespace = view.pack.spec.namespace
+    obj = ctx.store.get("LLMService", namespace, service)
+    if obj is None or (owner := controller_of(live)) is None or owner["uid"] != obj["metadata"]["uid"]:
+        return target
+    read = readable(ctx.store, obj)
+    return rollout.may_shrink_to(
+        fleet.groups(ctx.store, namespace, service),
+        view.pack.metadata.name,
+        target,
+        fleet.least_serving(ctx.store, namespace, service),
+        fleet.placed(ctx.store, read) if read is not None else fleet.ALL_OF_THEM,
+    )
+
+
+async def _scale_down(ctx: Context, live: Object, count: int) -> None:
+    if count < int(live["spec"].get("replicas", 1)):
+        patch = {"metadata": {"uid": live["metadata"]["uid"]}, "spec": {"replicas": count}}
+        await ctx.cluster.merge_patch(Ref.of(live), patch)
 
 
 async def _run_service(ctx: Context, view: View, assignment: Assignment, course: Course) -> list[Problem]:
@@ -204,43 +238,48 @@ async def _run_service(ctx: Context, view: View, assignment: Assignment, course:
     if course.stop or (view.holder is not None and podstate.is_going(view.holder)):
         # A holder that leaves waits for its clients: they drain now, instead of when it fences them. After a fatal fault the MPS
         # server takes nobody until the last one has left.
-        return await _scale_only(ctx, assignment, live, 0) if live is not None else []
+        if live is not None:
+            await _scale_down(ctx, live, 0)
+        return []
+    shrinks = live is not None and int(live["spec"].get("replicas", 1)) > assignment.replicas
+    async with ctx.changing if shrinks else nullcontext():
+        return await _change(ctx, view, assignment, service, live)
+
+
+async def _change(
+    ctx: Context, view: View, assignment: Assignment, service: Object, live: Object | None
+) -> list[Problem]:
+    """Bring the StatefulSet of an assignment nearer to it: fewer first, then the template, then more."""
+    target = assignment.replicas
+    if live is not None and int(live["spec"].get("replicas", 1)) > target:
+        target = _may_shrink_to(ctx, view, assignment.service, live, target)
     verdict = examine(service, ctx.store)
     if not verdict.matches(assignment, ctx.store):
-        return await _scale_only(ctx, assignment, live)
+        return await _scale_only(ctx, live, target)
     setup = _setup(ctx, view, assignment, verdict, holding(view).place)
     if setup is None:
-        return await _scale_only(ctx, assignment, live) if live is not None else []
-    capacity = _capacity(ctx, view, assignment.service)
+        return await _scale_only(ctx, live, target) if live is not None else []
     desired = replica_manifests.statefulset(setup, assignment.replicas)
     if live is not None and _same_but_for_us(desired, live):
         # An upgrade of the operator restarts no replica: what it injects stays as it is.
         kept = OperatorImage(replica_manifests.inject_image(live) or setup.image.name, ctx.settings.image_pull_policy)
         desired = replica_manifests.statefulset(replace(setup, image=kept), assignment.replicas)
     step = rollout.step(
-        assignment.replicas,
+        target,
         None if live is None else int(live["spec"].get("replicas", 1)),
         rollout_pods(view, assignment.service, live),
         replica_manifests.memory_of(desired["spec"]["template"]),
-        capacity,
+        fleet.capacity(ctx.store, view.pack, assignment.service),
     )
     if not step.template:
-        return await _scale_only(ctx, assignment, live, step.replicas)
+        return await _scale_only(ctx, live, step.replicas)
     desired["spec"]["replicas"] = step.replicas
     problem = await _refused(ctx, view, desired, live)
     if problem is None or (live is not None and _same_but_for_us(desired, live)):
         await ctx.cluster.apply(desired)
     elif live is not None:
-        await _scale_only(ctx, assignment, live, step.replicas)
+        await _scale_down(ctx, live, step.replicas)
     return [problem] if problem is not None else []
-
-
-def _capacity(ctx: Context, view: View, service: str) -> int | None:
-    """Bytes that the replicas of one service may use on the pack, beside what others have there now."""
-    found = [ctx.store.get("LLMService", view.pack.spec.namespace, each.service) for each in view.pack.spec.assignments]
-    reserves = [read.spec.packing.memory_reserve for obj in found if (read := readable(ctx.store, obj))]
-    total = snapshot.capacity_of(view.pack, reserves)
-    return None if total is None else max(0, total - granted_to_others(ctx.store, view.pack, service))
 
 
 async def _refused(ctx: Context, view: View, desired: Object, live: Object | None) -> Problem | None:
@@ -258,18 +297,13 @@ async def _refused(ctx: Context, view: View, desired: Object, live: Object | Non
     return Problem(Reason.SHARING_UNAVAILABLE, f"{refused(service)}: {words}")
 
 
-async def _scale_only(
-    ctx: Context, assignment: Assignment, live: Object | None, replicas: int | None = None
-) -> list[Problem]:
+async def _scale_only(ctx: Context, live: Object | None, count: int) -> list[Problem]:
     """Change nothing but the count: the manifest has changed since what runs was measured, or the template must wait."""
     if live is None:
         return [
             Problem(Reason.REPLICAS_STARTING, "the manifest changed before these replicas were made: measuring anew")
         ]
-    count = assignment.replicas if replicas is None else replicas
-    if count < int(live["spec"].get("replicas", 1)):
-        patch = {"metadata": {"uid": live["metadata"]["uid"]}, "spec": {"replicas": count}}
-        await ctx.cluster.merge_patch(Ref.of(live), patch)
+    await _scale_down(ctx, live, count)
     return []
 
 
@@ -322,70 +356,29 @@ def _refuses_all(view: View, mps: Mps) -> bool:
 
 
 async def _roll(ctx: Context, view: View, course: Course) -> list[Problem]:
-    """Replace outdated pods, one at a time over the whole service, and over all services on the pack."""
+    """Replace outdated pods: as many as the service can miss, and on this pack one at a time over all services."""
     if course.stop or course.restart is not None:
         return []
+    namespace, pack = view.pack.spec.namespace, view.pack.metadata.name
     for assignment in view.pack.spec.assignments:
-        if _neighbour_moves(view, assignment.service):
+        live = ctx.store.get("StatefulSet", namespace, replica_manifests.set_name(assignment.service, pack))
+        if not any(pod.outdated for pod in rollout_pods(view, assignment.service, live)):
             continue
-        live = ctx.store.get(
-            "StatefulSet",
-            view.pack.spec.namespace,
-            replica_manifests.set_name(assignment.service, view.pack.metadata.name),
-        )
-        pods = rollout_pods(view, assignment.service, live)
-        if not any(pod.outdated for pod in pods):
-            continue  # nothing to replace: how the service does elsewhere needn't be counted
-        chosen = rollout.next_to_replace(pods, _others_down(ctx, view, assignment))
-        if chosen is None or live is None:
-            continue
-        name = f"{live['metadata']['name']}-{chosen.ordinal}"
-        pod = ctx.store.get("Pod", view.pack.spec.namespace, name)
-        if pod is not None:
-            log.info("rolling %s: replacing %s", view.pack.metadata.name, name)
-            await ctx.cluster.delete(Ref.of(pod), uid=pod["metadata"]["uid"])
-            break
+        async with ctx.changing:
+            chosen = rollout.replacements(
+                fleet.groups(ctx.store, namespace, assignment.service),
+                fleet.least_serving(ctx.store, namespace, assignment.service),
+            )
+            ordinal = next((ordinal for name, ordinal in chosen if name == pack), None)
+            if ordinal is None:
+                continue
+            name = f"{replica_manifests.set_name(assignment.service, pack)}-{ordinal}"
+            pod = ctx.store.get("Pod", namespace, name)
+            if pod is not None:
+                log.info("rolling %s: replacing %s", pack, name)
+                await ctx.cluster.delete(Ref.of(pod), uid=pod["metadata"]["uid"])
+                break
     return []
-
-
-def _neighbour_moves(view: View, service: str) -> bool:
-    """Whether a replica of another service on the pack is leaving or starting.
-
-    An engine that starts reads how much memory is free, so nobody beside it may release any. One that is in trouble holds nobody up.
-    """
-    others = [pod for pod in replica_pods(view) if labels_of(pod).get(labels.SERVICE) != service]
-    return any(
-        podstate.is_going(pod) or not (podstate.is_ready(pod) or podstate.trouble(pod) is not None) for pod in others
-    )
-
-
-def _others_down(ctx: Context, view: View, assignment: Assignment) -> int:
-    """Wanted replicas of the service on other packs that do not serve, or are to be replaced before ours.
-
-    Packs take turns by name: two that looked at the same moment must not both find everything well and replace one each.
-    """
-    down, own = 0, view.pack.metadata.name
-    for found in ctx.store.list("StatefulSet", view.pack.spec.namespace, (labels.SERVICE, assignment.service)):
-        pack = str(found["metadata"]["labels"].get(labels.PACK))
-        if pack == own:
-            continue
-        pods = [
-            pod
-            for pod in ctx.store.list("Pod", view.pack.spec.namespace, (labels.PACK, pack))
-            if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA
-            and labels_of(pod).get(labels.SERVICE) == assignment.service
-        ]
-        # A pack under repair has its StatefulSets at 0; what is assigned to it is missing all the same.
-        wanted = max(int(found["spec"].get("replicas", 1)), _assigned(ctx, pack, assignment.uid))
-        down += max(0, wanted - sum(podstate.is_ready(pod) for pod in pods))
-        revision = current_revision(found)
-        down += pack < own and (revision is None or any(revision_of(pod) != revision for pod in pods))
-    return down
-
-
-def _assigned(ctx: Context, name: str, uid: str) -> int:
-    pack = ctx.store.get("GPUPack", "", name) or {"spec": {}}
-    return sum(int(each["replicas"]) for each in pack["spec"].get("assignments") or () if each["uid"] == uid)
 
 
 def _image(ctx: Context) -> OperatorImage:

@@ -16,6 +16,7 @@ there is nothing to do, so that deciding again never starts a Job.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ from tightship.api.v1alpha1.batchprofile import BatchProfile
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.core import placement
+from tightship.core.backoff import avoid
 from tightship.core.placement import Shortfall
 from tightship.kube.cluster import controller_of
 from tightship.kube.errors import AlreadyExists, Conflict, Forbidden, Invalid, NameConflict, NotFound, OutlivedOwner
@@ -34,7 +36,7 @@ from tightship.manifests import packs as pack_manifests
 from tightship.manifests import service as service_manifests
 from tightship.manifests.budget import disruption_budget
 from tightship.manifests.pool import inference_pool
-from tightship.reconcile import extension, indexes, modes, rerun, servicestatus, snapshot
+from tightship.reconcile import extension, fleet, indexes, modes, rerun, servicestatus, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.lengths import measurable
 from tightship.reconcile.queue import PLACEMENT, Key, Result
@@ -55,24 +57,30 @@ async def reconcile(ctx: Context, key: Key) -> Result:
         _tell_profiles(ctx, key.namespace)
         return Result()
     refusals = await _apply(ctx, gather(ctx.store, obj))
-    demand = snapshot.demand(obj, ctx.store)
+    now = ctx.clock.now()
+    demand = snapshot.demand(obj, ctx.store, now)
     seen = ctx.placed.knows(demand)
     shortfall = ctx.placed.shortfalls.get(demand.service) if seen else None
-    view = gather(ctx.store, obj, refusals, shortfall, absent=ctx.absent)
-    status = servicestatus.status(view, ctx.clock.now())
+    unfit, serving, wait = snapshot.rooms(key.namespace, key.name, ctx.store, now)
+    avoided = avoid(snapshot.remembered(obj), unfit, serving, now)
+    view = replace(gather(ctx.store, obj, refusals, shortfall, absent=ctx.absent), avoided=avoided)
+    status = servicestatus.status(view, now)
     # Placement waits for the first word: that the manifest is accepted.
     later = ctx.report_later(obj, status) if obj.get("status") else 0.0
-    if not later and await ctx.report(obj, status):
-        # What packs make depends on this manifest, and a roll-out on one waits for replicas on the others.
-        for pack in view.packs:
-            ctx.queue.add(Key("GPUPack", "", pack.metadata.name))
+    changed = not later and await ctx.report(obj, status)
+    # What packs make depends on this manifest; and what one may replace or send away, on the replicas of the others.
+    assigned = {each.metadata.name: servicestatus.assigned_to(each, view.uid) for each in view.packs}
+    for pack in sorted(fleet.unfinished(view.sets, view.pods, assigned) | (set(assigned) if changed else set())):
+        ctx.queue.add(Key("GPUPack", "", pack))
     before = ((obj.get("status") or {}).get("profile") or {}).get("name")
     if before != view.verdict.profile_name:
         _tell_profiles(ctx, key.namespace)
     if not seen:
         ctx.queue.add(PLACEMENT)
-    retry = any(not each.spared for each in refusals)
-    return Result(later or (ctx.settings.retry_seconds if retry else None))
+    waits = [each for each in (wait, later) if each]
+    waits += [ctx.settings.retry_seconds] if any(not each.spared for each in refusals) else []
+    waits += [left + 1 for each in avoided if (left := (each.until - now).total_seconds()) > 0]
+    return Result(requeue_after=min(waits, default=None))
 
 
 def _tell_profiles(ctx: Context, namespace: str) -> None:

@@ -97,7 +97,8 @@ def _held(held: Holding, problems: Sequence[Problem]) -> Condition:
 
 def next_look(view: View, problems: Sequence[Problem], now: datetime, retry: float) -> float | None:
     """Seconds until something changes that no watch tells: a retry, the end of a replica's time to attach or to be made."""
-    waits = [retry] if problems or outdated(view) else []
+    crowded = len(replica_pods(view)) > _wanted(view)
+    waits = [retry] if problems or crowded or outdated(view) else []
     if any(admission.missing(view, found) for found in view.sets):
         left = admission.patience(view, now)
         waits.append(left + 1 if left > 0 else retry)
@@ -219,9 +220,10 @@ def replicas(view: View, held: Holding, problems: Sequence[Problem]) -> Conditio
     if held.place is None and not pods:
         return Condition(kind, "Unknown", Reason.NOT_YET_KNOWN, "replicas are made once the device is held")
     if len(pods) > wanted or len(pods) != len(replica_pods(view)):
-        return Condition(
-            kind, "False", Reason.REPLICAS_STARTING, f"{so_far}; replicas that are no longer wanted are leaving"
+        text = (
+            f"{so_far}; {len(replica_pods(view)) - wanted} that are no longer wanted here leave as enough others serve"
         )
+        return Condition(kind, "False", Reason.REPLICAS_STARTING, text)
     if ready < wanted:
         starting = [pod for pod in pods if not podstate.is_ready(pod)]
         slot = len(starting) > 1

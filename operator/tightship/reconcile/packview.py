@@ -9,7 +9,7 @@ replica has left, and replicas that see another one make the pack unusable.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -151,20 +151,26 @@ def pods_of(view: View, service: str) -> list[Object]:
     return [pod for pod in replica_pods(view) if labels_of(pod).get(labels.SERVICE) == service]
 
 
-def rollout_pods(view: View, service: str, live: Object | None) -> list[Replica]:
-    """The same as the roll-out sees them. No pod is outdated as long as the StatefulSet's status is behind its spec."""
+def rollout_pods(view: View, service: str, live: Object | None) -> tuple[Replica, ...]:
+    """The same as the roll-out sees them."""
+    return replicas_of(pods_of(view, service), live)
+
+
+def replicas_of(pods: Iterable[Object], live: Object | None) -> tuple[Replica, ...]:
+    """Pods of one StatefulSet as the roll-out sees them. None is outdated as long as the set's status is behind its spec."""
     revision = current_revision(live)
-    return [
+    return tuple(
         Replica(
             ordinal=int(pod["metadata"]["name"].rpartition("-")[2]),
             memory=memory_of(pod),
             ready=podstate.is_ready(pod),
             going=podstate.is_going(pod),
             outdated=revision is not None and revision_of(pod) not in (None, revision),
+            failed=podstate.trouble(pod) is not None,
         )
-        for pod in pods_of(view, service)
+        for pod in pods
         if pod["metadata"]["name"].rpartition("-")[2].isdigit()
-    ]
+    )
 
 
 def granted_to_others(store: Store, pack: GPUPack, service: str) -> int:

@@ -74,25 +74,36 @@ def _word(said: Pass, service: ServiceRef) -> tuple[object, object]:
 
 
 async def apply(ctx: Context, plan: Plan) -> None:
-    """Write a plan. Devices are given back before others are taken.
+    """Write a plan: first what gives replicas a place, then what takes one away.
 
-    Raises Conflict, NotFound or AlreadyExists when the cluster is not what the plan was made for.
+    A pack lets replicas go by how many places the service has, so it must see those that a move leads to: it looks before or after
+    (`Context.changing`), and a plan that is abandoned half-way has given more places than it should, never fewer. Raises Conflict,
+    NotFound or AlreadyExists when the cluster is not what the plan was made for.
     """
-    for name, assignments in plan.update:
-        await _update(ctx, name, assignments)
-    left = deque(plan.create)
+    async with ctx.changing:
+        left = deque(plan.create)
 
-    async def create() -> None:
-        while left:
-            try:
-                await _create(ctx, left.popleft())
-            except BaseException:
-                left.clear()  # the others end what they have begun
-                raise
+        async def create() -> None:
+            while left:
+                try:
+                    await _create(ctx, left.popleft())
+                except BaseException:
+                    left.clear()  # the others end what they have begun
+                    raise
 
-    for error in await asyncio.gather(*(create() for _ in range(_AT_ONCE)), return_exceptions=True):
-        if error is not None:
-            raise error
+        for error in await asyncio.gather(*(create() for _ in range(_AT_ONCE)), return_exceptions=True):
+            if error is not None:
+                raise error
+        for name, assignments in sorted(plan.update, key=lambda update: (_takes_away(ctx, *update), update[0])):
+            await _update(ctx, name, assignments)
+
+
+def _takes_away(ctx: Context, name: str, assignments: Sequence[Assignment]) -> bool:
+    """Whether somebody has fewer replicas on a pack than before."""
+    shown = ctx.store.get("GPUPack", "", name) or {}
+    now = {each.uid: each.replicas for each in assignments}
+    before = (shown.get("spec") or {}).get("assignments") or ()
+    return any(now.get(each["uid"], 0) < int(each.get("replicas") or 0) for each in before)
 
 
 async def _update(ctx: Context, name: str, assignments: Sequence[Assignment]) -> None:

@@ -29,6 +29,7 @@ _OWN_REASONS = {
     Reason.ENGINE_HUNG,
 }
 _ROOM = re.compile(r"Insufficient |Too many pods")
+_APART = "topology spread constraints"  # the scheduler: "2 node(s) didn't match pod topology spread constraints"
 _QUOTE_HEAD, _QUOTE_TAIL = 300, 500
 
 
@@ -113,6 +114,12 @@ def short_of_room_since(pod: Mapping[str, Any]) -> datetime | None:
     if not _ROOM.search(condition.get("message") or ""):
         return None
     return _since(pod, "PodScheduled", "False")
+
+
+def is_kept_apart(pod: Mapping[str, Any]) -> bool:
+    """Whether it finds no node because of its topology spread, on some nodes at the least."""
+    condition = find(_conditions(pod), "PodScheduled")
+    return condition is not None and is_unschedulable(pod) and _APART in (condition.get("message") or "")
 
 
 def trouble(pod: Mapping[str, Any]) -> Trouble | None:

@@ -76,7 +76,8 @@ def _service_input(service: Object) -> tuple[object, ...]:
         if condition["type"] in (conditions.ACCEPTED, conditions.PROFILED, conditions.RECOMMENDED)
     )
     metadata = service["metadata"]
-    return metadata.get("generation"), metadata.get("deletionTimestamp"), status.get("recommendation"), gates
+    decided = status.get("recommendation"), status.get("avoidedNodes")
+    return metadata.get("generation"), metadata.get("deletionTimestamp"), decided, gates
 
 
 def _pack_input(pack: Object) -> tuple[object, ...]:

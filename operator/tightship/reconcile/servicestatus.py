@@ -19,6 +19,7 @@ from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.llmservice import (
     Applied,
+    AvoidedNode,
     DefaultEngine,
     GPUCount,
     LatencyFigure,
@@ -27,13 +28,15 @@ from tightship.api.v1alpha1.llmservice import (
     ProfileStatus,
     Recommendation,
 )
-from tightship.core import advisor, conditions
-from tightship.core.conditions import Condition, find
+from tightship.core import advisor, conditions, rollout
+from tightship.core.backoff import Avoided
+from tightship.core.conditions import Condition, find, timestamp
 from tightship.core.placement import Shortfall
 from tightship.kube.kinds import DRA_KINDS, KINDS, OPTIONAL
 from tightship.kube.store import Object, labels_of
 from tightship.manifests import service as service_manifests
-from tightship.reconcile import extension, nodes, podstate
+from tightship.manifests.replicas import set_name
+from tightship.reconcile import extension, fleet, nodes, podstate
 from tightship.reconcile.packview import current_revision, refused, revision_of
 from tightship.reconcile.reading import failure_of, is_imported
 from tightship.reconcile.snapshot import shape_of
@@ -51,6 +54,7 @@ _STALLING = frozenset(
         Reason.EFFICIENCY_FLOOR_NOT_MET,
         Reason.INSUFFICIENT_MEMORY,
         Reason.AWAITING_APPROVAL,
+        Reason.ROLLOUT_STOPPED,
     }
 )
 
@@ -80,7 +84,8 @@ class View:
 
     `refusals` are what only the apply step could find out (a Service that isn't ours); `packs` are those
     with replicas of it; `sets` and `pods` its StatefulSets and replica pods; `shortfall` what the planner found no place for;
-    `approved` whether the decision may be applied; `absent` the optional kinds that the cluster lacks.
+    `approved` whether the decision may be applied; `absent` the optional kinds that the cluster lacks; `avoided` the nodes that its
+    replicas are kept off, since they found no room there.
     """
 
     obj: Object
@@ -97,6 +102,7 @@ class View:
     absent: frozenset[str] = frozenset()
     mode_problem: str | None = None  # why the mode that was asked for by name can't be had
     share_problem: str | None = None  # why a share of a GPU is too little for a replica
+    avoided: tuple[Avoided, ...] = ()
 
     @property
     def generation(self) -> int:
@@ -402,6 +408,8 @@ def _too_few_gpus(view: View) -> Condition | None:
     if short.memory_per_pack:
         need, most = units.format_quantity(short.memory_per_pack), units.format_quantity(short.memory_free)
         text += f" on nodes with the {need} that a pack takes (at most {most} is free on one)"
+    if view.avoided:
+        text += f"; kept off for want of room: {', '.join(f'{each.node} until {timestamp(each.until)}' for each in view.avoided)}"
     if short.kept:
         text += f"; {short.kept} replicas stay where they are until then"
     if divided := _divided(view) if short.device in ("cuda", "dra") else "":
@@ -563,6 +571,8 @@ def _realised(view: View) -> Condition:
         and all(_taken_up(view, found) for found in view.sets)
     ):
         return Condition(names.READY, "True", Reason.FULLY_REALISED, f"{view.ready} replicas serve this manifest")
+    if (stopped := _stopped(view)) is not None:
+        return stopped
     causes = [
         f"pack {pack.metadata.name}: {found.message}"
         for pack in view.packs
@@ -570,6 +580,25 @@ def _realised(view: View) -> Condition:
     ]
     text = "; ".join([f"{view.ready} of {view.wanted} replicas serve, {len(view.pods)} exist", *causes[:3]])
     return Condition(names.READY, "False", Reason.PROGRESSING, text)
+
+
+def _stopped(view: View) -> Condition | None:
+    """A roll-out that goes no further, because what it replaced doesn't come up."""
+    groups = fleet.grouped(view.sets, view.pods, view.generation)
+    found = rollout.stopped_by(groups)
+    if found is None:
+        return None
+    name = f"{set_name(view.obj['metadata']['name'], found[0])}-{found[1]}"
+    pod = next((each for each in view.pods if each["metadata"]["name"] == name), None)
+    trouble = podstate.trouble(pod) if pod is not None else None
+    old = [each for group in groups for each in group.pods if each.outdated and not each.going]
+    text = f"the roll-out has stopped: {name} on pack {found[0]} is of the new revision and doesn't become ready"
+    text += f" ({trouble.reason}: {trouble.message})" if trouble else ""
+    text += (
+        f"; {len(old)} of {view.wanted} replicas still run the earlier one, {sum(each.ready for each in old)} of them serve. "
+        "Mend the manifest or put the earlier one back: either goes on by itself"
+    )
+    return Condition(names.READY, "False", Reason.ROLLOUT_STOPPED, text)
 
 
 def _settled(view: View, pack: GPUPack) -> bool:
@@ -623,6 +652,10 @@ def _fields(view: View, gates: Sequence[Condition], summary: Condition) -> dict[
         if verdict.profile_name and verdict.key
         else None,
         packs=[_pack(pack, view.uid) for pack in view.packs],
+        avoided_nodes=[
+            AvoidedNode(node=each.node, since=timestamp(each.since), until=timestamp(each.until), times=each.times)
+            for each in view.avoided
+        ],
         url=service_manifests.url(service) if service and accepted else was.get("url"),
         gpus=_gpus(view),
     ).to_dict()

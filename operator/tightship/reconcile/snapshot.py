@@ -20,6 +20,7 @@ from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.core import placement
+from tightship.core.backoff import Avoided
 from tightship.core.conditions import find, is_true
 from tightship.core.placement import Demand, Devices, Health, Pack, ServiceRef, Shape, Snapshot
 from tightship.decide import ledger_from_profile, parse_reserve
@@ -96,7 +97,7 @@ def take(store: Store, now: datetime) -> Snapshot:
     """Everything that placement goes by."""
     services = [obj for obj in store.list("LLMService") if not obj["metadata"].get("deletionTimestamp")]
     return Snapshot(
-        demands=tuple(demand(obj, store) for obj in services),
+        demands=tuple(demand(obj, store, now) for obj in services),
         packs=tuple(pack_of(obj, store, now) for obj in store.list("GPUPack")),
         devices=facts(store).devices,
     )
@@ -107,8 +108,14 @@ def packs_with(uid: str, store: Store) -> list[GPUPack]:
     return [store.derive(obj, pack_model) for obj in store.by("GPUPack", indexes.ASSIGNED, uid)]
 
 
-def demand(obj: Object, store: Store) -> Demand:
-    """What one service wants, as the store shows it; the same object as long as nothing of it has changed."""
+def demand(obj: Object, store: Store, now: datetime) -> Demand:
+    """What one service wants, as the store shows it, and which nodes it is kept off now."""
+    wanted, kept_off = _demand(obj, store), avoided(obj, now)
+    return replace(wanted, avoids=kept_off) if kept_off else wanted
+
+
+def _demand(obj: Object, store: Store) -> Demand:
+    """The same object as long as nothing of it has changed."""
     verdict = examine(obj, store)
     service = verdict.service
     if service is None:
@@ -119,7 +126,7 @@ def demand(obj: Object, store: Store) -> Demand:
     shares = store.summarise("Node", nodes.shares_by_product)  # what a share comes to, which `demand_of` reads
     return store.derive_with(
         obj,
-        demand,
+        _demand,
         (verdict, choice, usable, shares, applied),
         lambda: demand_of(obj, verdict, store, choice=choice, usable=usable, approved=applied),
     )
@@ -174,6 +181,7 @@ def demand_of(
         spread=packing.spread,
         reserve=parse_reserve(packing.memory_reserve),
         device_memory=_device_memory(verdict),
+        least=service.spec.rollout.least_serving(service.spec.replicas),
     )
 
 
@@ -184,6 +192,19 @@ def _per_device(choice: modes.Choice, verdict: Verdict, product: str, store: Sto
     if choice.mode == modes.DEVICE_PLUGIN:
         return min(modes.most_shares(store, product), verdict.per_device)
     return verdict.per_device
+
+
+def avoided(service: Object | None, now: datetime) -> frozenset[str]:
+    """Nodes that a service's replicas are kept off for now, as its status remembers them."""
+    return frozenset(each.node for each in remembered(service) if each.until > now)
+
+
+def remembered(service: Object | None) -> list[Avoided]:
+    """All that a service's status remembers of nodes that turned out not to fit."""
+    return [
+        Avoided(each["node"], parse_timestamp(each["since"]), parse_timestamp(each["until"]), int(each["times"]))
+        for each in ((service or {}).get("status") or {}).get("avoidedNodes") or ()
+    ]
 
 
 def _device_memory(verdict: Verdict) -> int | None:
@@ -229,9 +250,11 @@ def pack_of(obj: Object, store: Store, now: datetime) -> Pack:
     as_written = store.derive_with(obj, pack_of, (), lambda: written(pack))
     health = health_of(pack, store, now)
     unfit = frozenset(ServiceRef(pack.spec.namespace, name) for name in _homeless(pack, store, now))
-    if health is Health.SOUND and not unfit:
+    apart = as_written.waiting and _kept_apart(pack, store)
+    cordoned = _cordoned(store.get("Node", "", as_written.node or ""))
+    if health is Health.SOUND and not (unfit or apart or cordoned):
         return as_written
-    return replace(as_written, health=health, unfit=unfit)
+    return replace(as_written, health=health, unfit=unfit, apart=apart, cordoned=cordoned)
 
 
 def written(pack: GPUPack) -> Pack:
@@ -253,9 +276,34 @@ def written(pack: GPUPack) -> Pack:
         ),
         excluded=frozenset(spec.excluded_nodes),
         memory=units.parse_quantity(spec.memory or "0") if cpu else 0,
-        waiting=not cpu
-        and pack.status.node is None
-        and any(each.type == names.HELD and each.status == "False" for each in pack.status.conditions),
+        waiting=_waits(pack),
+    )
+
+
+def _waits(pack: GPUPack) -> bool:
+    """Whether a pack has found no device so far."""
+    held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
+    return pack.spec.device != "cpu" and pack.status.node is None and held is not None and held.status == "False"
+
+
+def _kept_apart(pack: GPUPack, store: Store) -> bool:
+    """Whether what takes its GPU, the holder or without one a replica, waits for a place that its topology spread allows."""
+    takes = labels.COMPONENT_HOLDER if pack.spec.has_holder else labels.COMPONENT_REPLICA
+    return any(
+        labels_of(pod).get(labels.COMPONENT) == takes and podstate.is_kept_apart(pod)
+        for pod in store.list("Pod", label=(labels.PACK, pack.metadata.name))
+    )
+
+
+def _outdated(pack: GPUPack, store: Store, now: datetime) -> bool:
+    """Whether a pack that waits for a device keeps off a node that its owner may try again: then a new one is opened in its place."""
+    if not _waits(pack):
+        return False
+    owner = owner_of(pack)
+    kept_off = avoided(store.get("LLMService", owner.namespace, owner.name), now)
+    return any(
+        node not in kept_off and store.get("Node", "", node) and not _cordoned(store.get("Node", "", node))
+        for node in pack.spec.excluded_nodes
     )
 
 
@@ -286,6 +334,8 @@ def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
         return Health.LOST
     since = _without_gpu_since(pack, store)
     if since is not None and (now - since).total_seconds() >= LOST_GPU_SECONDS:
+        return Health.LOST
+    if _outdated(pack, store, now):
         return Health.LOST
     homeless = _homeless(pack, store, now)
     if homeless and homeless >= {each.service for each in pack.spec.assignments}:
@@ -352,6 +402,11 @@ def next_look(store: Store, now: datetime) -> float | None:
     ]
     waits += [(since, UNFIT_SECONDS) for pack in packs for since in _homeless_since(pack, store).values()]
     waits += [(since, LOST_GPU_SECONDS) for pack in packs if (since := _without_gpu_since(pack, store))]
+    waits += [
+        (each.since, (each.until - each.since).total_seconds())
+        for service in store.list("LLMService")
+        for each in remembered(service)
+    ]
     left = [limit - (now - since).total_seconds() for since, limit in waits]
     return min((seconds + 1 for seconds in left if seconds > 0), default=None)
 
@@ -384,9 +439,35 @@ def cores_of(node: Object) -> int:
 
 
 def _homeless(pack: GPUPack, store: Store, now: datetime) -> frozenset[str]:
-    """The services whose replicas have found no room on the pack's node for too long."""
-    waits = _homeless_since(pack, store).items()
-    return frozenset(service for service, since in waits if (now - since).total_seconds() >= UNFIT_SECONDS)
+    """The services whose replicas have found no room on the pack's node for too long, and whose status remembers that.
+
+    What isn't remembered yet is soon; moved away before, a service could come back at once to where it doesn't fit.
+    """
+    node = pack.spec.node or pack.status.node
+    return frozenset(
+        service
+        for service, since in _homeless_since(pack, store).items()
+        if (now - since).total_seconds() >= UNFIT_SECONDS
+        and node in avoided(store.get("LLMService", pack.spec.namespace, service), now)
+    )
+
+
+def rooms(namespace: str, service: str, store: Store, now: datetime) -> tuple[set[str], set[str], float | None]:
+    """Nodes on which replicas of a service find no room, nodes on which some serve, and seconds until another one may count as the former."""
+    unfit, serving, waits = set(), set(), []
+    for pod in store.list("Pod", namespace, (labels.SERVICE, service)):
+        if labels_of(pod).get(labels.COMPONENT) != labels.COMPONENT_REPLICA:
+            continue
+        node, since = podstate.node_of(pod), podstate.short_of_room_since(pod)
+        if node is not None and podstate.is_ready(pod):
+            serving.add(node)
+        pack = store.get("GPUPack", "", labels_of(pod).get(labels.PACK, "")) or {}
+        where = (pack.get("spec") or {}).get("node") or (pack.get("status") or {}).get("node")
+        if since is not None and where is not None:
+            left = UNFIT_SECONDS - (now - since).total_seconds()
+            waits += [left + 1] if left > 0 else []
+            unfit |= {str(where)} if left <= 0 else set()
+    return unfit, serving, min(waits, default=None)
 
 
 def _homeless_since(pack: GPUPack, store: Store) -> dict[str, datetime]:

@@ -117,6 +117,22 @@ def test_a_larger_shape_moves_only_what_no_longer_fits():
     assert dict(planned.update)["team-opt-0"][0].shape == larger
 
 
+@pytest.mark.parametrize(
+    ("least", "devices", "expected", "kept"),
+    [(3, 1, {0: 4}, 4), (2, 1, {0: 2}, 0), (3, 2, {0: 2, 1: 2}, None), (0, 1, {0: 2}, 0)],
+)
+def test_a_larger_shape_waits_for_devices_where_too_few_would_serve(least, devices, expected, kept):
+    larger = replace(SHAPE, profile="opt-2", memory=30 * GIB)
+    snapshot = Snapshot((make_demand(4, shape=larger, least=least),), (make_pack(0, 4),), make_devices(devices))
+    planned = plan(snapshot)
+    assert counts(snapshot, planned) == expected
+    shortfall = planned.shortfall_of(OPT)
+    assert (shortfall.kept if shortfall else None) == kept
+    assert shortfall is None or (shortfall.placed, shortfall.packs_needed) == (2, 1)
+    shapes_now = {each.shape for pack in apply(snapshot, planned).packs for each in pack.assignments}
+    assert shapes_now == {SHAPE if kept else larger}
+
+
 def test_too_few_gpus_are_reported_with_numbers():
     snapshot = Snapshot(
         (make_demand(9),), (make_pack(0, 4, service=ServiceRef("other", "x"), uid="u9"),), make_devices(2)
@@ -362,6 +378,84 @@ def test_an_owner_s_larger_shape_displaces_the_tenant():
     }
 
 
+def test_a_tenant_is_kept_off_a_node_on_every_pack_there():
+    """Where it found no room, whoever holds the GPU; with nowhere else to go it stays, and what it lacks is told."""
+    third = ServiceRef("team", "gpt")
+    demands = (
+        make_demand(2, shared=True),
+        make_demand(2, service=third, uid="u3", shared=True),
+        make_tenant(avoids=frozenset({"n0"})),
+    )
+    packs = (make_pack(0, 2), make_pack(0, 2, service=third, uid="u3", node="n1"))
+    assert places(Snapshot(demands, packs, make_devices(1, 1)))["team-gpt-0"] == {"bert": 1, "gpt": 2}
+    both = replace(demands[2], avoids=frozenset({"n0", "n1"}))
+    there = replace(
+        packs[1], assignments=(Assignment(BERT, "u2", 1, SMALL), *packs[1].assignments), unfit=frozenset({BERT})
+    )
+    stuck = Snapshot((*demands[:2], both), (packs[0], there), make_devices(1, 1))
+    assert plan(stuck).empty
+    assert plan(stuck).shortfall_of(BERT).kept == 1
+
+
+def test_a_node_that_is_kept_off_no_longer_is_used_again():
+    """What a pack had to keep off when it was opened says nothing later."""
+    snapshot = Snapshot(
+        (make_demand(8),), (make_pack(0, 4, node="n1", excluded=frozenset({"n0"})),), make_devices(1, 1)
+    )
+    assert counts(snapshot, plan(snapshot)) == {0: 4, 1: 4}
+    kept_off = replace(snapshot, demands=(make_demand(8, avoids=frozenset({"n0"})),))
+    assert plan(kept_off).shortfall_of(OPT).placed == 4
+
+
+def test_a_pack_kept_waiting_by_its_topology_spread_takes_no_gpu_from_others():
+    other = ServiceRef("team", "gpt")
+    waits = replace(make_pack(1, 4, node=None, capacity=None), waiting=True, apart=True)
+    demands = (make_demand(8, since="1"), make_demand(4, service=other, uid="u3", since="2"))
+    snapshot = Snapshot(demands, (make_pack(0, 4), waits), make_devices(2))
+    assert counts(snapshot, plan(snapshot), other) == {0: 4}
+    more = replace(snapshot, demands=(make_demand(12, since="1"),))
+    assert plan(more).shortfall_of(OPT).placed == 8  # another one of its own would wait as well
+    busy = replace(snapshot, packs=(snapshot.packs[0], replace(waits, apart=False)))
+    assert plan(busy).shortfall_of(other).placed == 0
+
+
+def make_cordoned(*replicas, **more):
+    return tuple(make_pack(ordinal, count, cordoned=True, **more) for ordinal, count in enumerate(replicas))
+
+
+def test_a_cordoned_node_s_packs_move_one_at_a_time():
+    snapshot = Snapshot((make_demand(8),), make_cordoned(4, 4), (Devices("n1", "cuda", H100, 2),))
+    first = apply(snapshot, plan(snapshot))
+    assert counts(snapshot, plan(snapshot)) == {0: 0, 1: 4, 2: 4}
+    assert plan(first).empty  # the first one is still there, until its replicas serve elsewhere
+    gone = replace(first, packs=tuple(pack for pack in first.packs if pack.assignments))
+    gone = replace(gone, packs=tuple(replace(pack, node=pack.node or "n1") for pack in gone.packs))
+    assert counts(gone, plan(gone)) == {1: 0, 2: 4, 3: 4}
+
+
+@pytest.mark.parametrize(
+    ("story", "snapshot", "expected"),
+    [
+        ("nowhere to go", Snapshot((make_demand(4),), make_cordoned(4), ()), {0: 4}),
+        ("nothing is added there", Snapshot((make_demand(4),), make_cordoned(3), ()), {0: 3}),
+        ("to a pack of its own with room", Snapshot((make_demand(4),), (make_pack(0, 2, node="n1"), *make_cordoned(0, 2)[1:]), ()), {0: 4, 1: 0}),
+        ("not while it is being measured", Snapshot((make_demand(4, shape=None),), make_cordoned(4), make_devices(0, 1)), {0: 4}),
+    ],
+)  # fmt: skip
+def test_what_a_cordoned_node_keeps(story, snapshot, expected):
+    assert counts(snapshot, plan(snapshot)) == expected, story
+
+
+def test_of_a_cordoned_node_the_first_pack_that_can_move_does():
+    """Packs of a product that is nowhere else are not in the way of others."""
+    other = ServiceRef("a", "only")
+    stuck = make_pack(0, 1, service=other, uid="u3", product="L40S", cordoned=True)
+    demands = (make_demand(4), make_demand(1, service=other, uid="u3", product="L40S"))
+    snapshot = Snapshot(demands, (stuck, *make_cordoned(4)), (Devices("n1", "cuda", H100, 1),))
+    assert counts(snapshot, plan(snapshot)) == {0: 0, 1: 4}
+    assert counts(snapshot, plan(snapshot), other) == {0: 1}
+
+
 def test_a_tenant_that_finds_no_room_on_the_node_leaves_and_the_owner_stays():
     both = (Assignment(BERT, "u2", 1, SMALL), Assignment(OPT, "u1", 2, SHAPE))
     pack = replace(make_pack(0, 2), assignments=both, unfit=frozenset({BERT}))
@@ -476,6 +570,8 @@ def snapshots(draw):
                     spread=draw(st.booleans()),
                     reserve=Reserve(draw(st.integers(0, 1))),
                     device_memory=draw(st.none() | st.integers(4, 12)),
+                    avoids=draw(st.frozensets(st.sampled_from(["n0", "n1"]), max_size=1)),
+                    least=draw(st.sampled_from([0, 0, 1, 3, 6])),
                 )
             )
     packs = []
@@ -497,6 +593,8 @@ def snapshots(draw):
                     excluded=draw(st.frozensets(st.sampled_from(["n0", "n1"]), max_size=1)),
                     memory=0 if device == "cuda" else draw(st.integers(0, 3)),
                     unfit=draw(st.frozensets(st.sampled_from(SERVICES), max_size=1)),
+                    apart=draw(st.booleans()),
+                    cordoned=draw(st.integers(0, 3)) == 0,
                 )
             )
     devices = [
@@ -538,12 +636,32 @@ def test_no_ledger_is_exceeded_and_nobody_gets_more_than_asked(snapshot):
 
 def settled(pack, demands):
     """Whether all who are on the pack run there as they want to now."""
-    here = [demands[each.service] for each in pack.assignments]
-    return all(each.shape is not None and placement._compatible(pack, each) for each in here)
+    here = [(each, demands[each.service]) for each in pack.assignments]
+    return all(placement._compatible(pack, demand) and demand.shape == each.shape for each, demand in here)
 
 
 def on(pack, service):
     return sum(each.replicas for each in pack.assignments if each.service == service)
+
+
+@settings(max_examples=150, deadline=None)
+@given(snapshots())
+def test_a_larger_shape_leaves_as_many_as_have_to_serve_or_waits(snapshot):
+    """On packs of its own that nothing else is the matter with; who displaces a tenant is the pack's owner."""
+    after = {pack.name: pack for pack in apply(snapshot, plan(snapshot)).packs}
+    for demand in snapshot.demands:
+        mine = [pack for pack in snapshot.packs if on(pack, demand.service)]
+        alone = all(
+            pack.health is Health.SOUND
+            and demand.service not in pack.unfit
+            and placement._compatible(pack, demand)
+            and {each.service for each in pack.assignments} == {demand.service}
+            and all(each.uid == demand.uid and each.shape != demand.shape for each in pack.assignments)
+            for pack in mine
+        )
+        if alone and demand.shape:
+            had, has = (sum(on(pack, demand.service) for pack in packs) for packs in (mine, after.values()))
+            assert has >= min(demand.least, had, demand.replicas)
 
 
 @settings(max_examples=500, deadline=None)

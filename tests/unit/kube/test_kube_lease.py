@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -129,6 +130,65 @@ async def test_a_lease_that_was_only_touched_is_kept(api: FakeApi, clock: FakeCl
     keeping = asyncio.create_task(first.keep())
     await clock.advance(60)
     assert not keeping.done()
+    keeping.cancel()
+    await settle()
+
+
+async def test_nothing_is_written_before_the_lease_is_held_and_after_it_was_let_go(
+    api: FakeApi, clock: FakeClock
+) -> None:
+    cluster = Cluster(api, Store(), clock=clock)
+    lease = Lease(cluster, clock, REF, "one", TIMES)
+    cluster.guard_writes(lease.check)
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "namespace": "system"}}
+    with pytest.raises(LeaseLost, match="is not held"):
+        await cluster.create(pod)
+    await lease.acquire()
+    await cluster.create(pod)
+    await lease.release()
+    with pytest.raises(LeaseLost, match="is not held"):
+        await cluster.delete(Ref.of(pod))
+    assert api.find("Pod", "system", "a") is not None
+
+
+async def test_a_leader_that_was_paused_past_its_lease_writes_nothing_though_it_never_learned_of_another(
+    api: FakeApi, clock: FakeClock
+) -> None:
+    cluster = Cluster(api, Store(), clock=clock)
+    lease = Lease(cluster, clock, REF, "one", TIMES)
+    cluster.guard_writes(lease.check)
+    await lease.acquire()
+    clock.elapsed += TIMES.renew_deadline - 1  # nothing of this process ran meanwhile
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "namespace": "system"}}
+    await cluster.create(pod)
+    clock.elapsed += 1
+    with pytest.raises(LeaseLost, match=r"last renewed 10\.0 s ago, more than the 10 s"):
+        await cluster.delete(Ref.of(pod))
+    assert await cluster.get(Ref.of(pod))  # reading harms nobody
+    keeping = asyncio.create_task(lease.keep())
+    await clock.advance(TIMES.retry)
+    with pytest.raises(LeaseLost, match="could not be renewed"):
+        keeping.result()
+
+
+async def test_the_time_counts_from_before_a_renewal_is_sent(api: FakeApi, clock: FakeClock) -> None:
+    """Others count from when they saw it, which may be long before the answer comes back."""
+    lease = candidate(api, clock, "one")
+    await lease.acquire()
+    answer = api.request
+
+    async def slow(*request: Any) -> Any:
+        found = await answer(*request)
+        await clock.sleep(6)
+        return found
+
+    api.request = slow  # type: ignore[method-assign]
+    keeping = asyncio.create_task(lease.keep())
+    await clock.advance(TIMES.retry + 6)
+    lease.check()
+    clock.elapsed = TIMES.retry + TIMES.renew_deadline
+    with pytest.raises(LeaseLost, match=r"last renewed 10\.0 s ago"):
+        lease.check()
     keeping.cancel()
     await settle()
 

@@ -69,6 +69,7 @@ class Reason:
     MINIMUM_REPLICAS_READY: Final = "MinimumReplicasReady"
     TOO_FEW_REPLICAS: Final = "TooFewReplicas"
     # Ready, Reconciling
+    ROLLOUT_STOPPED: Final = "RolloutStopped"
     FULLY_REALISED: Final = "FullyRealised"
     NOT_YET_KNOWN: Final = "NotYetKnown"
     PROGRESSING: Final = "Progressing"

@@ -128,8 +128,9 @@ class RolloutSpec(Model):
     max_unavailable: Annotated[
         Share,
         Field(
-            description="Replicas that may be missing while the service counts as Available, and that evictions may take: a number, or a "
-            "percentage of spec.replicas, rounded up. Roll-outs replace one serving replica at a time whatever it says."
+            description="Replicas that may be missing while the service counts as Available, that evictions may take, and that a roll-out "
+            "replaces at a time: a number, or a percentage of spec.replicas, rounded up. On one GPU a roll-out replaces one at a time, "
+            "and its first replica alone."
         ),
     ] = 1
 
@@ -312,6 +313,15 @@ class ProfileStatus(Model):
     key: Annotated[Text, Field(description="Hash of what was measured.")]
 
 
+class AvoidedNode(Model):
+    """A node on which replicas found no room."""
+
+    node: Annotated[Text, Field(description="The node.")]
+    since: Annotated[Text, Field(description="When it last turned out not to have room (RFC 3339).")]
+    until: Annotated[Text, Field(description="Until when nothing of the service is put there (RFC 3339).")]
+    times: Annotated[int, Field(ge=1, description="How often it turned out so; each time doubles the wait.")] = 1
+
+
 class LLMServiceStatus(Model):
     """What the operator sees and decided."""
 
@@ -329,6 +339,14 @@ class LLMServiceStatus(Model):
     packs: Annotated[
         list[PackStatus],
         Field(max_length=1000, description="Where the replicas are.", json_schema_extra=list_map("name")),
+    ] = Field(default_factory=list)
+    avoided_nodes: Annotated[
+        list[AvoidedNode],
+        Field(
+            max_length=64,
+            description="Nodes on which replicas found no room, left alone for a while.",
+            json_schema_extra=list_map("node"),
+        ),
     ] = Field(default_factory=list)
     url: Annotated[Text | None, Field(description="Address of the OpenAI-compatible API inside the cluster.")] = None
     gpus: Annotated[GPUCount | None, Field(description="GPUs held and saved.")] = None

@@ -3,7 +3,8 @@
 Each keeps the promises of the real one, in the same order: the holder's daemon publishes its GPU, takes the lock, serves, and on
 SIGTERM waits for its clients before it lets go (`node/daemon.py`); the watcher says on its own pod what it sees (`node/watch.py`); a
 replica needs the holder's lock, takes the pack's start lock for the time of its start, refuses without GPU, MPS or memory, and
-ends itself when the holder is gone (`replica/supervisor.py`). A program learns of everything through one event, `woken`.
+ends itself when the holder is gone (`replica/supervisor.py`); one without a holder tells which GPU it got (`replica/report.py`). A
+program learns of everything through one event, `woken`.
 """
 
 from __future__ import annotations
@@ -303,6 +304,7 @@ class Replica(Program):
 
     @property
     def _held(self) -> bool:
+        """Whether a holder has the GPU; else it is the pod's own."""
         return self._cuda and SHARING_VARIABLE not in self.env
 
     async def _tick(self, pack: Pack, seconds: float | None = None) -> None:
@@ -387,8 +389,8 @@ PROGRAMS: Sequence[tuple[tuple[str, ...], type[Program]]] = (
     (("tightship", "node", "prepare"), Done),
     (("tightship", "node", "mps"), Daemon),
     (("tightship", "node", "watch"), Watch),
-    (("python3", "-m", "tightship.replica.report"), Report),
     (("python3", "-m", "tightship.replica"), Replica),
+    (("python3", "-m", "tightship.replica.report"), Report),
     (("python3", "-m", "tightship.profiler"), Profiler),
 )
 """What a command begins with, and what then runs; anything else runs until it is asked to end."""

@@ -1,0 +1,240 @@
+"""Changes without an outage: roll-outs, moves between GPUs and larger shapes, and how many replicas serve in the meantime."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from change_world import SHARED, THREE, Least, change, make_serving, placed, pods, ready, serving, watch_it
+from pack_world import TRIALS, World, complete, make_node, measured
+from story import make_service
+from tightship.api.v1alpha1 import labels
+from tightship.reconcile import gpupack, podstate
+from tightship.reconcile.queue import Key
+
+NS = "default"
+
+
+RENAMED = {"source": "hf://facebook/opt-1.3b", "servedName": "renamed"}
+
+
+@pytest.mark.parametrize(("share", "most"), [(1, 1), (2, 2), ("50%", 3), (9, 3)])
+async def test_a_roll_out_replaces_as_many_as_may_be_missing_and_one_at_a_time_on_a_gpu(share: Any, most: int) -> None:
+    world = await make_serving(make_service(replicas=6, rollout={"maxUnavailable": share}), gpus=(2, 2))
+    least = Least(world)
+    change(world, model=RENAMED)
+    await watch_it(world, least)
+    assert ready(world)[:2] == ("True", "FullyRealised")
+    assert {pod["spec"]["containers"][0]["args"][6] for pod in pods(world)} == {"renamed"}
+    assert (6 - least.served, least.away, least.away_at_all) == (most, 1, most)
+
+
+async def test_packs_that_look_at_the_same_moment_take_no_more_than_may_be_missing() -> None:
+    world = await make_serving(make_service(replicas=6, rollout={"maxUnavailable": 2}))
+    least = Least(world)
+    change(world, model=RENAMED)
+    await world.settle()
+    for _ in range(8):
+        world.nodes_act()
+        packs = [pack["metadata"]["name"] for pack in world.all("GPUPack")]
+        await asyncio.gather(*(gpupack.reconcile(world.ctx, Key("GPUPack", "", pack)) for pack in packs * 2))
+        least()
+    assert least.served == 4
+
+
+async def test_the_first_replica_that_does_not_start_stops_the_roll_out_and_going_back_goes_on() -> None:
+    world = await make_serving(make_service(rollout={"maxUnavailable": 3}))
+    least = Least(world)
+    world.started = lambda pod: pod["spec"]["containers"][0]["args"][6:7] != ["renamed"]
+    change(world, model=RENAMED)
+    await world.run(rounds=20)
+    (first,) = [pod for pod in pods(world) if not podstate.is_ready(pod)]
+    assert ready(world)[:2] == ("False", "Progressing")  # it may only be slow
+    assert serving(world) == 3
+
+    def crash(pod: dict[str, Any]) -> None:
+        state = {
+            "name": "engine",
+            "image": "img",
+            "restartCount": 2,
+            "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+        }
+        state["lastState"] = {"terminated": {"exitCode": 1, "message": "ValueError: no such thing"}}
+        pod["status"] = {"phase": "Running", "conditions": [], "containerStatuses": [state]}
+
+    world.change("Pod", NS, first["metadata"]["name"], crash)
+    await watch_it(world, least)
+    status, reason, message = ready(world)
+    assert (status, reason) == ("False", "RolloutStopped")
+    assert (
+        f"{first['metadata']['name']} on pack default-opt-0 is of the new revision and doesn't become ready (CrashLoop: "
+        in message
+    )
+    assert "ValueError: no such thing" in message
+    assert "3 of 4 replicas still run the earlier one, 3 of them serve. Mend the manifest" in message
+    assert world.condition("LLMService", NS, "opt", "Stalled")[:2] == ("True", "RolloutStopped")
+    assert world.condition("LLMService", NS, "opt", "Available")[:2] == ("True", "MinimumReplicasReady")
+    change(world, model={"source": "hf://facebook/opt-1.3b", "servedName": "opt-1.3b"})
+    await watch_it(world, least)
+    assert ready(world)[:2] == ("True", "FullyRealised")
+    assert least.served == 3
+
+
+async def test_a_larger_shape_shrinks_first_and_what_no_longer_fits_stays_until_another_gpu_serves() -> None:
+    """Four replicas of 25Gi, three to a GPU; measured anew they need 60Gi, so that each wants a GPU of its own."""
+    service = make_service(packing={"maxReplicasPerGPU": 3}, replicas=3)
+    world = await make_serving(service, gpus=(2, 2), replica="25Gi", trials=THREE)
+    assert placed(world) == {"default-opt-0": {"opt": 3}}
+    least = Least(world)
+    change(world, workload={"inputTokens": 111, "outputTokens": 200})
+    await watch_it(world, least)
+    for profile in world.all("BatchProfile"):
+        if not profile.get("status", {}).get("points"):
+            world.change(
+                "BatchProfile", NS, profile["metadata"]["name"], lambda obj: complete(obj, replica="60Gi", trials=THREE)
+            )
+    await watch_it(world, least)
+    assert placed(world) == {f"default-opt-{ordinal}": {"opt": 1} for ordinal in range(3)}
+    assert ready(world)[:2] == ("True", "FullyRealised")
+    assert least.served == 2  # maxUnavailable is 1
+    ledgers = [pack["status"]["ledger"]["assigned"] for pack in world.all("GPUPack")]
+    assert len(set(ledgers)) == 1
+
+
+async def test_a_larger_shape_waits_where_too_few_would_serve_until_there_is_a_gpu() -> None:
+    service = make_service(packing={"maxReplicasPerGPU": 3}, replicas=3)
+    world = await make_serving(service, gpus=(1,), replica="25Gi", trials=THREE)
+    before, least = {pod["metadata"]["uid"] for pod in pods(world)}, Least(world)
+    change(world, workload={"inputTokens": 111, "outputTokens": 200})
+    await world.run(rounds=20)
+    name = world.get("LLMService", NS, "opt")["status"]["profile"]["name"]
+    world.change("BatchProfile", NS, name, lambda obj: complete(obj, replica="60Gi", trials=THREE))
+    await watch_it(world, least)
+    status, reason, message = world.condition("LLMService", NS, "opt", "Packed")
+    assert (status, reason) == ("False", "InsufficientGPUs")
+    assert "2 of 3 replicas have no place: they need 2 more" in message
+    assert "3 replicas stay where they are until then" in message
+    assert {pod["metadata"]["uid"] for pod in pods(world)} == before
+    assert world.condition("LLMService", NS, "opt", "Available")[:2] == ("True", "MinimumReplicasReady")
+    world.put(make_node("n1", 1))  # two of three have to serve, so two GPUs will do
+    await watch_it(world, least)
+    assert placed(world) == {"default-opt-0": {"opt": 1}, "default-opt-1": {"opt": 1}}
+    assert least.served >= 1
+    world.put(make_node("n2", 1))
+    await watch_it(world, least)
+    assert ready(world)[:2] == ("True", "FullyRealised")
+
+
+async def make_shared(gpus: tuple[int, ...], **opt: Any) -> World:
+    """`chat` opens a GPU, and `opt` joins it."""
+    chat = make_service("chat", replicas=1, model__source="hf://models/chat", packing=SHARED)
+    return await make_serving(
+        chat, make_service(**{"packing": SHARED, "replicas": 2, **opt}), gpus=gpus, replica="25Gi", trials=THREE
+    )
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+async def test_who_stops_sharing_stays_until_its_own_gpu_is_held_and_its_replicas_serve(replicas: int) -> None:
+    world = await make_shared((2,), replicas=replicas)
+    assert placed(world) == {"default-chat-0": {"chat": 1, "opt": replicas}}
+    least, before = Least(world), {pod["metadata"]["uid"] for pod in pods(world)}
+    neighbours = {pod["metadata"]["uid"] for pod in pods(world, "chat")}
+    slow: list[str] = ["holder-default-opt-0"]
+    world.started = lambda pod: pod["metadata"]["name"] not in slow
+    change(world, packing={"maxReplicasPerGPU": 3})
+    await world.run(rounds=20)
+    assert placed(world) == {"default-chat-0": {"chat": 1}, "default-opt-0": {"opt": replicas}}
+    assert {pod["metadata"]["uid"] for pod in pods(world)} == before
+    assert serving(world) == replicas
+    assert (
+        "no longer wanted here leave as enough others serve"
+        in world.condition("GPUPack", "", "default-chat-0", "ReplicasReady")[2]
+    )
+    slow.clear()
+    await watch_it(world, least)
+    assert least.served == replicas
+    assert not before & {pod["metadata"]["uid"] for pod in pods(world)}
+    assert ready(world)[:2] == ready(world, "chat")[:2] == ("True", "FullyRealised")
+    assert {pod["metadata"]["uid"] for pod in pods(world, "chat")} == neighbours
+
+
+async def test_who_spreads_keeps_what_serves_until_the_second_gpu_does() -> None:
+    world = await make_serving(make_service(replicas=2), gpus=(2,))
+    assert placed(world) == {"default-opt-0": {"opt": 2}}
+    world.started = lambda pod: pod["metadata"]["name"] != "holder-default-opt-1"
+    change(world, packing={"maxReplicasPerGPU": 2, "spread": True})
+    least = Least(world)
+    await world.run(rounds=20)
+    assert placed(world) == {"default-opt-0": {"opt": 1}, "default-opt-1": {"opt": 1}}
+    assert serving(world) == 2
+    world.started = lambda pod: True
+    await watch_it(world, least)
+    assert least.served == 2
+    assert ready(world)[:2] == ("True", "FullyRealised")
+    assert {pod["metadata"]["labels"][labels.PACK] for pod in pods(world)} == {"default-opt-0", "default-opt-1"}
+
+
+async def test_two_services_that_change_places_do_not_wait_for_each_other() -> None:
+    """Each is on the other's GPU and may not stay; neither GPU has room for both."""
+    packing = {"maxReplicasPerGPU": 2, "sharedWith": "SameNamespace"}
+    world = await make_shared((1, 1), replicas=2, packing=packing)
+    change(world, packing={"maxReplicasPerGPU": 2})
+    change(world, "chat", packing={"maxReplicasPerGPU": 2})
+    await world.run(rounds=60)
+    assert ready(world)[:2] == ready(world, "chat")[:2] == ("True", "FullyRealised")
+
+
+async def test_a_new_recommendation_waits_for_approval_in_status_and_what_serves_goes_on() -> None:
+    world = await make_serving(make_service())
+    before = {pod["metadata"]["uid"] for pod in pods(world)}
+    change(world, autoApply=False)
+    await world.run(rounds=20)
+    assert ready(world)[:2] == ("True", "FullyRealised")
+    objective = {"metric": "InterTokenLatency", "statistic": "mean", "max": "10ms"}
+    change(world, slo={"objectives": [objective]})
+    await world.run(rounds=20)
+    assert ready(world)[:2] == ("False", "AwaitingApproval")
+    assert "batch 32 with" in ready(world)[2]
+    assert world.get("LLMService", NS, "opt")["status"]["recommendation"]["batch"] == 32
+    assert {each["batch"] for pack in world.all("GPUPack") for each in pack["spec"]["assignments"]} == {96}
+    assert {pod["metadata"]["uid"] for pod in pods(world)} == before
+    least = Least(world)
+    change(world, autoApply=True)
+    await watch_it(world, least)
+    assert ready(world)[:2] == ("True", "FullyRealised")
+    assert not before & {pod["metadata"]["uid"] for pod in pods(world)}
+    assert least.served >= 3
+
+
+async def test_scaled_to_nothing_every_gpu_is_free_and_back_up_nothing_is_measured_again() -> None:
+    world = World(profiling=True)
+    world.put(make_service())
+    await world.settle()
+    (profile,) = world.all("BatchProfile")
+    world.report(profile["metadata"]["name"], measured(profile, trials=TRIALS))
+    await world.run(rounds=20)
+    assert ready(world)[:2] == ("True", "FullyRealised")
+    jobs = [job["metadata"]["uid"] for job in world.all("Job")]
+    change(world, replicas=0)
+    await world.run(rounds=20)
+    assert (world.all("GPUPack"), pods(world)) == ([], [])
+    assert not [pod for pod in world.all("Pod") if pod["metadata"]["labels"].get(labels.COMPONENT) == "holder"]
+    change(world, replicas=4)
+    await world.run(rounds=20)
+    assert ready(world)[:2] == ("True", "FullyRealised")
+    assert [job["metadata"]["uid"] for job in world.all("Job")] == jobs
+    assert len(world.all("BatchProfile")) == 1
+
+
+async def test_a_service_that_is_deleted_waits_for_nobody() -> None:
+    world = await make_shared((2,), replicas=1)
+    world.started = lambda pod: pod["metadata"]["name"] != "holder-default-opt-0"
+    change(world, packing={"maxReplicasPerGPU": 3})
+    await world.run(rounds=20)
+    assert len(pods(world)) == 1
+    world.remove("LLMService", NS, "opt")
+    await world.run(rounds=20)
+    assert pods(world) == []
+    assert placed(world) == {"default-chat-0": {"chat": 1}}

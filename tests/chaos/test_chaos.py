@@ -10,7 +10,7 @@ from chaos.runner import Run
 from chaos.world import world
 
 SEED = int(os.environ.get("SEED") or 1825)
-EVENTS = {"processes": 8, "hollow": 14}
+EVENTS = {"processes": 6, "hollow": 10}
 
 
 @pytest.mark.needs("network_namespace", "kubectl")

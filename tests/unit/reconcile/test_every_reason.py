@@ -27,6 +27,9 @@ OF_PACKS = {
 }  # fmt: skip
 """Reasons of a GPUPack's conditions: test_pack_reasons.py."""
 
+OF_CHANGES = {Reason.ROLLOUT_STOPPED}
+"""What takes a roll-out that fails: test_changes_story.py."""
+
 
 async def start(*objects: dict[str, Any], gpus: tuple[int, ...] = (2, 2), **changes: Any) -> World:
     """A world with a service (`changes` as in `make_service`), looked at."""
@@ -226,6 +229,6 @@ async def test_a_reason_is_reached(row: tuple[str, str, str, str, str, Scene]) -
 
 
 def test_no_reason_is_forgotten() -> None:
-    """A new reason gets a row above, or a story of packs."""
+    """A new reason gets a row above, or a story of packs or changes."""
     there = {value for name, value in vars(Reason).items() if not name.startswith("_")}
-    assert there == {row[4] for row in TABLE} | OF_PACKS
+    assert there == {row[4] for row in TABLE} | OF_PACKS | OF_CHANGES

@@ -331,7 +331,7 @@ def the_scale_subresource_is_read_and_written(sandbox: Sandbox, log: Path) -> No
 
 
 def a_budget_is_made_where_the_cluster_has_them(sandbox: Sandbox, log: Path) -> None:
-    """Made, followed, mended, left alone when it isn't ours, and gone with its service; where policy/v1 is absent it is said."""
+    """Made, followed, mended, gone with its service; one that isn't ours is left alone and in nobody's way. Where policy/v1 is absent it is said."""
     node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "bare", "labels": {NODE_GPU_PRODUCT: PRODUCT}}}
     create(sandbox, node)
     try:
@@ -339,11 +339,15 @@ def a_budget_is_made_where_the_cluster_has_them(sandbox: Sandbox, log: Path) -> 
             until_at_rest(operator)
             create(sandbox, make_service("kept", replicas=4))
 
-            def accepted(name: str) -> tuple[str, str]:
+            def said(name: str) -> dict[str, str]:
                 found = get(sandbox, "llm", name).get("status", {}).get("conditions", [])
-                return next(
-                    ((each["status"], each["reason"]) for each in found if each["type"] == "Accepted"), ("", "")
-                )
+                return next((each for each in found if each["type"] == "Accepted"), {})
+
+            def accepted(name: str) -> tuple[str, str]:
+                return said(name).get("status", ""), said(name).get("reason", "")
+
+            def accepted_words(name: str) -> str:
+                return said(name).get("message", "")
 
             def why() -> str:
                 return sandbox.kubectl("get", "llm,pdb", "-o", "yaml", check=False)[-3000:] + operator.log[-3000:]
@@ -373,7 +377,10 @@ def a_budget_is_made_where_the_cluster_has_them(sandbox: Sandbox, log: Path) -> 
             eventually(lambda: allowed() == "50%", why)
             sandbox.kubectl("create", "poddisruptionbudget", "taken", "--min-available=1", "--selector=app=x")
             create(sandbox, make_service("taken", replicas=0))
-            eventually(lambda: accepted("taken") == ("False", "NameConflict"), why)
+            eventually(lambda: "without a budget of its own" in accepted_words("taken"), why)
+            assert accepted("taken") == ("True", "Valid")
+            there = json.loads(sandbox.kubectl("get", "pdb", "taken", "-o", "json"))
+            assert (there["spec"].get("minAvailable"), "ownerReferences" in there["metadata"]) == (1, False)
             sandbox.kubectl("delete", "llm/kept", "llm/taken", "pdb/taken")
             eventually(lambda: allowed() is None, why)
             assert operator.stop() == 0

@@ -378,7 +378,9 @@ def wrong_input_is_told_at_once(sandbox: Sandbox) -> None:
     story.apply(sandbox, taken)
     assert "taken" in story.wait_condition(sandbox, "llm/taken", "Accepted", "False", "NameConflict")["message"]
     assert "tightship" not in json.dumps(story.get(sandbox, "svc/taken")["spec"])
-    sandbox.kubectl("delete", "svc", "taken")
+    # The service first: once the name is free it would be packed, by the profile that `slow` has.
+    sandbox.kubectl("delete", "llm/taken")
+    sandbox.kubectl("delete", "svc/taken")
 
     assert "greater than or equal to 0" in sandbox.kubectl("scale", "llm/slow", "--replicas=-1", check=False)
     negative = story.make_service("negative", replicas=-1)

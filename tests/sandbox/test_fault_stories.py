@@ -86,6 +86,9 @@ def client(sandbox: Sandbox) -> Iterator[Client]:
     """A client beside the story; at its end every request has been answered."""
     with Client(sandbox) as asking:
         yield asking
+        give_up = time.monotonic() + ANSWER_SECONDS
+        while asking.answers <= 5 and time.monotonic() < give_up:
+            time.sleep(0.2)
     assert asking.answers > 5
     assert asking.slowest < ANSWER_SECONDS, f"{asking.answers} answers took {asking.tries} tries"
 

@@ -578,6 +578,7 @@ def snapshots(draw):
     for service in SERVICES:
         for ordinal in range(draw(st.integers(0, 3))):
             capacity, device = draw(st.none() | st.integers(1, 12)), draw(st.sampled_from(["cuda", "cpu"]))
+            node = draw(st.none() | st.sampled_from(["n0", "n1", "n2", "gone"]))
             packs.append(
                 Pack(
                     pack_name(service, ordinal),
@@ -586,15 +587,16 @@ def snapshots(draw):
                     device,
                     draw(st.sampled_from(["H", "L"])) if device == "cuda" else "cpu",
                     draw(st.sampled_from(["R", "E"])),
-                    node=draw(st.none() | st.sampled_from(["n0", "n1", "n2", "gone"])),
+                    node=node,
                     capacity=capacity,
                     health=draw(st.sampled_from(Health)),
                     assignments=draw(assigned(service, capacity)),
                     excluded=draw(st.frozensets(st.sampled_from(["n0", "n1"]), max_size=1)),
                     memory=0 if device == "cuda" else draw(st.integers(0, 3)),
                     unfit=draw(st.frozensets(st.sampled_from(SERVICES), max_size=1)),
-                    apart=draw(st.booleans()),
-                    cordoned=draw(st.integers(0, 3)) == 0,
+                    # What waits for a place has none that could be cordoned, and what has one doesn't wait for it.
+                    apart=node is None and draw(st.booleans()),
+                    cordoned=node is not None and draw(st.integers(0, 3)) == 0,
                 )
             )
     devices = [

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from chaos.client import Object
-from chaos.world import IMAGES, INFEASIBLE, MISSING_IMAGE, NODE_GRACE, OBJECTIVES, SYSTEM, World, annotation
+from chaos.world import IMAGES, INFEASIBLE, MISSING_IMAGE, NODE_GRACE, OBJECTIVES, World, annotation
 
 T = TypeVar("T")
 MOST_REPLICAS = 4
@@ -74,6 +74,13 @@ def _service(world: World, draw: Draw) -> tuple[tuple[str, str], Object]:
     return key, world.services[key]
 
 
+def _delete(world: World, draw: Draw, component: str) -> str | None:
+    pod = choose(_pods(world, component), draw.first)
+    if pod is not None:
+        world.client.delete("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])
+    return _place(pod) if pod else None
+
+
 def _kill(world: World, draw: Draw, component: str, container: str, how: str) -> str | None:
     pod = choose(_pods(world, component), draw.first)
     if pod is None or not world.ask_node(f"pods/{_place(pod)}/{container}/{how}"):
@@ -105,10 +112,7 @@ def hang_replica(world: World, draw: Draw) -> str | None:
 @event(4)
 def delete_replica(world: World, draw: Draw) -> str | None:
     """Somebody deletes the pod."""
-    pod = choose(_pods(world, "replica"), draw.first)
-    if pod is not None:
-        world.client.delete("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])
-    return _place(pod) if pod else None
+    return _delete(world, draw, "replica")
 
 
 @event(2, hollow=True)
@@ -136,10 +140,7 @@ def kill_watcher(world: World, draw: Draw) -> str | None:
 @event(4)
 def delete_holder(world: World, draw: Draw) -> str | None:
     """Somebody deletes the holder."""
-    pod = choose(_pods(world, "holder"), draw.first)
-    if pod is not None:
-        world.client.delete("Pod", SYSTEM, pod["metadata"]["name"])
-    return _place(pod) if pod else None
+    return _delete(world, draw, "holder")
 
 
 @event(3, hollow=True)

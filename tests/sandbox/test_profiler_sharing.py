@@ -35,6 +35,11 @@ def start(one: Machine, environment: dict[str, str]) -> None:
     wait_for("the engine is healthy", engine.healthy)
 
 
+def of_client(mps: MpsSharing, index: int = 0) -> dict[str, str]:
+    """What an engine's environment gets to be a client."""
+    return {name: value or "" for name, value in mps.environment(index).items()}
+
+
 class Running:
     """An engine of these tests: its processes, each of which may be a client."""
 
@@ -60,7 +65,7 @@ async def test_engines_are_proven_to_be_clients_and_the_daemon_ends_with_the_tri
 ) -> None:
     mps = make(one, tmp_path)
     await mps.open()
-    environment = {name: value or "" for name, value in mps.environment(0).items()}
+    environment = of_client(mps)
     pipe = Path(environment["CUDA_MPS_PIPE_DIRECTORY"])
     assert (pipe / "control").exists()
 
@@ -92,7 +97,7 @@ async def test_clients_count_the_daemons_gpu_anew(tmp_path: Path, visible: str) 
         mps = MpsSharing(SECOND, environ, SystemClock(), preferred=tmp_path)
         await mps.open()
         for index in (0, 1):
-            environment = {name: value or "" for name, value in mps.environment(index).items()}
+            environment = of_client(mps, index)
             await asyncio.to_thread(start, one, {**chosen, **environment})
             await mps.prove(engines(one))
         assert one.gpu(1)["used"] > idle + 2 * 10**9
@@ -113,7 +118,7 @@ async def test_an_engine_that_is_no_client_is_found_out(
     monkeypatch.setattr(sharing, "ATTACH_SECONDS", 0.5)
     mps = make(one, tmp_path)
     await mps.open()
-    environment = {name: value or "" for name, value in mps.environment(0).items()}
+    environment = of_client(mps)
     await asyncio.to_thread(start, one, environment)
     # To CUDA an empty pipe directory is no error: the engine starts, and takes turns.
     await asyncio.to_thread(start, one, {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path / "elsewhere")})
@@ -132,7 +137,7 @@ async def test_two_clients_of_one_engine_prove_nothing_of_another(
     monkeypatch.setattr(sharing, "ATTACH_SECONDS", 0.5)
     mps = make(one, tmp_path)
     await mps.open()
-    environment = {name: value or "" for name, value in mps.environment(0).items()}
+    environment = of_client(mps)
     for _ in range(2):
         await asyncio.to_thread(start, one, environment)
     core, server = (process.pid for process in one.processes[1:])
@@ -147,7 +152,7 @@ async def test_two_clients_of_one_engine_prove_nothing_of_another(
 async def test_a_fault_is_told(one: Machine, tmp_path: Path) -> None:
     mps = make(one, tmp_path)
     await mps.open()
-    await asyncio.to_thread(start, one, {name: value or "" for name, value in mps.environment(0).items()})
+    await asyncio.to_thread(start, one, of_client(mps))
     await mps.prove(engines(one))
     one.control("fault")
     assert "FAULT" in (await mps.condition() or "")

@@ -36,7 +36,7 @@ def grouped(sets: Iterable[Object], pods: Iterable[Object], generation: int | No
     by_pack = {labels_of(found).get(labels.PACK, ""): found for found in sets}
     of_pack: dict[str, list[Object]] = {pack: [] for pack in by_pack}
     for pod in pods:
-        if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA:
+        if podstate.is_replica(pod):
             of_pack.setdefault(labels_of(pod).get(labels.PACK, ""), []).append(pod)
     return [_group(pack, by_pack.get(pack), of_pack[pack], generation) for pack in sorted(of_pack)]
 
@@ -100,8 +100,7 @@ def _crowded(store: Store, pack: str, service: str) -> bool:
     others = [
         pod
         for pod in store.list("Pod", label=(labels.PACK, pack))
-        if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA
-        and labels_of(pod).get(labels.SERVICE) != service
+        if podstate.is_replica(pod) and labels_of(pod).get(labels.SERVICE) != service
     ]
     return any(
         podstate.is_going(pod) or not (podstate.is_ready(pod) or podstate.trouble(pod) is not None) for pod in others

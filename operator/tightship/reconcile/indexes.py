@@ -90,9 +90,8 @@ def _allocator(store: Store, obj: Object) -> Iterator[str]:
 
 
 def _unplaced(store: Store, obj: Object) -> Iterator[str]:
-    carried = labels_of(obj)
-    if carried.get(labels.COMPONENT) == labels.COMPONENT_REPLICA and podstate.is_unschedulable(obj):
-        yield carried.get(labels.PACK, "")
+    if podstate.is_replica(obj) and podstate.is_unschedulable(obj):
+        yield labels_of(obj).get(labels.PACK, "")
 
 
 def _config_map(where: Mapping[str, object] | None) -> Iterator[str]:

@@ -31,12 +31,12 @@ from tightship.core.placement import Shortfall
 from tightship.kube.cluster import controller_of
 from tightship.kube.errors import AlreadyExists, Conflict, Forbidden, Invalid, NameConflict, NotFound, OutlivedOwner
 from tightship.kube.kinds import Ref
-from tightship.kube.store import Object, Store, labels_of
+from tightship.kube.store import Object, Store
 from tightship.manifests import packs as pack_manifests
 from tightship.manifests import service as service_manifests
 from tightship.manifests.budget import disruption_budget
 from tightship.manifests.pool import inference_pool
-from tightship.reconcile import extension, fleet, indexes, modes, rerun, servicestatus, snapshot
+from tightship.reconcile import extension, fleet, indexes, modes, podstate, rerun, servicestatus, snapshot
 from tightship.reconcile.context import Context
 from tightship.reconcile.lengths import measurable
 from tightship.reconcile.queue import PLACEMENT, Key, Result
@@ -113,7 +113,7 @@ def gather(
         refusals=refusals,
         sets=tuple(store.list("StatefulSet", namespace, (labels.SERVICE, name))),
         packs=tuple(sorted(mine, key=lambda pack: (placement.ordinal_of(pack.metadata.name), pack.metadata.name))),
-        pods=tuple(pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA),
+        pods=tuple(pod for pod in pods if podstate.is_replica(pod)),
         shortfall=shortfall,
         absent=absent,
         mode_problem=_mode_problem(verdict, store, absent),

@@ -143,7 +143,7 @@ def gather(store: Store, obj: Object, absent: frozenset[str] = frozenset()) -> V
 
 def replica_pods(view: View) -> list[Object]:
     """The replica pods on the pack, those that are going included."""
-    return [pod for pod in view.pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA]
+    return [pod for pod in view.pods if podstate.is_replica(pod)]
 
 
 def pods_of(view: View, service: str) -> list[Object]:
@@ -179,9 +179,7 @@ def granted_to_others(store: Store, pack: GPUPack, service: str) -> int:
     As in a roll-out of its own, a pod counts at the larger of its own memory and its template's, since it may come back at either.
     """
     mine, total = (labels.PACK, pack.metadata.name), 0
-    pods = [
-        pod for pod in store.list("Pod", label=mine) if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA
-    ]
+    pods = [pod for pod in store.list("Pod", label=mine) if podstate.is_replica(pod)]
     sets = {labels_of(found).get(labels.SERVICE): found for found in store.list("StatefulSet", label=mine)}
     for other in {labels_of(pod).get(labels.SERVICE) for pod in pods} | set(sets):
         if other == service:

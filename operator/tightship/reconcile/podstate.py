@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.core.conditions import find, is_true
 from tightship.kube.clock import parse_timestamp
+from tightship.kube.store import labels_of
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "ContainerCannotRun"}
@@ -39,6 +41,11 @@ class Trouble:
 
     reason: str
     message: str
+
+
+def is_replica(pod: Mapping[str, Any]) -> bool:
+    """Whether it serves a model, by its labels."""
+    return labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_REPLICA
 
 
 def is_ready(pod: Mapping[str, Any]) -> bool:

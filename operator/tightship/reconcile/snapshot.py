@@ -16,6 +16,7 @@ from typing import Any
 from tightship.api import units
 from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
+from tightship.api.v1alpha1.common import Condition
 from tightship.api.v1alpha1.conditions import Reason
 from tightship.api.v1alpha1.gpupack import GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
@@ -248,8 +249,9 @@ def pack_of(obj: Object, store: Store, now: datetime) -> Pack:
     """A pack as the planner sees it: what its text says, and what its node and its pods say now."""
     pack = store.derive(obj, pack_model)
     as_written = store.derive_with(obj, pack_of, (), lambda: written(pack))
-    health = health_of(pack, store, now)
-    unfit = frozenset(ServiceRef(pack.spec.namespace, name) for name in _homeless(pack, store, now))
+    homeless = _homeless(pack, store, now)
+    health = health_of(pack, store, now, homeless)
+    unfit = frozenset(ServiceRef(pack.spec.namespace, name) for name in homeless)
     apart = as_written.waiting and _kept_apart(pack, store)
     cordoned = _cordoned(store.get("Node", "", as_written.node or ""))
     if health is Health.SOUND and not (unfit or apart or cordoned):
@@ -280,9 +282,14 @@ def written(pack: GPUPack) -> Pack:
     )
 
 
+def _held(pack: GPUPack) -> Condition | None:
+    """The condition that tells whether a pack has its device."""
+    return next((each for each in pack.status.conditions if each.type == names.HELD), None)
+
+
 def _waits(pack: GPUPack) -> bool:
     """Whether a pack has found no device so far."""
-    held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
+    held = _held(pack)
     return pack.spec.device != "cpu" and pack.status.node is None and held is not None and held.status == "False"
 
 
@@ -321,15 +328,15 @@ def capacity_of(pack: GPUPack, reserves: Iterable[str]) -> int | None:
     return max(0, total - max((parse_reserve(reserve).of(total) for reserve in reserves), default=0))
 
 
-def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
-    """What a pack is still good for."""
+def health_of(pack: GPUPack, store: Store, now: datetime, homeless: frozenset[str]) -> Health:
+    """What a pack is still good for; `homeless`: the services whose replicas have found no room on its node for too long."""
     if pack.metadata.deletion_timestamp:
         return Health.LEAVING
     node = pack.spec.node or pack.status.node
     # A cluster without nodes is one whose nodes have not been listed yet.
     if node and facts(store).nodes and node_gone(store.get("Node", "", node), now):
         return Health.LOST
-    held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
+    held = _held(pack)
     if held is not None and held.status == "False" and held.reason == Reason.GPU_MISMATCH:
         return Health.LOST
     since = _without_gpu_since(pack, store)
@@ -337,7 +344,6 @@ def health_of(pack: GPUPack, store: Store, now: datetime) -> Health:
         return Health.LOST
     if _outdated(pack, store, now):
         return Health.LOST
-    homeless = _homeless(pack, store, now)
     if homeless and homeless >= {each.service for each in pack.spec.assignments}:
         return Health.UNFIT
     if node and _cordoned(store.get("Node", "", node)) and (_is_down(pack) or _stranded(pack, store)):
@@ -350,7 +356,7 @@ def _without_gpu_since(pack: GPUPack, store: Store) -> datetime | None:
 
     A pack that never had its GPU is left alone: the next one would fare no better. One try is none: after a reboot the driver may be late.
     """
-    held = next((each for each in pack.status.conditions if each.type == names.HELD), None)
+    held = _held(pack)
     if held is None or pack.status.gpu is None or (held.status, held.reason) != ("False", Reason.GPU_NOT_VISIBLE):
         return None
     pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
@@ -456,7 +462,7 @@ def rooms(namespace: str, service: str, store: Store, now: datetime) -> tuple[se
     """Nodes on which replicas of a service find no room, nodes on which some serve, and seconds until another one may count as the former."""
     unfit, serving, waits = set(), set(), []
     for pod in store.list("Pod", namespace, (labels.SERVICE, service)):
-        if labels_of(pod).get(labels.COMPONENT) != labels.COMPONENT_REPLICA:
+        if not podstate.is_replica(pod):
             continue
         node, since = podstate.node_of(pod), podstate.short_of_room_since(pod)
         if node is not None and podstate.is_ready(pod):

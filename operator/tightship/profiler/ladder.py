@@ -29,6 +29,9 @@ GRID = 8
 """Bisection proposes multiples of this."""
 UNDRIVEN_IN_A_ROW = 2
 """Rungs in a row that the load could not drive before the ladder ends there: one alone may be the machine's hiccup."""
+UNDRIVEN_AT_FIRST = 5
+"""The same below the first point. There it isn't the load that has grown too large: a busy machine may calm down, and the larger batches'
+longer steps leave a late load more time."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ def _climb(measured: Mapping[int, Point], top: int, noise: Noise) -> Step:
         point = measured.get(batch)
         if point is None and batch in noise.undriven:
             undriven += 1
-            if undriven == UNDRIVEN_IN_A_ROW:
-                return Step(None, f"the load could not drive batch {batch}, nor the one before it")
+            if undriven == (UNDRIVEN_IN_A_ROW if measured else UNDRIVEN_AT_FIRST):
+                return Step(None, f"the load could not drive batch {batch}, nor the {undriven - 1} before it")
             continue
         if point is None:
             return Step(batch, "next on the ladder")

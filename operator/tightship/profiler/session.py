@@ -199,6 +199,10 @@ class Session:
             self.notes.append(text)
             log.warning("%s", text)
 
+    def withdraw(self, note: str) -> None:
+        """Take a note back that is no longer true."""
+        self.notes.remove(note)
+
     def progress(self, stage: Stage, batch: int | None, message: str, *, replicas: int | None = None) -> None:
         """Say what is being done, and save all that was measured so far."""
         self.account()

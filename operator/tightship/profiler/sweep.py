@@ -1,7 +1,8 @@
 """The sweep: one engine start, the ladder and its bisection, and the engine's default batch as the baseline.
 
 What must hold: no batch is measured twice, but for a level at which the load ran late or the engine failed: that one gets a second chance,
-and when it comes to nothing again there is no point, only a word on why; a finished point is saved at once. An engine that fails is
+and when it comes to nothing again there is no point, only a word on why (and one more try, once the load has driven a larger batch); a finished
+point is saved at once. An engine that fails is
 started once more. One that fails again at the same batch ends the ladder below it, and the sweep has not failed: what was measured is worth a
 confirmation run, and a last engine may refine it first. One that fails again elsewhere is a failing engine.
 """
@@ -46,7 +47,10 @@ class Sweep:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._undriven: set[int] = set()
+        self._undriven: dict[int, str] = {}
+        """What was said of the batches that have no point for want of a load, or of an engine, that took them."""
+        self._forgiven: set[int] = set()
+        """Batches that were undriven, and got another chance since a larger one could be driven."""
         self._top = session.job.settings.max_num_seqs
         self._ladder_top = self._top
         self._failed: str | None = None
@@ -90,8 +94,8 @@ class Sweep:
     def _end_ladder(self, batch: int, error: EngineError) -> None:
         """Leave out a batch that ended the engine twice, and those above it."""
         self._failed = f"batch {batch} ended the engine twice: neither it nor larger ones were measured"
-        self._session.note(f"at batch {batch}: {error}"[:1000])
-        self._undriven.add(batch)
+        self._undriven[batch] = f"at batch {batch}: {error}"[:1000]
+        self._session.note(self._undriven[batch])
         self._ladder_top = max((rung for rung in rungs(self._top) if rung < batch), default=1)
 
     async def _on_an_engine(self) -> Ended:
@@ -153,8 +157,8 @@ class Sweep:
         session, budget = self._session, self._session.budget
         refused = session.too_many(batch)
         if refused is not None:
-            self._undriven.add(batch)
-            session.note(f"batch {batch} has no point: {refused}")
+            self._undriven[batch] = f"batch {batch} has no point: {refused}"
+            session.note(self._undriven[batch])
             return True
         self._at = batch
         session.progress("Sweeping", batch, f"measuring batch {batch}")
@@ -173,7 +177,7 @@ class Sweep:
                 self._take(reading)
                 return True
             why = undriven(reading)
-        self._undriven.add(batch)
+        self._undriven[batch] = why
         session.note(why)
         return True
 
@@ -206,6 +210,7 @@ class Sweep:
     def _take(self, reading: Reading) -> None:
         session, point = self._session, reading.point
         session.report.points[point.batch] = point
+        self._forgive(point.batch)
         for note in reading.notes:
             session.note(note)
         session.progress("Sweeping", point.batch, f"batch {point.batch}: {reading.throughput:.0f} tokens/s")
@@ -219,6 +224,12 @@ class Sweep:
             point.preemptions,
             point.window,
         )
+
+    def _forgive(self, driven: int) -> None:
+        """Let the batches below one that was driven be tried again, once: the machine was busy, and T(1) is what efficiency rests on."""
+        for batch in [each for each in self._undriven if each < driven and each not in self._forgiven]:
+            self._session.withdraw(self._undriven.pop(batch))
+            self._forgiven.add(batch)
 
     def _spent(self, batch: int) -> str:
         return (

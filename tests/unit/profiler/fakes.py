@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,8 @@ class FakeModel:
     """Seconds after its start from which an engine answers every request with a 500."""
     client_seconds: float = 0.0
     """What the client works for each token; nothing else runs meanwhile, as on a real event loop."""
+    client_calm_after: float = math.inf
+    """Seconds after the engine's start from which that work takes no more time."""
     counts: bool = True
     """Whether its counter of generated tokens moves."""
     says: str = "INFO the engine's last line"
@@ -161,9 +164,10 @@ class FakeEngine:
                 done.append(one)
         stepped = list(self.running)
         self.running = [one for one in self.running if one.left]
+        busy = asyncio.get_running_loop().time() - self.born < self.model.client_calm_after
         for one in stepped:
             one.listener.tokens(1)
-            work(self.model.client_seconds)
+            work(self.model.client_seconds if busy else 0.0)
         for one in done:
             one.listener.finished()
 

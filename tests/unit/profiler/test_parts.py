@@ -207,7 +207,8 @@ def test_noise_does_not_end_the_ladder() -> None:
         ([1, 2, 8], {4}, 16, "next"),
         ([1, 2, 8], {4, 16}, 32, "next"),
         ([], {1}, 2, "next"),
-        ([], {1, 2}, None, "could not drive"),
+        ([], {1, 2, 4, 8}, 16, "next"),  # a machine that is busy at first
+        ([], {1, 2, 4, 8, 16}, None, "could not drive batch 16, nor the 4 before it"),
     ],
 )
 def test_a_ladder_that_cannot_be_driven_ends(

@@ -63,6 +63,9 @@ class Tracker:
             for holder in self.holders.get(gpu, {}).values():
                 if holder.pack != entry.pack:
                     yield f"{entry.pod} starts on {gpu}, which {holder.pod} holds for another pack"
+            for other in self.engines.get(gpu, {}).values():
+                if other.pack != entry.pack:
+                    yield f"{entry.pod} starts on {gpu}, where {other.pod} of another pack still runs"
             for other in self.starting.get(gpu, {}).values():
                 yield f"{entry.pod} starts on {gpu} while {other.pod} is starting there"
             self.starting.setdefault(gpu, {})[uid] = entry
@@ -159,7 +162,9 @@ def orphans(seen: Seen) -> Iterator[str]:
 
 
 def pods(seen: Seen) -> Iterator[str]:
-    """Nothing is on its way out, or over; each ready replica is a client of the daemon of its pack, and nobody else is."""
+    """Nothing is on its way out, or over; each ready replica is a client of the daemon of its pack, and nobody else is, or has its
+    GPU to itself.
+    """
     attached = {
         _label(pod, "tightship.dev/pack"): {
             each["podUID"] for each in annotation(dict(pod), "mps").get("clients") or []
@@ -173,9 +178,15 @@ def pods(seen: Seen) -> Iterator[str]:
                 yield f"pod {name} is still going"
             elif (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded", "Unknown"):
                 yield f"pod {name} is over ({pod['status'].get('reason')}) and still there"
+    alone = {pack["metadata"]["name"] for pack in seen.of("GPUPack") if pack["spec"].get("mode") == "Exclusive"}
+    replicas = Counter(_label(pod, "tightship.dev/pack") for pod in seen.of("Pod", "replica"))
+    for pack in alone:
+        if replicas[pack] > 1:
+            yield f"pack {pack} has {replicas[pack]} replicas in mode Exclusive"
     ready = {pod["metadata"]["uid"]: pod for pod in seen.of("Pod", "replica") if _is(pod, "Ready")}
     for uid, pod in ready.items():
-        if uid not in attached.get(_label(pod, "tightship.dev/pack"), set()):
+        pack = _label(pod, "tightship.dev/pack")
+        if pack not in alone and uid not in attached.get(pack, set()):
             yield f"replica {pod['metadata']['name']} is ready and no client of its pack's daemon"
     there = {pod["metadata"]["uid"] for pod in seen.of("Pod", "replica")}
     for pack, clients in attached.items():
@@ -227,13 +238,20 @@ def _justified(seen: Seen, asked: Object, ready: Object) -> bool:
 def free_gpus(seen: Seen) -> int:
     """GPUs of nodes that take pods, which nobody holds or is about to hold."""
     free = 0
-    taken = Counter(pod["spec"].get("nodeName") for pod in seen.of("Pod", "holder"))
+    taken = Counter(pod["spec"].get("nodeName") for pod in seen.of("Pod") if _asks_for_a_gpu(pod))
     for node in seen.of("Node"):
         if not _is(node, "Ready") or (node.get("spec") or {}).get("unschedulable"):
             continue
         there = (node.get("status") or {}).get("allocatable") or {}
         free += max(0, int(there.get("nvidia.com/gpu", 0)) - taken[node["metadata"]["name"]])
     return max(0, free - taken[None])
+
+
+def _asks_for_a_gpu(pod: Object) -> bool:
+    """As holders do, and replicas that share no GPU."""
+    return any(
+        "nvidia.com/gpu" in (each.get("resources") or {}).get("limits", {}) for each in pod["spec"]["containers"]
+    )
 
 
 def concerned(obj: Object) -> set[tuple[str, str]]:

@@ -41,6 +41,10 @@ JOURNALS: dict[str, tuple[list[Entry], str]] = {
         "g is taken by bh while a1 of another pack still runs on it",
     ),
     "an engine on another's GPU": ([entry(HOLD, "ah"), entry(START, "b1")], "b1 starts on g, which ah holds"),
+    "an engine beside another pack's": (
+        [entry(START, "a1"), entry(HEALTHY, "a1"), entry(START, "b1")],
+        "b1 starts on g, where a1 of another pack still runs",
+    ),
     "a node that went down has nothing open": ([entry(START, "a1"), entry(DOWN), entry(START, "a2")], ""),
     "another node's reboot closes nothing": (
         [entry(START, "a1"), entry(DOWN, node="m"), entry(START, "a2")],
@@ -83,7 +87,7 @@ def make_cluster() -> dict[str, list[Object]]:
     pack["spec"] = {"namespace": "default", "assignments": [each]}
     pack["status"] = {"gpu": {"uuid": "GPU-0", "memory": "80Gi"}}
     holder = make("Pod", "holder-p0", "tightship-system", "uid-p0", component="holder", pack="p0")
-    holder["spec"] = {"nodeName": "n0", "containers": []}
+    holder["spec"] = {"nodeName": "n0", "containers": [{"resources": {"limits": {"nvidia.com/gpu": 1}}}]}
     holder["metadata"]["annotations"] = {
         "tightship.dev/gpu": json.dumps({"uuid": "GPU-0"}),
         "tightship.dev/mps": json.dumps({"clients": [{"pid": 1, "podUID": "uid-opt-0"}]}),
@@ -114,6 +118,20 @@ def not_ready(reason: str, message: str = "") -> Callable[[dict[str, list[Object
     return lambda c: c["LLMService"][0]["status"].update(conditions=[condition])
 
 
+def alone(cluster: dict[str, list[Object]]) -> None:
+    """The pack's replica has its GPU to itself, without a holder."""
+    cluster["GPUPack"][0]["spec"]["mode"] = "Exclusive"
+    holder = cluster["Pod"].pop(0)
+    cluster["Pod"][0]["spec"]["containers"] += holder["spec"]["containers"]
+
+
+def crowded(cluster: dict[str, list[Object]]) -> None:
+    alone(cluster)
+    twin = copy.deepcopy(cluster["Pod"][0])
+    twin["metadata"].update(name="opt-1", uid="uid-opt-1")
+    cluster["Pod"].append(twin)
+
+
 def full(cluster: dict[str, list[Object]]) -> None:
     not_ready("InsufficientGPUs")(cluster)
     cluster["Node"][0]["status"]["allocatable"]["nvidia.com/gpu"] = "1"
@@ -121,6 +139,7 @@ def full(cluster: dict[str, list[Object]]) -> None:
 
 def test_a_cluster_in_order_violates_nothing() -> None:
     assert check() == []
+    assert check(alone) == []
 
 
 PLANTED: dict[str, tuple[Callable[[dict[str, list[Object]]], object], str]] = {
@@ -160,6 +179,7 @@ PLANTED: dict[str, tuple[Callable[[dict[str, list[Object]]], object], str]] = {
         lambda c: c["Pod"][0]["metadata"]["annotations"].update({"tightship.dev/mps": "{}"}),
         "is ready and no client of its pack's daemon",
     ),
+    "two replicas on a GPU without MPS": (crowded, "pack p0 has 2 replicas in mode Exclusive"),
     "an older status": (
         lambda c: c["LLMService"][0]["metadata"].update(generation=2),
         "status is of generation 1, not 2",
@@ -184,6 +204,7 @@ def test_too_few_replicas_are_found() -> None:
 
 def test_good_reasons_count() -> None:
     assert check(full) == []
+    assert check(lambda cluster: (alone(cluster), full(cluster))) == []
     unmet = {"objectives": [{"metric": "InterTokenLatency", "statistic": "mean", "max": INFEASIBLE}]}
     assert check(not_ready("SLOInfeasible"), slo=unmet) == []
     assert check(not_ready("Progressing", f"image {MISSING_IMAGE}: ..."), engine__image=MISSING_IMAGE) == []

@@ -34,7 +34,7 @@ from tightship.kube.errors import Forbidden, KubeError, NoCluster, NotFound, Not
 from tightship.kube.events import Events
 from tightship.kube.kinds import KINDS, OPTIONAL, WATCHED, WATCHED_BY_LABEL, WATCHED_OWN, Ref
 from tightship.kube.lease import Lease, LeaseLost, LeaseTimes
-from tightship.kube.store import Object, Store, without_bookkeeping
+from tightship.kube.store import Object, Store, lean
 from tightship.kube.transport import HTTPTransport, load_configuration
 from tightship.logs import LEVELS, configure_logging
 from tightship.reconcile import batchprofile, gpupack, llmservice, placement
@@ -289,8 +289,7 @@ class Operator:
             # A listing inside a watch means that events may have been missed, deletions among them.
             self._relisted.add(obj["kind"])
             self._relisting.set()
-        # kopf has done with the object: what is kept of it is ours.
-        self.store.observe(without_bookkeeping(obj))
+        self.store.observe(lean(obj))
 
     def _changed(self, kind: str, before: Object | None, after: Object | None) -> None:
         for key in keys_for(self.store, kind, before, after):

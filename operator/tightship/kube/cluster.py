@@ -26,7 +26,7 @@ from tightship.api.v1alpha1 import labels
 from tightship.kube.clock import Clock, SystemClock
 from tightship.kube.errors import NameConflict, NotFound, NotServed, OutlivedOwner, from_response
 from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL, Kind, Ref
-from tightship.kube.store import Object, Store, labels_of, without_bookkeeping
+from tightship.kube.store import Object, Store, labels_of, lean
 
 JSON = "application/json"
 APPLY = "application/apply-patch+yaml"
@@ -226,7 +226,7 @@ class Cluster:
         while True:
             ref = Ref(kind, namespace or "", "")
             page = await self._send("list", ref, resource.path(namespace or ""), query=query)
-            items += [without_bookkeeping(_typed(item, resource)) for item in page.get("items") or ()]
+            items += [lean(_typed(item, resource)) for item in page.get("items") or ()]
             metadata = page.get("metadata") or {}
             if limit is not None or not metadata.get("continue"):
                 return Listing(items, str(metadata.get("resourceVersion", "")))
@@ -286,7 +286,7 @@ class Cluster:
 
     def _seen(self, answer: dict[str, Any]) -> dict[str, Any]:
         if answer.get("kind") in WATCHED and _is_watched(answer):
-            self._store.observe(without_bookkeeping(answer))
+            self._store.observe(lean(answer))
         return answer
 
     async def _send(

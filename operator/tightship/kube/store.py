@@ -17,6 +17,7 @@ isn't a number is taken as newer. Objects handed out are the store's own: read t
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ T = TypeVar("T")
 INDEXED_LABELS = (labels.SERVICE, labels.PACK, labels.PROFILE, labels.PROFILE_KEY, labels.NODE_GPU_PRODUCT)
 
 _TOMBSTONES = 4096
+_SHARED_LENGTH = 80
 _Name = tuple[str, str]  # namespace and name
 
 
@@ -245,10 +247,24 @@ _FACTS: Mapping[str, Callable[[Object], tuple[object, ...]]] = {
 }
 
 
-def without_bookkeeping(obj: dict[str, Any]) -> dict[str, Any]:
-    """The same object without `managedFields`, taken out in place: nobody here reads them, and they are half of many an object."""
-    obj["metadata"].pop("managedFields", None)
-    return obj
+def lean(obj: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy that is cheap to keep: without `managedFields`, which nobody here reads and which are half of many an object, and with
+    its strings shared with those of all others, which halves the rest (a pod of a pack: 34 KB as parsed, 18 KB).
+    """
+    metadata = {key: value for key, value in obj["metadata"].items() if key != "managedFields"}
+    shared: dict[str, Any] = _shared({**obj, "metadata": metadata})
+    return shared
+
+
+def _shared(value: Any) -> Any:
+    if isinstance(value, str):
+        # longer ones are messages, which hardly repeat
+        return sys.intern(value) if len(value) <= _SHARED_LENGTH else value
+    if isinstance(value, Mapping):
+        return {sys.intern(key): _shared(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_shared(each) for each in value]
+    return value
 
 
 def labels_of(obj: Object) -> Mapping[str, str]:

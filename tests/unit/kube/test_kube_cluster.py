@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from tightship.kube.errors import (
     from_response,
 )
 from tightship.kube.kinds import KINDS, Ref
-from tightship.kube.store import Store
+from tightship.kube.store import Store, lean
 
 OWNER = {"apiVersion": labels.API_VERSION, "kind": "LLMService", "name": "opt", "uid": "owner-1", "controller": True}
 
@@ -82,6 +83,15 @@ async def test_what_is_kept_of_an_object_is_without_its_managed_fields(
     (listed,) = (await cluster.list("Service")).items
     assert "managedFields" not in listed["metadata"]
     assert "managedFields" in api.objects[KINDS["Service"].path("a", "opt")]["metadata"]
+
+
+def test_objects_that_are_kept_share_their_strings() -> None:
+    text = json.dumps(make_service() | {"spec": {"words": ["a word", "m" * 200]}})
+    one, other = lean(json.loads(text)), lean(json.loads(text))
+    assert one == other == json.loads(text)
+    assert one["metadata"]["name"] is other["metadata"]["name"]
+    assert one["spec"]["words"][0] is other["spec"]["words"][0]
+    assert [id(key) for key in one] == [id(key) for key in other]
 
 
 async def test_what_the_server_serves_is_asked_of_its_discovery(cluster: Cluster, api: FakeApi) -> None:

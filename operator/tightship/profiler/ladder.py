@@ -90,13 +90,15 @@ def next_batch(points: Iterable[Point], top: int, goals: Goals | None = None, no
 def _climb(measured: Mapping[int, Point], top: int, noise: Noise) -> Step:
     """The ladder's next rung, or why it has ended."""
     previous: Point | None = None
-    undriven = 0
+    undriven, largest = 0, max(measured, default=0)
     for batch in rungs(top):
         point = measured.get(batch)
         if point is None and batch in noise.undriven:
-            undriven += 1
+            # what lies below a point that the load could drive says nothing of the batches above it
+            undriven += batch > largest
             if undriven == (UNDRIVEN_IN_A_ROW if measured else UNDRIVEN_AT_FIRST):
-                return Step(None, f"the load could not drive batch {batch}, nor the {undriven - 1} before it")
+                before = "one" if undriven == UNDRIVEN_IN_A_ROW else str(undriven - 1)
+                return Step(None, f"the load could not drive batch {batch}, nor the {before} before it")
             continue
         if point is None:
             return Step(batch, "next on the ladder")

@@ -208,6 +208,8 @@ def test_noise_does_not_end_the_ladder() -> None:
         ([1, 2, 8], {4, 16}, 32, "next"),
         ([], {1}, 2, "next"),
         ([], {1, 2, 4, 8}, 16, "next"),  # a machine that is busy at first
+        ([8], {1, 2, 4}, 16, "next"),  # or whose load is too late for small batches for good
+        ([8], {1, 2, 4, 16, 32}, None, "could not drive batch 32, nor the one before it"),
         ([], {1, 2, 4, 8, 16}, None, "could not drive batch 16, nor the 4 before it"),
     ],
 )

@@ -158,7 +158,7 @@ def test_a_level_that_the_load_cannot_drive_has_no_point_and_ends_the_ladder() -
     last = batches(status)[-1]
     assert last < 128
     assert f"the load could not drive batch {2 * last}, which has no point: its event loop ran" in message(status)
-    assert f"the load could not drive batch {4 * last}, nor the 1 before it" in message(status)
+    assert f"the load could not drive batch {4 * last}, nor the one before it" in message(status)
     measuring = [
         one["progress"]["batch"]
         for one in run.sink.written

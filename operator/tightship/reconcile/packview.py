@@ -333,6 +333,12 @@ def _own_gpu(view: View) -> Holding:
         pod, found = waiting[0]
         return Holding("False", found.reason, f"{pod['metadata']['name']}: {found.message}", place, node, known)
     text = f"no replica on node {node} has told yet which GPU it sees" if pods else "the first replica is to get a GPU"
+    kept = next(((pod, found) for pod in pods if (found := podstate.trouble(pod))), None)
+    if kept is not None:
+        # Where nobody else holds the GPU this gate comes before the replicas', and the cause would hide behind it.
+        pod, found = kept
+        text = f"{text}; {pod['metadata']['name']}: {found.message}"
+        return Holding("Unknown", found.reason, text, place, node, known, mps)
     return Holding("Unknown", Reason.NOT_YET_KNOWN, text, place, node, known, mps)
 
 

@@ -401,3 +401,21 @@ async def test_a_replica_that_serves_has_its_gpu_even_if_it_has_not_told_which()
     assert (status, reason) == ("True", "GPUHeld")
     assert "which one is not known" in message
     assert told(world, "Ready")[:2] == ("True", "FullyRealised")
+
+
+async def test_what_keeps_a_replica_that_holds_its_own_gpu_from_starting_is_what_ready_says() -> None:
+    world = make_world()
+    world.reports = lambda pod: {}
+    await pack(world, replicas=1, packing={"mode": "Exclusive"})
+
+    def waiting(pod: Any) -> None:
+        state = {"waiting": {"reason": "ImagePullBackOff", "message": "no such tag"}}
+        pod["status"] = {"phase": "Pending", "containerStatuses": [{"name": "engine", "image": "img", "state": state}]}
+
+    (pod,) = world.all("Pod")
+    world.change("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"], waiting)
+    await world.settle()
+    for found in (told(world, "Held"), told(world, "Ready")):
+        assert found[1] == "ImagePullFailed"
+        assert "no such tag" in found[2]
+    assert "no such tag" in world.condition("LLMService", NS, "opt", "Ready")[2]

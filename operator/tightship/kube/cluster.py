@@ -15,6 +15,7 @@ never applied over. What must always hold:
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections import OrderedDict
@@ -24,7 +25,7 @@ from typing import Any, Protocol
 
 from tightship.api.v1alpha1 import labels
 from tightship.kube.clock import Clock, SystemClock
-from tightship.kube.errors import NameConflict, NotFound, NotServed, OutlivedOwner, from_response
+from tightship.kube.errors import NameConflict, NotFound, NotServed, OutlivedOwner, Unreachable, from_response
 from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL, Kind, Ref
 from tightship.kube.store import Object, Store, labels_of, lean
 
@@ -101,11 +102,16 @@ class Cluster:
         self._store = store
         self._on_request = on_request or (lambda verb, kind, status, seconds: None)
         self._clock = clock or SystemClock()
-        self._guard: Callable[[], None] = lambda: None
+        self._guard: Callable[[], float | None] = lambda: None
         self._applied: OrderedDict[tuple[Ref, str], _Applied] = OrderedDict()
 
-    def guard_writes(self, check: Callable[[], None]) -> None:
-        """Have `check` called right before each write but those of Leases; what it raises, the write raises instead of being sent."""
+    def guard_writes(self, check: Callable[[], float]) -> None:
+        """Have `check` called right before each write but those of Leases; what it raises, the write raises instead of being sent.
+
+        It returns the seconds that are left to send it and to be answered. A write that hasn't been by then is given up, wherever it waits
+        (for credentials, a connection, an answer): also when the whole process stood still meanwhile, since the event loop ends what
+        is overdue before it lets anything go on.
+        """
         self._guard = check
 
     async def apply(self, obj: Object) -> dict[str, Any]:
@@ -299,12 +305,14 @@ class Cluster:
         body: Any = None,
         content_type: str = JSON,
     ) -> dict[str, Any]:
-        if verb not in _READS and ref.kind != "Lease":
-            self._guard()
+        left = self._guard() if verb not in _READS and ref.kind != "Lease" else None
         started = self._clock.monotonic()
         status = 0
         try:
-            status, answer = await self._transport.request(_METHODS[verb], path, query or {}, body, content_type)
+            async with asyncio.timeout(left):
+                status, answer = await self._transport.request(_METHODS[verb], path, query or {}, body, content_type)
+        except TimeoutError:
+            raise Unreachable(f"{verb} {ref}: no answer within the {left:.1f} s that the lease allowed") from None
         finally:
             self._on_request(verb, ref.kind, status, self._clock.monotonic() - started)
         if status >= 300:

@@ -81,8 +81,11 @@ class Lease:
             await self._clock.sleep(self._times.retry)
         log.info("holding lease %s as %s", self._ref, self._identity)
 
-    def check(self) -> None:
-        """Raise `LeaseLost` unless this candidate holds the lease and renewed it within the renew deadline."""
+    def check(self) -> float:
+        """Seconds for which this candidate may still write, counted from its last renewal.
+
+        Raises `LeaseLost` unless it holds the lease and renewed it within the renew deadline.
+        """
         if self._held is None:
             raise LeaseLost(f"lease {self._ref} is not held: nothing is written without it")
         silent = self._clock.monotonic() - self._renewed
@@ -91,6 +94,7 @@ class Lease:
                 f"lease {self._ref} was last renewed {silent:.1f} s ago, more than the {self._times.renew_deadline:g} s that a leader "
                 "may write without: another one may lead by now"
             )
+        return self._times.renew_deadline - silent
 
     async def keep(self) -> None:
         """Renew for ever. Raises `LeaseLost`."""

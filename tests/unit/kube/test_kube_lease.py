@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 
 from fake_api import FakeApi, FakeClock, settle
 from tightship.kube.cluster import Cluster
+from tightship.kube.errors import Unreachable
 from tightship.kube.kinds import Ref
 from tightship.kube.lease import Lease, LeaseLost, LeaseTimes
 from tightship.kube.store import Store
@@ -169,6 +171,30 @@ async def test_a_leader_that_was_paused_past_its_lease_writes_nothing_though_it_
     await clock.advance(TIMES.retry)
     with pytest.raises(LeaseLost, match="could not be renewed"):
         keeping.result()
+
+
+async def test_a_write_that_waits_past_the_lease_is_not_sent(api: FakeApi) -> None:
+    """The check is over by then, and the process stands still, while a connection is being made."""
+    sent, answer = [], api.request
+
+    async def connecting(*request: Any) -> Any:
+        opened = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.05, opened.set_result, None)
+        time.sleep(0.2)  # paused; when it goes on, connection and deadline are both due
+        await opened
+        sent.append(request)
+        return await answer(*request)
+
+    cluster = Cluster(api, Store())
+    cluster.guard_writes(lambda: 0.1)
+    api.request = connecting  # type: ignore[method-assign]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "namespace": "system"}}
+    with pytest.raises(Unreachable, match=r"no answer within the 0\.1 s that the lease allowed"):
+        await cluster.create(pod)
+    assert not sent
+    cluster.guard_writes(lambda: 5.0)
+    await cluster.create(pod)
+    assert len(sent) == 1
 
 
 async def test_the_time_counts_from_before_a_renewal_is_sent(api: FakeApi, clock: FakeClock) -> None:

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from tightship.api.v1alpha1 import labels
 from tightship.kube.clock import Clock, SystemClock
+from tightship.kube.deadline import Deadline
 from tightship.kube.errors import NameConflict, NotFound, NotServed, OutlivedOwner, Unreachable, from_response
 from tightship.kube.kinds import KINDS, WATCHED, WATCHED_BY_LABEL, Kind, Ref
 from tightship.kube.store import Object, Store, labels_of, lean
@@ -309,9 +310,9 @@ class Cluster:
         started = self._clock.monotonic()
         status = 0
         try:
-            async with asyncio.timeout(left):
+            async with Deadline(left):
                 status, answer = await self._transport.request(_METHODS[verb], path, query or {}, body, content_type)
-        except TimeoutError:
+        except asyncio.TimeoutError:
             raise Unreachable(f"{verb} {ref}: no answer within the {left:.1f} s that the lease allowed") from None
         finally:
             self._on_request(verb, ref.kind, status, self._clock.monotonic() - started)

@@ -180,7 +180,7 @@ async def test_a_write_that_waits_past_the_lease_is_not_sent(api: FakeApi) -> No
     async def connecting(*request: Any) -> Any:
         opened = asyncio.get_running_loop().create_future()
         asyncio.get_running_loop().call_later(0.05, opened.set_result, None)
-        time.sleep(0.2)  # paused; when it goes on, connection and deadline are both due
+        time.sleep(0.2)  # noqa: ASYNC251 - paused; when it goes on, connection and deadline are both due
         await opened
         sent.append(request)
         return await answer(*request)

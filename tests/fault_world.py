@@ -150,6 +150,20 @@ def gpu_is_lost(world: World, pack: str = PACK, restarts: int = 2) -> None:
     change_holder(world, lambda pod: pod["metadata"]["annotations"].pop(labels.ANNOTATION_GPU), pack)
 
 
+def gpu_is_taken(world: World, pack: str = PACK) -> None:
+    """The holder is deleted, and a pod of somebody else is on the GPU before the next holder is made."""
+    found = world.get("Pod", SYSTEM, holder(pack))
+    stranger = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "stranger", "namespace": NS, "labels": {}},
+        "spec": {"nodeName": found["spec"]["nodeName"], "containers": found["spec"]["containers"]},
+        "status": {"phase": "Running"},
+    }
+    world.put(stranger)
+    world.remove("Pod", SYSTEM, holder(pack))
+
+
 def saw(pod: dict[str, Any], free: int, uuid: str = f"GPU-{PACK}") -> dict[str, dict[str, Any]]:
     """A replica's preflight as the watcher publishes it; `free` in GiB."""
     return {pod["metadata"]["uid"]: {"uuid": uuid, "total": 80 * GIB, "free": free * GIB}}

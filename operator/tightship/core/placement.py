@@ -224,6 +224,7 @@ class Plan:
     create: tuple[Pack, ...] = ()
     update: tuple[tuple[str, tuple[Assignment, ...]], ...] = ()
     shortfalls: tuple[Shortfall, ...] = ()
+    stranded: tuple[str, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -252,7 +253,7 @@ def ordinal_of(name: str) -> int:
 
 def plan(snapshot: Snapshot) -> Plan:
     """Plan one pass (see the module's docstring for the algorithm and what always holds)."""
-    snapshot = _clear_cordoned(snapshot)
+    snapshot, stranded = _clear_cordoned(snapshot)
     waiting: dict[ServiceRef, Shortfall] = {}
     while True:
         board, shortfalls = _attempt(snapshot)
@@ -266,7 +267,10 @@ def plan(snapshot: Snapshot) -> Plan:
         stay = sum(each.replicas for here in board.pencilled.values() for each in here if each.service == short.service)
         shortfalls.append(replace(short, kept=stay))
     return Plan(
-        board.created(), board.changed(), tuple(sorted(shortfalls, key=lambda short: board.turn[short.service]))
+        board.created(),
+        board.changed(),
+        tuple(sorted(shortfalls, key=lambda short: board.turn[short.service])),
+        stranded,
     )
 
 
@@ -312,20 +316,26 @@ def apply(snapshot: Snapshot, planned: Plan) -> Snapshot:
     return replace(snapshot, packs=packs + planned.create)
 
 
-def _clear_cordoned(snapshot: Snapshot) -> Snapshot:
-    """The snapshot with one pack of each cordoned node marked as unfit: the oldest one for which there are devices elsewhere."""
+def _clear_cordoned(snapshot: Snapshot) -> tuple[Snapshot, tuple[str, ...]]:
+    """The snapshot with one pack of each cordoned node marked as unfit, the oldest one for which there are devices elsewhere; and those
+    for which there are none.
+    """
     cordoned = [pack for pack in snapshot.packs if pack.cordoned and pack.health is Health.SOUND]
     if not cordoned:
-        return snapshot
-    board, chosen = _Board(snapshot), set()
+        return snapshot, ()
+    board, chosen, stranded = _Board(snapshot), set(), []
     leaving = {pack.node for pack in snapshot.packs if pack.cordoned and not board.pencilled[pack.name]}
     for pack in sorted(cordoned, key=lambda pack: (pack.ordinal, pack.name)):
         here = [board.demands[each.service] for each in board.pencilled[pack.name]]
-        if pack.node not in leaving and here and all(board.could_move(pack, demand) for demand in here):
+        if not here:
+            continue
+        if not all(board.could_move(pack, demand) for demand in here):
+            stranded.append(pack.name)
+        elif pack.node not in leaving:
             leaving.add(pack.node)
             chosen.add(pack.name)
     packs = (replace(pack, health=Health.UNFIT) if pack.name in chosen else pack for pack in snapshot.packs)
-    return replace(snapshot, packs=tuple(packs))
+    return replace(snapshot, packs=tuple(packs)), tuple(stranded)
 
 
 class _Board:

@@ -9,6 +9,7 @@ through MPS without requesting it. What must always hold:
 - a holder that is made anew goes to the node the pack is on, because a pack never moves;
 - topology spread constraints are the holders', since replicas have no choice of node, and count the holders of one service; a
   holder that is made anew has none, for its place was chosen before, and must not be refused because others have moved;
+- evictions leave it alone while what it holds serves (`holder_budget`); whether that is so is for others to say;
 - its API token may read and annotate its own pod and nothing else.
 """
 
@@ -102,6 +103,22 @@ def holder_pod(
         "kind": "Pod",
         "metadata": _metadata(pack, namespace, {SAFE_TO_EVICT: "false"}),
         "spec": spec,
+    }
+
+
+def holder_budget(pack: GPUPack, namespace: str, *, protected: bool) -> dict[str, Any]:
+    """The PodDisruptionBudget (policy/v1) of a holder: it may not be evicted, or it may.
+
+    A number of pods that must be available, since the disruption controller knows no scale of a GPUPack to count missing ones from.
+    """
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": _metadata(pack, namespace),
+        "spec": {
+            "minAvailable": int(protected),
+            "selector": {"matchLabels": {labels.COMPONENT: labels.COMPONENT_HOLDER, labels.PACK: pack.metadata.name}},
+        },
     }
 
 

@@ -51,11 +51,13 @@ class Pass:
 
     A service hears from it what a plan of its own would say, without anybody planning the whole cluster for it. `offers` is what services
     are accepted by: the GPU products there are, those that can't be had whole, those that are shared, and the cores of the largest node.
+    `stranded` are the packs on cordoned nodes for which there is nothing elsewhere.
     """
 
     demands: Mapping[ServiceRef, Demand] = field(default_factory=dict)
     shortfalls: Mapping[ServiceRef, Shortfall] = field(default_factory=dict)
     offers: tuple[Any, ...] = ()
+    stranded: frozenset[str] = frozenset()
 
     def knows(self, demand: Demand) -> bool:
         """Whether the pass went by this very demand, so that what it says of the service still holds."""

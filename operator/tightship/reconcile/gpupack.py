@@ -121,8 +121,12 @@ async def _hold(ctx: Context, view: View, course: Course) -> list[Problem]:
     if view.cpu or (not pack.spec.assignments and view.holder is None):
         return []
     if view.holder is not None:
-        if podstate.is_over(view.holder) and not podstate.is_going(view.holder):
+        if podstate.is_going(view.holder):
+            return []
+        if podstate.is_over(view.holder):
             await ctx.cluster.delete(Ref.of(view.holder), uid=view.holder["metadata"]["uid"])
+        else:
+            await _protect(ctx, view)
         return []
     if view.opener is None:
         text = "the service that opened this pack cannot be read: see its conditions"
@@ -134,6 +138,19 @@ async def _hold(ctx: Context, view: View, course: Course) -> list[Problem]:
     await asyncio.gather(*(ctx.cluster.apply(obj) for obj in holder_manifests.holder_access(pack, namespace)))
     await ctx.cluster.apply(holder)
     return []
+
+
+async def _protect(ctx: Context, view: View) -> None:
+    """Have evictions leave the holder alone while replicas of its GPU serve, unless they have nowhere else to go.
+
+    A drain cordons first: the pack is moved, the next GPU's replicas serve, and then the holder goes by itself.
+    """
+    if "PodDisruptionBudget" in ctx.absent:
+        return
+    stays = view.pack.metadata.name not in ctx.placed.stranded and any(map(podstate.is_ready, replica_pods(view)))
+    budget = holder_manifests.holder_budget(view.pack, ctx.settings.operator_namespace, protected=stays)
+    if stays or (view.pack.spec.assignments and ctx.store.find(Ref.of(budget)) is not None):
+        await ctx.cluster.apply(budget)
 
 
 async def _claim(ctx: Context, view: View) -> list[Problem]:

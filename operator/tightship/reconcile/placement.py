@@ -56,7 +56,10 @@ def _tell(ctx: Context, gathered: Snapshot, plan: Plan) -> None:
         {demand.service: demand for demand in gathered.demands},
         {shortfall.service: shortfall for shortfall in plan.shortfalls},
         (nodes.products, nodes.divided, nodes.shares, nodes.largest_cores),
+        frozenset(plan.stranded),
     )
+    for name in before.stranded ^ ctx.placed.stranded:
+        ctx.queue.add(Key("GPUPack", "", name))
     for service in ctx.placed.shortfalls.keys() | before.shortfalls.keys():
         if _word(before, service) != _word(ctx.placed, service):
             ctx.queue.add(Key("LLMService", service.namespace, service.name))

@@ -43,7 +43,7 @@ LOST_GPU_SECONDS = 60.0
 LOST_GPU_TRIES = 2
 
 UNFIT_SECONDS = 60.0
-"""A replica without a place on its pack's node for so long gives the pack back."""
+"""A replica, or a holder that is made anew, without a place on its pack's node for so long gives the pack back."""
 
 CPU_PRODUCT = "cpu"
 _UNKNOWN_COUNT = 10**6
@@ -342,6 +342,9 @@ def health_of(pack: GPUPack, store: Store, now: datetime, homeless: frozenset[st
     since = _without_gpu_since(pack, store)
     if since is not None and (now - since).total_seconds() >= LOST_GPU_SECONDS:
         return Health.LOST
+    since = _displaced_since(pack, store)
+    if since is not None and (now - since).total_seconds() >= UNFIT_SECONDS:
+        return Health.LOST
     if _outdated(pack, store, now):
         return Health.LOST
     if homeless and homeless >= {each.service for each in pack.spec.assignments}:
@@ -364,6 +367,15 @@ def _without_gpu_since(pack: GPUPack, store: Store) -> datetime | None:
     if all(podstate.restarts(pod, MPS_CONTAINER) < LOST_GPU_TRIES for pod in holders):
         return None
     return parse_timestamp(held.last_transition_time) if held.last_transition_time else None
+
+
+def _displaced_since(pack: GPUPack, store: Store) -> datetime | None:
+    """Since when the holder of a pack that had a GPU finds no place on its node any more: while it was away somebody else took the GPU."""
+    if pack.status.gpu is None or not pack.spec.has_holder:
+        return None
+    pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
+    holders = [pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_HOLDER]
+    return next((since for pod in holders if (since := podstate.short_of_room_since(pod))), None)
 
 
 def _cordoned(node: Object | None) -> bool:
@@ -407,6 +419,7 @@ def next_look(store: Store, now: datetime) -> float | None:
         and (since := not_ready_since(node))
     ]
     waits += [(since, UNFIT_SECONDS) for pack in packs for since in _homeless_since(pack, store).values()]
+    waits += [(since, UNFIT_SECONDS) for pack in packs if (since := _displaced_since(pack, store))]
     waits += [(since, LOST_GPU_SECONDS) for pack in packs if (since := _without_gpu_since(pack, store))]
     waits += [
         (each.since, (each.until - each.since).total_seconds())

@@ -69,6 +69,35 @@ async def test_what_a_cordoned_node_has_stays_until_its_next_gpu_is_held_and_whe
     assert ready(full)[:2] == ("True", "FullyRealised")
 
 
+def protected(world: World, pack: str) -> bool | None:
+    """Whether evictions leave a pack's holder alone; None where nothing is said of it."""
+    found = [each for each in world.all("PodDisruptionBudget") if each["metadata"]["name"] == f"holder-{pack}"]
+    return bool(found[0]["spec"]["minAvailable"]) if found else None
+
+
+async def test_a_drain_may_evict_a_holder_only_when_nothing_serves_by_it_or_it_has_nowhere_to_go() -> None:
+    world = await make_serving(make_service(replicas=2), gpus=(1, 1))
+    said = set()
+    (budget,) = [each for each in world.all("PodDisruptionBudget") if each["metadata"]["namespace"] != NS]
+    (holder,) = [pod for pod in world.all("Pod") if pod["metadata"]["name"] == "holder-default-opt-0"]
+    assert budget["spec"]["selector"]["matchLabels"].items() <= holder["metadata"]["labels"].items()
+    assert budget["metadata"]["ownerReferences"][0]["kind"] == "GPUPack"
+    cordon(world, "n0")
+    await watch_it(world, lambda: said.add(protected(world, "default-opt-0")))
+    assert placed(world) == {"default-opt-1": {"opt": 2}}
+    assert said <= {True, None}, "until it was gone its holder stayed"
+    assert protected(world, "default-opt-1") is True
+    cordon(world, "n1")
+    await world.run(rounds=20)
+    assert protected(world, "default-opt-1") is False, "n0 is cordoned still"
+    cordon(world, "n1", False)
+    await world.run(rounds=20)
+    assert protected(world, "default-opt-1") is True
+    world.change("Pod", NS, pods(world)[0]["metadata"]["name"], lambda pod: pod["status"].update(conditions=[]))
+    await world.settle()
+    assert protected(world, "default-opt-1") is True, "one still serves"
+
+
 async def test_a_pack_that_looks_while_a_move_is_being_written_sees_where_it_leads() -> None:
     """The planner's writes take a while, and packs are looked at beside it."""
     world = await make_serving(make_service(replicas=2), gpus=(1, 1))

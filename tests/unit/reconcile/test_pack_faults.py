@@ -17,6 +17,7 @@ from fault_world import (
     condition,
     container_ends,
     gpu_is_lost,
+    gpu_is_taken,
     holder,
     make_packed,
     message,
@@ -365,6 +366,23 @@ async def test_a_lost_gpu_is_said_and_after_a_minute_the_pack_is_replaced() -> N
     await world.look_at_everything()
     assert [pack["metadata"]["name"] for pack in world.all("GPUPack")] == [PACK, OTHER]
     await time_passes(world, 32)
+    await world.run(rounds=20)
+    assert [pack["metadata"]["name"] for pack in world.all("GPUPack")] == [OTHER, "default-opt-2"]
+    assert condition(world, "Ready", "default-opt-2") == WELL
+    assert uids(world, OTHER) == others
+
+
+async def test_a_holder_whose_gpu_was_taken_while_it_was_away_gives_its_pack_up_after_a_minute() -> None:
+    world = await make_packed(replicas=4)
+    others = uids(world, OTHER)
+    gpu_is_taken(world)
+    await world.run()
+    assert condition(world, "Held") == ("False", "Unschedulable")
+    assert "Insufficient nvidia.com/gpu" in message(world, "Ready")
+    await world.clock.advance(50)
+    await world.look_at_everything()
+    assert [pack["metadata"]["name"] for pack in world.all("GPUPack")] == [PACK, OTHER]
+    await time_passes(world, 12)
     await world.run(rounds=20)
     assert [pack["metadata"]["name"] for pack in world.all("GPUPack")] == [OTHER, "default-opt-2"]
     assert condition(world, "Ready", "default-opt-2") == WELL

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TypeVar
 
 from chaos.client import Object
@@ -32,6 +33,14 @@ class Draw:
 Act = Callable[[World, Draw], "str | None"]
 
 
+class Harm(Enum):
+    """What an event may cost the services that serve."""
+
+    NONE = "none"  # a change that nobody may notice: not below what `rollout.maxUnavailable` leaves
+    PACK = "pack"  # a fault of one GPU: who is on others too serves on
+    MORE = "more"
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of event; `hollow`: only hollow nodes can be asked for it."""
@@ -39,16 +48,17 @@ class Kind:
     weight: float
     act: Act
     hollow: bool
+    harm: Harm
 
 
 EVENTS: dict[str, Kind] = {}
 
 
-def event(weight: float, hollow: bool = False) -> Callable[[Act], Act]:
+def event(weight: float, hollow: bool = False, harm: Harm = Harm.MORE) -> Callable[[Act], Act]:
     """Register an event under its function's name."""
 
     def register(act: Act) -> Act:
-        EVENTS[act.__name__.replace("_", "-")] = Kind(weight, act, hollow)
+        EVENTS[act.__name__.replace("_", "-")] = Kind(weight, act, hollow, harm)
         return act
 
     return register
@@ -91,31 +101,31 @@ def _kill(world: World, draw: Draw, component: str, container: str, how: str) ->
 # -- replicas ---------------------------------------------------------------------------------------------------------
 
 
-@event(8)
+@event(8, harm=Harm.PACK)
 def kill_replica(world: World, draw: Draw) -> str | None:
     """SIGKILL to the engine, as the kernel's memory killer."""
     return _kill(world, draw, "replica", "engine", "kill?reason=OOMKilled")
 
 
-@event(3, hollow=True)
+@event(3, hollow=True, harm=Harm.PACK)
 def fail_replica(world: World, draw: Draw) -> str | None:
     """The engine ends by itself."""
     return _kill(world, draw, "replica", "engine", "fail")
 
 
-@event(3, hollow=True)
+@event(3, hollow=True, harm=Harm.PACK)
 def hang_replica(world: World, draw: Draw) -> str | None:
     """The engine answers /health no more, until it is restarted."""
     return _kill(world, draw, "replica", "engine", "hang")
 
 
-@event(4)
+@event(4, harm=Harm.PACK)
 def delete_replica(world: World, draw: Draw) -> str | None:
     """Somebody deletes the pod."""
     return _delete(world, draw, "replica")
 
 
-@event(2, hollow=True)
+@event(2, hollow=True, harm=Harm.PACK)
 def evict_replica(world: World, draw: Draw) -> str | None:
     """The kubelet evicts it."""
     pod = choose(_pods(world, "replica"), draw.first)
@@ -125,32 +135,32 @@ def evict_replica(world: World, draw: Draw) -> str | None:
 # -- holders ----------------------------------------------------------------------------------------------------------
 
 
-@event(4)
+@event(4, harm=Harm.PACK)
 def kill_daemon(world: World, draw: Draw) -> str | None:
     """The MPS daemon's container is killed."""
     return _kill(world, draw, "holder", "mps", "kill")
 
 
-@event(4)
+@event(4, harm=Harm.NONE)
 def kill_watcher(world: World, draw: Draw) -> str | None:
     """The watcher is killed; nothing else may stop."""
     return _kill(world, draw, "holder", "watch", "kill")
 
 
-@event(4)
+@event(4, harm=Harm.PACK)
 def delete_holder(world: World, draw: Draw) -> str | None:
     """Somebody deletes the holder."""
     return _delete(world, draw, "holder")
 
 
-@event(3, hollow=True)
+@event(3, hollow=True, harm=Harm.PACK)
 def evict_holder(world: World, draw: Draw) -> str | None:
     """The kubelet evicts the holder."""
     pod = choose(_pods(world, "holder"), draw.first)
     return _place(pod) if pod and world.ask_node(f"pods/{_place(pod)}/evict") else None
 
 
-@event(3, hollow=True)
+@event(3, hollow=True, harm=Harm.PACK)
 def fault_mps(world: World, draw: Draw) -> str | None:
     """A fatal fault of one client: the GPU's MPS server is in FAULT."""
     pod = choose(_pods(world, "holder"), draw.first)
@@ -192,7 +202,7 @@ def drain_node(world: World, draw: Draw) -> str | None:
     return node
 
 
-@event(4)
+@event(4, harm=Harm.NONE)
 def uncordon_node(world: World, draw: Draw) -> str | None:
     """The cordoned node takes pods again."""
     node = choose(sorted(world.cordoned), draw.first)
@@ -214,7 +224,7 @@ def lose_node(world: World, draw: Draw) -> str | None:
     return node
 
 
-@event(4, hollow=True)
+@event(4, hollow=True, harm=Harm.NONE)
 def return_node(world: World, draw: Draw) -> str | None:
     """The machine is back."""
     node = choose(sorted(world.away), draw.first)
@@ -235,7 +245,7 @@ def _take_down(world: World, name: str) -> str | None:
     return name
 
 
-@event(5)
+@event(5, harm=Harm.NONE)
 def kill_operator(world: World, draw: Draw) -> str | None:
     """SIGKILL to the operator; it is started again at the end of the burst."""
     return _take_down(world, "operator")
@@ -249,7 +259,7 @@ def kill_agent(world: World, draw: Draw) -> str | None:
     return _take_down(world, "agent")
 
 
-@event(2)
+@event(2, harm=Harm.NONE)
 def restart_api(world: World, draw: Draw) -> str | None:
     """The API server is killed and started again (the embedded one, whose data would die with it, only stands still for a while)."""
     name = world.api_process
@@ -268,7 +278,7 @@ def restart_api(world: World, draw: Draw) -> str | None:
 # -- users ------------------------------------------------------------------------------------------------------------
 
 
-@event(12)
+@event(12, harm=Harm.NONE)
 def scale(world: World, draw: Draw) -> str | None:
     """Another number of replicas, zero included."""
     key, service = _service(world, draw)
@@ -277,7 +287,7 @@ def scale(world: World, draw: Draw) -> str | None:
     return f"{key[1]} to {service['spec']['replicas']}"
 
 
-@event(5)
+@event(5, harm=Harm.NONE)
 def change_objective(world: World, draw: Draw) -> str | None:
     """Another latency objective, one that can't be met included."""
     key, service = _service(world, draw)
@@ -287,7 +297,7 @@ def change_objective(world: World, draw: Draw) -> str | None:
     return f"{key[1]} to {limit}"
 
 
-@event(5)
+@event(5, harm=Harm.NONE)
 def change_image(world: World, draw: Draw) -> str | None:
     """Another engine image, one that can't be pulled included."""
     key, service = _service(world, draw)
@@ -306,7 +316,7 @@ def recreate_service(world: World, draw: Draw) -> str | None:
     return key[1]
 
 
-@event(2)
+@event(2, harm=Harm.PACK)
 def delete_pack(world: World, draw: Draw) -> str | None:
     """Somebody deletes a GPUPack by hand."""
     pack = choose(world.client.list("GPUPack"), draw.first)
@@ -315,7 +325,7 @@ def delete_pack(world: World, draw: Draw) -> str | None:
     return pack["metadata"]["name"] if pack else None
 
 
-@event(2)
+@event(2, harm=Harm.PACK)
 def delete_statefulset(world: World, draw: Draw) -> str | None:
     """Somebody deletes a StatefulSet by hand."""
     found = choose(world.client.list("StatefulSet", label="app.kubernetes.io/part-of=tightship"), draw.first)

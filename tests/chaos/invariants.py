@@ -1,7 +1,8 @@
-"""What must hold: at every moment, read from the nodes' journal, and of a settled cluster, read from the API. Pure functions.
+"""What must hold: at every moment, read from the nodes' journal and of who serves, and of a settled cluster, read from the API. Pure functions.
 
 A violation is one sentence with names and numbers. `Tracker` follows the journal: no GPU has two owners, an engine only runs on a GPU
-of its own pack, starts on one GPU don't overlap. `settled` compares what the API shows with what was asked for.
+of its own pack, starts on one GPU don't overlap. `floors` says how many replicas must serve throughout. `settled` compares what the API
+shows with what was asked for.
 """
 
 from __future__ import annotations
@@ -88,6 +89,51 @@ class Seen:
         """Objects of a kind; of Tightship's parts only those of a component."""
         found = self.objects.get(kind, [])
         return [o for o in found if component is None or _label(o, "app.kubernetes.io/component") == component]
+
+
+def floors(
+    settled: Seen, lowest: Mapping[tuple[str, str], int], faults: int, changes: int
+) -> dict[tuple[str, str], int]:
+    """How many replicas of each service must serve without a break, from a settled cluster on until it has settled again.
+
+    Args:
+        settled: the cluster before anything happens.
+        lowest: the fewest replicas that have been asked for since then, by service.
+        faults: how many faults of one GPU, or of less, happened since then.
+        changes: how many other things did, of those that nobody may notice.
+
+    Changes take one replica at a time (`rollout.maxUnavailable` is 1). A fault takes no service away that serves from another GPU too, if
+    nothing else was under way.
+    """
+    found = {}
+    for key, asked in settled.asked.items():
+        there = next((each for each in settled.of("LLMService") if _key(each) == key), {})
+        mine = [pod for pod in _replicas_of(settled, key) if _is(pod, "Ready")]
+        if not there or _condition(there, "Ready").get("status") != "True":
+            continue
+        number = min(len(mine), lowest.get(key, asked["spec"]["replicas"]))
+        apart = len({_label(pod, "tightship.dev/pack") for pod in mine})
+        if not faults:
+            found[key] = number - 1
+        elif faults == 1 and not changes:
+            found[key] = min(number, apart - 1)
+    return {key: least for key, least in found.items() if least > 0}
+
+
+def served(seen: Seen, least: Mapping[tuple[str, str], int]) -> Iterator[str]:
+    """Services of which fewer replicas serve than must."""
+    for key, floor in least.items():
+        serving = sum(_is(pod, "Ready") for pod in _replicas_of(seen, key))
+        if serving < floor:
+            yield f"{serving} replicas of {key[1]} serve, and it must be {floor} throughout"
+
+
+def _replicas_of(seen: Seen, key: tuple[str, str]) -> list[Object]:
+    return [
+        pod
+        for pod in seen.of("Pod", "replica")
+        if pod["metadata"]["namespace"] == key[0] and _label(pod, "tightship.dev/service") == key[1]
+    ]
 
 
 def settled(seen: Seen) -> list[str]:
@@ -208,11 +254,7 @@ def services(seen: Seen) -> Iterator[str]:
 def _service(seen: Seen, key: tuple[str, str], asked: Object, service: Object) -> Iterator[str]:
     name, wanted, status = key[1], asked["spec"]["replicas"], service.get("status") or {}
     ready = _condition(service, "Ready")
-    mine = [
-        pod
-        for pod in seen.of("Pod", "replica")
-        if pod["metadata"]["namespace"] == key[0] and _label(pod, "tightship.dev/service") == name
-    ]
+    mine = _replicas_of(seen, key)
     serving = sum(_is(pod, "Ready") for pod in mine)
     if status.get("observedGeneration") != service["metadata"]["generation"]:
         yield f"{name}: status is of generation {status.get('observedGeneration')}, not {service['metadata']['generation']}"

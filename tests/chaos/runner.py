@@ -6,14 +6,15 @@ the cluster has come when one strikes; a failure is reproduced by the same comma
 
 from __future__ import annotations
 
+import copy
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from chaos import invariants
-from chaos.client import PATHS
-from chaos.events import EVENTS, Draw
+from chaos.client import PATHS, Object
+from chaos.events import EVENTS, Draw, Harm
 from chaos.invariants import Seen, Tracker
 from chaos.world import MISSING_IMAGE, World
 
@@ -39,25 +40,46 @@ class Planned:
     pause: float
 
 
-def plan(seed: int, events: int, hollow: bool = True) -> Iterator[list[Planned]]:
-    """Bursts of events; the same for the same seed, and a longer run begins as a shorter one. `hollow`: as the nodes are."""
+def plan(seed: int, hollow: bool = True) -> Iterator[list[Planned]]:
+    """Bursts of events without end, the same for the same seed. `hollow`: as the nodes are."""
     rng = random.Random(seed)
     names = sorted(name for name, kind in EVENTS.items() if hollow or not kind.hollow)
     weights = [EVENTS[name].weight for name in names]
-    left = events
-    while left:
-        size = min(left, 1 + int(LARGEST_BURST * rng.random() ** 2))
+    while True:
+        size = 1 + int(LARGEST_BURST * rng.random() ** 2)
         burst = []
         for _ in range(size):
             name = rng.choices(names, weights)[0]
             burst.append(Planned(name, Draw(rng.random(), rng.random(), rng.random()), 1.5 * rng.random() ** 2))
-        left -= size
         yield burst
 
 
 @dataclass
+class Calm:
+    """The cluster as it had last settled, and what has happened since."""
+
+    settled: Seen
+    harm: list[Harm] = field(default_factory=list)
+    lowest: dict[tuple[str, str], int] = field(default_factory=dict)
+    """The fewest replicas that were asked for, by service."""
+
+    def ask(self, asked: Mapping[tuple[str, str], Object]) -> None:
+        """Take note of what is asked for by now."""
+        for key, service in asked.items():
+            wanted = int(service["spec"]["replicas"])
+            self.lowest[key] = min(wanted, self.lowest.get(key, wanted))
+
+    def floors(self) -> dict[tuple[str, str], int]:
+        """How many replicas have to serve throughout, by service."""
+        if Harm.MORE in self.harm:
+            return {}
+        faults = self.harm.count(Harm.PACK)
+        return invariants.floors(self.settled, self.lowest, faults, len(self.harm) - faults)
+
+
+@dataclass
 class Run:
-    """A run under way."""
+    """A run under way. Events that find nothing to hit don't count."""
 
     world: World
     seed: int
@@ -67,24 +89,39 @@ class Run:
     tracker: Tracker = field(default_factory=Tracker)
     happened: int = 0
     settle_seconds: list[float] = field(default_factory=list)
+    _calm: Calm | None = None
     _began: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
         """All bursts. Raises ChaosError."""
         self._settle("the services' first start")
-        for burst in plan(self.seed, self.events, self.world.hollow):
-            for each in burst:
-                self._strike(each)
+        for burst in plan(self.seed, self.world.hollow):
+            struck = [each.name for each in burst if self.happened < self.events and self._strike(each)]
             for ended in self.world.mend():
                 self._note(f"  {ended}")
-            self._settle(", ".join(each.name for each in burst))
+            if struck:
+                self._settle(", ".join(struck))
+            if self.happened >= self.events:
+                return
 
-    def _strike(self, planned: Planned) -> None:
+    def _strike(self, planned: Planned) -> bool:
+        """Have an event happen; whether it hit something."""
+        kind = EVENTS[planned.name]
+        assert self._calm is not None
+        self._calm.harm.append(kind.harm)
+        did = kind.act(self.world, planned.draw)
+        if did is None:
+            self._calm.harm.pop()
+            return False
         self.happened += 1
-        did = EVENTS[planned.name].act(self.world, planned.draw)
-        self._note(f"{self.happened:4} {planned.name}: {did or 'nothing to hit'}")
-        time.sleep(planned.pause)
-        self._check_journal()
+        self._note(f"{self.happened:4} {planned.name}: {did}")
+        self._calm.ask(self.world.services)
+        until = time.monotonic() + planned.pause
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _POLL))
+            self._check_journal()
+            self._check_served(observe(self.world))
+        return True
 
     def _settle(self, what: str) -> None:
         """Wait until all invariants hold and nothing changes. Raises ChaosError."""
@@ -94,6 +131,7 @@ class Run:
         while True:
             self._check_journal()
             seen = observe(self.world)
+            self._check_served(seen)
             found, now = invariants.settled(seen), time.monotonic()
             current = _versions(seen)
             if found or current != versions:
@@ -107,6 +145,7 @@ class Run:
                 found = found or ["objects go on changing: " + ", ".join(self._changing(current))]
                 raise self._failure(f"not settled {SETTLE_SECONDS:g} s after {what}", found)
             time.sleep(_POLL)
+        self._calm = Calm(Seen(seen.objects, copy.deepcopy(seen.asked)))
         self.settle_seconds.append(time.monotonic() - began)
         self._note(f"     settled in {self.settle_seconds[-1]:.1f} s")
 
@@ -118,6 +157,10 @@ class Run:
     def _check_journal(self) -> None:
         if found := list(self.tracker.follow(self.world.news.read())):
             raise self._failure("on the nodes", found)
+
+    def _check_served(self, seen: Seen) -> None:
+        if self._calm is not None and (found := list(invariants.served(seen, self._calm.floors()))):
+            raise self._failure("an outage", found)
 
     def _note(self, text: str) -> None:
         line = f"{time.monotonic() - self._began:7.1f}  {text}"

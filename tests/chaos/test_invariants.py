@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +203,48 @@ def test_too_few_replicas_are_found() -> None:
     assert any("asked for 2" in found for found in check(replicas=2))
 
 
+def spread(cluster: dict[str, list[Object]], replicas: int, packs: int) -> Seen:
+    """The service with replicas on several packs, all of which serve."""
+    replica = cluster["Pod"].pop()
+    for index in range(replicas):
+        twin = copy.deepcopy(replica)
+        twin["metadata"].update(name=f"opt-{index}", uid=f"uid-opt-{index}")
+        twin["metadata"]["labels"]["tightship.dev/pack"] = f"p{index % packs}"
+        cluster["Pod"].append(twin)
+    return Seen(cluster, {("default", "opt"): make_service(replicas=replicas)})
+
+
+@pytest.mark.parametrize(
+    ("replicas", "packs", "lowest", "happened", "floor"),
+    [
+        (4, 2, 4, (0, 1), 3),  # a roll-out takes one at a time
+        (4, 2, 2, (0, 2), 1),  # and may begin from a smaller number
+        (1, 1, 1, (0, 1), None),
+        (4, 2, 0, (0, 1), None),
+        (4, 2, 4, (1, 0), 1),  # a fault leaves the other GPU's
+        (4, 1, 4, (1, 0), None),
+        (4, 2, 4, (1, 1), None),  # what else was under way may have had the other one
+        (4, 2, 4, (2, 0), None),
+    ],
+)
+def test_who_must_serve_throughout(
+    replicas: int, packs: int, lowest: int, happened: tuple[int, int], floor: int | None
+) -> None:
+    """`happened`: faults and changes."""
+    seen = spread(make_cluster(), replicas, packs)
+    found = invariants.floors(seen, {("default", "opt"): lowest}, *happened)
+    assert found == ({} if floor is None else {("default", "opt"): floor})
+
+
+def test_an_outage_is_found() -> None:
+    seen = spread(make_cluster(), 2, 2)
+    assert list(invariants.served(seen, {("default", "opt"): 2})) == []
+    seen.of("Pod")[-1]["status"]["conditions"].clear()
+    assert list(invariants.served(seen, {("default", "opt"): 2})) == [
+        "1 replicas of opt serve, and it must be 2 throughout"
+    ]
+
+
 def test_good_reasons_count() -> None:
     assert check(full) == []
     assert check(lambda cluster: (alone(cluster), full(cluster))) == []
@@ -233,7 +276,7 @@ def test_a_replicas_log_tells_of_its_starts(tmp_path: Path) -> None:
 
 def test_the_seed_decides_the_events() -> None:
     def events(seed: int, count: int) -> list[Any]:
-        return [each for burst in plan(seed, count) for each in burst]
+        return list(itertools.islice(itertools.chain.from_iterable(plan(seed)), count))
 
     assert len(events(7, 300)) == 300
     assert events(7, 300) == events(7, 300)

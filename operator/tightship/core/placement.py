@@ -320,7 +320,7 @@ def _clear_cordoned(snapshot: Snapshot) -> tuple[Snapshot, tuple[str, ...]]:
     """The snapshot with one pack of each cordoned node marked as unfit, the oldest one for which there are devices elsewhere; and those
     for which there are none.
     """
-    cordoned = [pack for pack in snapshot.packs if pack.cordoned and pack.health is Health.SOUND]
+    cordoned = [pack for pack in snapshot.packs if pack.cordoned and pack.health in (Health.SOUND, Health.UNFIT)]
     if not cordoned:
         return snapshot, ()
     board, chosen, stranded = _Board(snapshot), set(), []
@@ -331,7 +331,7 @@ def _clear_cordoned(snapshot: Snapshot) -> tuple[Snapshot, tuple[str, ...]]:
             continue
         if not all(board.could_move(pack, demand) for demand in here):
             stranded.append(pack.name)
-        elif pack.node not in leaving:
+        elif pack.node not in leaving and pack.health is Health.SOUND:
             leaving.add(pack.node)
             chosen.add(pack.name)
     packs = (replace(pack, health=Health.UNFIT) if pack.name in chosen else pack for pack in snapshot.packs)

@@ -22,6 +22,8 @@ SETTLE_SECONDS = 120.0
 """What a burst may take to settle on a busy machine: less than the operator's resync (300 s), which would hide what it has overlooked."""
 REST_SECONDS = 1.0
 """How long everything must be right, and nothing change, to count as settled."""
+AGENT_REST_SECONDS = 6.0
+"""The same after the nodes' agent was started again: until it reports, the API shows pods as the one before left them."""
 TELL_SECONDS = 10.0
 LARGEST_BURST = 4
 _POLL = 0.4
@@ -100,7 +102,7 @@ class Run:
             for ended in self.world.mend():
                 self._note(f"  {ended}")
             if struck:
-                self._settle(", ".join(struck))
+                self._settle(", ".join(struck), AGENT_REST_SECONDS if "kill-agent" in struck else REST_SECONDS)
             if self.happened >= self.events:
                 return
 
@@ -123,7 +125,7 @@ class Run:
             self._check_served(observe(self.world))
         return True
 
-    def _settle(self, what: str) -> None:
+    def _settle(self, what: str, rest: float = REST_SECONDS) -> None:
         """Wait until all invariants hold and nothing changes. Raises ChaosError."""
         began = right_since = time.monotonic()
         versions: object = None
@@ -136,7 +138,7 @@ class Run:
             current = _versions(seen)
             if found or current != versions:
                 right_since, versions = now, current
-            elif now - right_since >= REST_SECONDS:
+            elif now - right_since >= rest:
                 break
             if now > told:
                 told = now + TELL_SECONDS

@@ -211,13 +211,12 @@ def _may_shrink_to(ctx: Context, view: View, service: str, live: Object, target:
     obj = ctx.store.get("LLMService", namespace, service)
     if obj is None or (owner := controller_of(live)) is None or owner["uid"] != obj["metadata"]["uid"]:
         return target
-    read = readable(ctx.store, obj)
     return rollout.may_shrink_to(
         fleet.groups(ctx.store, namespace, service),
         view.pack.metadata.name,
         target,
         fleet.least_serving(ctx.store, namespace, service),
-        fleet.placed(ctx.store, read) if read is not None else fleet.ALL_OF_THEM,
+        fleet.placed(ctx.store, namespace, service) if readable(ctx.store, obj) is not None else fleet.ALL_OF_THEM,
     )
 
 
@@ -368,6 +367,7 @@ async def _roll(ctx: Context, view: View, course: Course) -> list[Problem]:
             chosen = rollout.replacements(
                 fleet.groups(ctx.store, namespace, assignment.service),
                 fleet.least_serving(ctx.store, namespace, assignment.service),
+                fleet.fitting(ctx.store, namespace, assignment.service),
             )
             ordinal = next((ordinal for name, ordinal in chosen if name == pack), None)
             if ordinal is None:

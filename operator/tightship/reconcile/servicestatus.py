@@ -22,6 +22,7 @@ from tightship.api.v1alpha1.llmservice import (
     AvoidedNode,
     DefaultEngine,
     GPUCount,
+    LastApplied,
     LatencyFigure,
     LLMServiceStatus,
     PackStatus,
@@ -651,6 +652,7 @@ def _fields(view: View, gates: Sequence[Condition], summary: Condition) -> dict[
         profile=ProfileStatus(name=verdict.profile_name, key=verdict.key.hash)
         if verdict.profile_name and verdict.key
         else None,
+        last_applied=_last_applied(view),
         packs=[_pack(pack, view.uid) for pack in view.packs],
         avoided_nodes=[
             AvoidedNode(node=each.node, since=timestamp(each.since), until=timestamp(each.until), times=each.times)
@@ -661,6 +663,21 @@ def _fields(view: View, gates: Sequence[Condition], summary: Condition) -> dict[
     ).to_dict()
     recommendation = _recommendation(view)
     return made | ({"recommendation": recommendation} if recommendation else {})
+
+
+def _last_applied(view: View) -> LastApplied | None:
+    """The decision, once it may be applied and some pack has it; until then what was remembered."""
+    mine = [each for pack in view.packs for each in pack.spec.assignments if each.uid == view.uid]
+    found = next((each for each in mine if view.approved and shape_of(each) == view.verdict.shape), None)
+    if found is not None:
+        return LastApplied(
+            profile=found.profile,
+            batch=found.batch,
+            kv_cache=found.kv_cache,
+            memory_per_replica=found.memory_per_replica,
+        )
+    was = (view.obj.get("status") or {}).get("lastApplied")
+    return LastApplied.model_validate(was) if was else None
 
 
 def _recommendation(view: View) -> dict[str, Any] | None:

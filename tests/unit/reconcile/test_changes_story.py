@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -284,6 +285,58 @@ async def test_a_new_recommendation_waits_for_approval_in_status_and_what_serves
     assert ready(world)[:2] == ("True", "FullyRealised")
     assert not before & {pod["metadata"]["uid"] for pod in pods(world)}
     assert least.served >= 3
+
+
+def lose_the_node(world: World) -> None:
+    node = world.get("GPUPack", "", "default-opt-0")["status"]["node"]
+    world.remove("Node", "", node)
+    for pod in world.all("Pod"):
+        if pod["spec"]["nodeName"] == node:
+            world.remove("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])
+
+
+def delete_the_pack(world: World) -> None:
+    world.remove("GPUPack", "", "default-opt-0")
+
+
+def scale_to_nothing(world: World) -> None:
+    change(world, replicas=0)
+
+
+@pytest.mark.parametrize("lose", [lose_the_node, delete_the_pack, scale_to_nothing])
+async def test_what_was_approved_comes_back_by_itself_when_nothing_of_it_is_left(lose: Callable[[World], None]) -> None:
+    world = await make_serving(make_service(replicas=2), make_service("chat", replicas=1), gpus=(1, 1))
+    change(world, autoApply=False)
+    await world.run()
+    applied = world.get("LLMService", NS, "opt")["status"]["lastApplied"]
+    assert applied["batch"] == 96
+    assert applied["profile"] in {each["metadata"]["name"] for each in world.all("BatchProfile")}
+    lose(world)
+    await world.run(rounds=20)
+    assert world.get("LLMService", NS, "opt")["status"]["lastApplied"] == applied
+    if lose is lose_the_node:
+        assert placed(world) == {"default-chat-0": {"chat": 1}}
+        assert world.condition("LLMService", NS, "opt", "Packed")[:2] == ("False", "InsufficientGPUs")
+    change(world, replicas=2)
+    world.put(make_node("n2", 1))
+    await world.run(rounds=20)
+    assert ready(world)[:2] == ("True", "FullyRealised")
+    assert serving(world) == 2
+
+
+async def test_what_was_not_approved_still_waits_when_nothing_is_left_of_what_was() -> None:
+    world = await make_serving(make_service(replicas=2))
+    change(world, autoApply=False)
+    change(world, slo={"objectives": [{"metric": "InterTokenLatency", "statistic": "mean", "max": "10ms"}]})
+    await world.run(rounds=20)
+    delete_the_pack(world)
+    await world.run(rounds=20)
+    assert placed(world) == {}
+    assert ready(world)[:2] == ("False", "AwaitingApproval")
+    assert world.get("LLMService", NS, "opt")["status"]["lastApplied"]["batch"] == 96
+    change(world, slo={"objectives": [{"metric": "InterTokenLatency", "statistic": "mean", "max": "30ms"}]})
+    await world.run(rounds=20)
+    assert ready(world)[:2] == ("True", "FullyRealised")
 
 
 async def test_scaled_to_nothing_every_gpu_is_free_and_back_up_nothing_is_measured_again() -> None:

@@ -214,6 +214,35 @@ async def make_shared(gpus: tuple[int, ...], **opt: Any) -> World:
     )
 
 
+async def test_a_neighbour_that_needs_more_waits_where_too_few_others_would_serve_until_there_is_a_gpu() -> None:
+    """`chat` has the GPU of 76Gi, 25Gi each for its own replica and two of `opt`; with 60Gi it would be alone there."""
+    world = await make_shared((1,), replicas=2)
+    assert placed(world) == {"default-chat-0": {"chat": 1, "opt": 2}}
+    least, chat = Least(world), Least(world, "chat")
+    before = {pod["metadata"]["uid"] for name in ("chat", "opt") for pod in pods(world, name)}
+
+    def look() -> None:
+        least()
+        chat()
+
+    change(world, "chat", workload={"inputTokens": 111, "outputTokens": 200})
+    await world.run(rounds=20)
+    name = world.get("LLMService", NS, "chat")["status"]["profile"]["name"]
+    world.change("BatchProfile", NS, name, lambda obj: complete(obj, replica="60Gi", trials=THREE))
+    await watch_it(world, look)
+    status, reason, message = world.condition("LLMService", NS, "chat", "Packed")
+    assert (status, reason) == ("False", "InsufficientGPUs")
+    assert "0 of opt would have a place, which shares what they run on, and 1 of those have to serve" in message
+    assert "of 1 that this service may use 0 are free; 1 replicas stay where they are until then" in message
+    assert {pod["metadata"]["uid"] for name in ("chat", "opt") for pod in pods(world, name)} == before
+    assert ready(world)[:2] == ("True", "FullyRealised")
+    world.put(make_node("n1", 1))
+    await watch_it(world, look)
+    assert placed(world) == {"default-chat-0": {"chat": 1}, "default-opt-0": {"opt": 2}}
+    assert ready(world)[:2] == ready(world, "chat")[:2] == ("True", "FullyRealised")
+    assert (least.served, chat.served) == (2, 0)  # one replica can't be replaced without being away
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 async def test_who_stops_sharing_stays_until_its_own_gpu_is_held_and_its_replicas_serve(replicas: int) -> None:
     world = await make_shared((2,), replicas=replicas)

@@ -20,7 +20,8 @@ The algorithm; where services are taken in turn, the longest-waiting one comes f
    given up, and no second one before its device is in use again.
 6. A demand without a shape (being measured, awaiting approval, infeasible) keeps what it has. It may shrink, never grow:
    nobody knows what a new replica of it would need. The same goes for a new shape of which fewer would have a place than have to
-   serve (``least``), and than there are now: it waits for devices.
+   serve (``least``), and than there are now: it waits for devices. So does one, or a lower ``per_device``, that would do so to another
+   service on the same device; of several that push it away together the last in turn waits first.
 
 What is given up in 4 and 5 may be what another lacks: they are repeated until nothing changes.
 
@@ -36,13 +37,14 @@ of all replicas on it there are never more than the smallest limit of those on i
 What always holds, whatever the snapshot:
 
 - A pack's ledger is never exceeded: over all services on it, replicas x memory <= capacity less the largest reserve, where the
-  capacity is known; and replicas <= the smallest per_device, and at most as many as MPS takes clients.
+  capacity is known; and replicas <= the smallest per_device of those whose decision doesn't wait, and at most as many as MPS takes clients.
 - Replicas join those of another service only where both allow it, in one namespace, with the same product and mode (the user that
   MPS's daemon and clients share is part of it), on a node that both may use, and while all others there have a shape.
 - No service gets more replicas than it wants; one with ``spread`` never gets more than half of them (rounded up) put on one pack.
 - No pack is opened for a service while one of its packs has room, or while packs that it may share have room enough to do without;
   and never more packs than devices are free: the packs of one pass are counted together, in units and in memory.
-- The plan depends on the snapshot's content, not on the order of its parts; planning on a plan's own result is empty.
+- The plan depends on the snapshot's content, not on the order of its parts; planning on a plan's own result is empty,
+  but for shapes that waited and that fit beside what the others have by then.
 """
 
 from __future__ import annotations
@@ -195,11 +197,21 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class Spared:
+    """A service that another one's new shape would have left with ``left`` places, where ``least`` have to serve."""
+
+    service: ServiceRef
+    left: int
+    least: int
+
+
+@dataclass(frozen=True)
 class Shortfall:
     """Replicas without a place. Units are GPUs or cores; ``total`` and ``free`` count those this service may use.
 
     ``free`` counts only nodes that have ``memory_per_pack`` bytes left; ``memory_free`` is the most that one of its nodes has.
-    ``per_pack`` is how many replicas of it go on one pack.
+    ``per_pack`` is how many replicas of it go on one pack. ``spared`` is there where its new shape waits for the sake of another service:
+    then all of its own may have a place.
     """
 
     service: ServiceRef
@@ -215,6 +227,7 @@ class Shortfall:
     free: int
     memory_per_pack: int = 0
     memory_free: int = 0
+    spared: Spared | None = None
 
 
 @dataclass(frozen=True)
@@ -258,6 +271,7 @@ def plan(snapshot: Snapshot) -> Plan:
     while True:
         board, shortfalls = _attempt(snapshot)
         costly = {short.service: short for short in shortfalls if _costs_too_many(board, short)}
+        costly |= {short.service: short for short in _costs_others(board, shortfalls) if short.service not in costly}
         if not costly:
             break
         waiting |= costly
@@ -295,7 +309,44 @@ def _attempt(snapshot: Snapshot) -> tuple[_Board, list[Shortfall]]:
 def _costs_too_many(board: _Board, short: Shortfall) -> bool:
     """Whether a new shape would leave fewer replicas than have to serve, and than there are."""
     demand = board.demands[short.service]
-    return short.service in board.squeezed and short.placed + short.kept < min(demand.least, board.had[short.service])
+    return short.service in board.squeezed and short.placed + short.kept < _floor(board, demand)
+
+
+def _floor(board: _Board, demand: Demand) -> int:
+    """How many of a service's replicas are to have a place whatever changes: those that have to serve, as far as there are as many."""
+    return min(demand.least, demand.replicas, board.had[demand.service])
+
+
+def _costs_others(board: _Board, shortfalls: Sequence[Shortfall]) -> list[Shortfall]:
+    """The new shapes that would leave fewer replicas of another service than have to serve there, and than there are."""
+    if not board.mixed:
+        return []
+    places, found = board.places(), []
+    for demand in board.order:
+        floor, left = _floor(board, demand), places[demand.service]
+        if left >= floor or demand.service in board.squeezed or (cause := _pushed_by(board, demand)) is None:
+            continue
+        own = next((short for short in shortfalls if short.service == cause.service), None)
+        spared = Spared(demand.service, left, floor)
+        found.append(replace(own or _shortfall(board, cause, 0, 0), spared=spared))
+    return found
+
+
+def _pushed_by(board: _Board, demand: Demand) -> Demand | None:
+    """The service whose new shape took a place from another one; of several the last in turn."""
+    found = []
+    for pack in board.snapshot.packs:
+        mine = next((each.replicas for each in pack.assignments if each.service == demand.service), 0)
+        if pack.health in (Health.LOST, Health.LEAVING) or board.count(pack, demand) >= mine:
+            continue
+        together = sum(each.replicas for each in pack.assignments)
+        for each in pack.assignments:
+            other = board.demands.get(each.service)
+            if other is None or other is demand or other.uid != each.uid or not other.shape or board.fixed(pack, other):
+                continue
+            if other.shape.memory > each.shape.memory or other.per_device < together:
+                found.append(other)
+    return max(found, key=lambda each: board.turn[each.service], default=None)
 
 
 def free_memory(snapshot: Snapshot) -> dict[str, int | None]:
@@ -358,12 +409,16 @@ class _Board:
         for pack in sorted(snapshot.packs, key=lambda pack: (pack.ordinal, pack.name)):
             kept = () if pack.health is Health.LOST else pack.assignments
             self._add(pack, tuple(each for each in kept if (each.service, each.uid) in alive and each.replicas > 0))
-        staying = [
-            here for pack in snapshot.packs if pack.health is not Health.LEAVING for here in self.pencilled[pack.name]
-        ]
-        self.had = Counter({demand.service: 0 for demand in self.order})
-        for each in staying:
-            self.had[each.service] += each.replicas
+        self.had = self.places()
+
+    def places(self) -> Counter[ServiceRef]:
+        """How many replicas each service has a place for, packs that are going left out."""
+        found = Counter({demand.service: 0 for demand in self.order})
+        for pack in (*self.snapshot.packs, *self.opened):
+            if pack.health is not Health.LEAVING:
+                for each in self.pencilled[pack.name]:
+                    found[each.service] += each.replicas
+        return found
 
     def _add(self, pack: Pack, assignments: tuple[Assignment, ...]) -> None:
         self.pencilled[pack.name] = tuple(sorted(assignments, key=lambda each: each.service))

@@ -7,8 +7,10 @@ larger of its own memory and the template's. Three rules follow:
   are still going;
 - a StatefulSet grows only as far as what is left carries replicas of the new template;
 - on a pack pods are replaced one at a time, broken ones first, and over the whole service as many as may be missing: never
-  fewer serve than have to. The first one goes alone: until it serves at the new revision, and as long as one of that revision is in
-  trouble, no other that serves is touched. A revision that mends it makes the broken one outdated, and that one is replaced first.
+  fewer serve than have to, whatever else keeps replicas from serving. Only where the service has no place for as many does less
+  than that have to do: of those places one may be empty. What doesn't serve may be replaced at any time. The first one goes
+  alone: until it serves at the new revision, and as long as one of that revision is in trouble, no other that serves is touched.
+  A revision that mends it makes the broken one outdated, and that one is replaced first.
 
 A service's replicas may also be wanted elsewhere, or be fewer on a GPU at a larger shape. Then those that serve leave as others come:
 
@@ -64,26 +66,42 @@ def step(target: int, live: int | None, pods: Sequence[Replica], memory: int, ca
     """
     if capacity is None:
         return Step(target, template=True)
-    staying = [pod for pod in pods if pod.ordinal < target]
-    leaving = [pod for pod in pods if pod.ordinal >= target]
-    held = sum(max(pod.memory, memory) for pod in staying) + sum(pod.memory for pod in leaving)
+    held = _held(target, pods, memory)
     if held > capacity:
         return Step(min(target, live or 0), template=False)
-    room, taken = (capacity - held) // max(1, memory), {pod.ordinal for pod in staying}
+    room, taken = (capacity - held) // max(1, memory), {pod.ordinal for pod in pods if pod.ordinal < target}
     replicas = target
     while replicas > 0 and sum(ordinal not in taken for ordinal in range(replicas)) > room:
         replicas -= 1
     return Step(replicas, template=True)
 
 
-def replacements(groups: Iterable[Group], least: int) -> tuple[tuple[str, int], ...]:
+def fitting(target: int, pods: Sequence[Replica], memory: int, capacity: int | None) -> int:
+    """How many of `target` replicas of `memory` bytes are there, going or not, or have memory beside what `pods` hold now.
+
+    The others wait until some of those are replaced by smaller ones. `pods` and `capacity` as in `step`.
+    """
+    if capacity is None:
+        return target
+    there = sum(pod.ordinal < target for pod in pods)
+    return min(target, there + max(0, capacity - _held(target, pods, memory)) // max(1, memory))
+
+
+def _held(target: int, pods: Iterable[Replica], memory: int) -> int:
+    """Bytes that pods hold, and may hold once those below `target` come back at a template of `memory` bytes."""
+    return sum(max(pod.memory, memory) if pod.ordinal < target else pod.memory for pod in pods)
+
+
+def replacements(groups: Iterable[Group], least: int, placed: int) -> tuple[tuple[str, int], ...]:
     """The pods, each as (pack, ordinal), that may be deleted now so that they come back at the newest revision.
 
-    `groups` are all of one service, `least` how many of its replicas have to serve (`rollout.maxUnavailable`). Fewer than that
-    serve only where it has fewer: of `n` replicas one may always be replaced.
+    `groups` are all of one service, `least` how many of its replicas have to serve (`rollout.maxUnavailable`), `placed` how many it
+    has a place for that don't wait for one of these to be replaced (`fitting`). Fewer than `least` have to serve only where there is no
+    place for more: of `n` places one may always be empty. A place is one while its StatefulSet asks for nobody, or isn't made yet:
+    what is under repair or starts is missing like everything else that doesn't serve.
     """
     groups = sorted(groups, key=lambda group: group.pack)
-    spare = _serving(groups) - min(least, sum(group.wanted for group in groups) - 1)
+    spare = _serving(groups) - min(least, placed - 1)
     if not _proven(groups):
         spare = min(spare, 0 if _under_way(groups) else 1)
     chosen = []

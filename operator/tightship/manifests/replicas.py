@@ -23,12 +23,12 @@ from typing import Any
 from tightship.api import units
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.batchprofile import ProfileEngine
+from tightship.api.v1alpha1.common import Model
 from tightship.api.v1alpha1.gpupack import Assignment, GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
 from tightship.manifests import claims, packdir
 from tightship.manifests.podparts import (
     ENGINE_CONTAINER,
-    INJECT_CONTAINER,
     LIBRARY,
     OperatorImage,
     inject_container,
@@ -97,8 +97,9 @@ def set_name(service: str, pack: str) -> str:
 def statefulset(setup: Setup, replicas: int) -> dict[str, Any]:
     """The StatefulSet that runs `replicas` replicas (at most what is assigned).
 
-    The annotation `tightship.dev/template` fingerprints the pod template without the operator's image, so that an upgrade of the operator
-    alone can be told from a change that concerns the replicas; `tightship.dev/service-generation` says which manifest was taken up.
+    Three annotations: `tightship.dev/revision` is of what the replicas are made from, `tightship.dev/template` of what came of it, so that
+    an operator that makes another template of the same can be told from a change that concerns the replicas;
+    `tightship.dev/service-generation` says which manifest was taken up.
     """
     service, pack = setup.service, setup.pack
     template = _pod_template(setup)
@@ -111,7 +112,8 @@ def statefulset(setup: Setup, replicas: int) -> dict[str, Any]:
             _labels(setup),
             service,
             {
-                labels.ANNOTATION_TEMPLATE: _fingerprint(template),
+                labels.ANNOTATION_REVISION: revision(setup),
+                labels.ANNOTATION_TEMPLATE: _digest(template),
                 labels.ANNOTATION_GENERATION: str(service.metadata.generation or 0),
             },
         ),
@@ -140,12 +142,6 @@ def pod_of(statefulset: Mapping[str, Any], ordinal: int) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {**template["metadata"], **place}, "spec": template["spec"]}
 
 
-def inject_image(statefulset: Mapping[str, Any]) -> str | None:
-    """The operator image that a StatefulSet's pods are injected from."""
-    containers = statefulset["spec"]["template"]["spec"].get("initContainers") or []
-    return next((each["image"] for each in containers if each["name"] == INJECT_CONTAINER), None)
-
-
 def memory_of(pod_or_template: Mapping[str, Any]) -> int:
     """Bytes that the ledger grants a replica pod; 0 where it doesn't say."""
     for container in pod_or_template["spec"].get("containers") or []:
@@ -155,11 +151,45 @@ def memory_of(pod_or_template: Mapping[str, Any]) -> int:
     return 0
 
 
-def _fingerprint(template: Mapping[str, Any]) -> str:
-    spec = template["spec"]
-    bare = [{k: v for k, v in each.items() if k not in ("image", "imagePullPolicy")} for each in spec["initContainers"]]
-    text = json.dumps({**template, "spec": {**spec, "initContainers": bare}}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def revision(setup: Setup) -> str:
+    """Hash of all that a pod template says of the service, its pack and what was decided and measured, however it says it.
+
+    Replicas are only made anew when it changes, so what a template comes to depend on belongs in it, and the operator's image doesn't.
+    What is at its default is left out: a field that a newer API adds changes nothing where nobody sets it.
+    """
+    service, pack, engine, spec = setup.service, setup.pack, setup.engine, setup.service.spec
+    user = spec.template.spec
+    if pack.spec.mode != "Exclusive":
+        user = user.model_copy(update={"topology_spread_constraints": []})  # the holder's
+    made_from: dict[str, Any] = {
+        "service": [service.metadata.namespace, service.metadata.name],
+        "model": _said(spec.model),
+        "engine": _said(spec.engine),
+        "template": [_said(spec.template.metadata), _said(user)],
+        "pack": [
+            pack.metadata.name,
+            pack.metadata.uid,
+            {k: v for k, v in _said(pack.spec).items() if k != "assignments"},
+        ],
+        "place": [setup.place.node, setup.place.gpu],
+        "batch": setup.assignment.batch,
+        "bytes": [
+            units.parse_quantity(each) for each in (setup.assignment.kv_cache, setup.assignment.memory_per_replica)
+        ],
+        "measured": [engine.model_commit, engine.max_num_batched_tokens, engine.capture_sizes],
+    }
+    if setup.cpu:
+        made_from["cpu"] = [spec.accelerator.cores_per_replica, spec.packing.memory_reserve, setup.place.memory]
+    return _digest(made_from)
+
+
+def _said(model: Model) -> dict[str, Any]:
+    """What somebody said of a part of the API, without what would be so anyway."""
+    return model.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _pod_template(setup: Setup) -> dict[str, Any]:

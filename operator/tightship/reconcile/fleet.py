@@ -6,13 +6,13 @@ side by side, so whoever asks and acts on the answer holds `Context.changing`; t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from tightship.api import units
 from tightship.api.v1alpha1 import labels
-from tightship.api.v1alpha1.gpupack import GPUPack
-from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.api.v1alpha1.gpupack import Assignment, GPUPack
+from tightship.core import rollout
 from tightship.core.rollout import Group
 from tightship.kube.store import Object, Store, labels_of
 from tightship.reconcile import podstate, snapshot
@@ -67,21 +67,34 @@ def least_serving(store: Store, namespace: str, service: str) -> int:
     return read.spec.rollout.least_serving(read.spec.replicas) if read is not None else ALL_OF_THEM
 
 
-def placed(store: Store, service: LLMService) -> int:
-    """Replicas that the service has a place for.
+def placed(store: Store, namespace: str, service: str) -> int:
+    """Replicas that a service has a place for, by what is assigned to packs, whatever runs there now.
 
     Those that wait for memory which replicas of others still hold are left out: else two services that change places would wait
     for each other.
     """
+    found = _assigned(store, namespace, service)
+    return sum(rollout.fitting(each.replicas, (), memory, room) for _, each, memory, room in found)
+
+
+def fitting(store: Store, namespace: str, service: str) -> int:
+    """Of these, those that don't wait for memory of the service's own replicas either, which are larger still."""
     total = 0
-    for pack in snapshot.packs_with(str(service.metadata.uid), store):
-        for each in pack.spec.assignments:
-            if each.uid != service.metadata.uid:
-                continue
-            room = capacity(store, pack, each.service)
-            memory = max(1, units.parse_quantity(each.memory_per_replica))
-            total += each.replicas if room is None else min(each.replicas, room // memory)
+    for pack, each, memory, room in _assigned(store, namespace, service):
+        pods = [pod for pod in store.list("Pod", label=(labels.PACK, pack.metadata.name)) if podstate.is_replica(pod)]
+        mine = replicas_of((pod for pod in pods if labels_of(pod).get(labels.SERVICE) == service), None)
+        total += rollout.fitting(each.replicas, mine, memory, room)
     return total
+
+
+def _assigned(store: Store, namespace: str, service: str) -> Iterator[tuple[GPUPack, Assignment, int, int | None]]:
+    """What a service has on packs: each with the bytes of a replica, and those that the pack has for all of them."""
+    obj = store.get("LLMService", namespace, service)
+    uid = str(obj["metadata"]["uid"]) if obj is not None else ""
+    for pack in snapshot.packs_with(uid, store):
+        for each in pack.spec.assignments:
+            if each.uid == uid:
+                yield pack, each, units.parse_quantity(each.memory_per_replica), capacity(store, pack, each.service)
 
 
 def capacity(store: Store, pack: GPUPack, service: str) -> int | None:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 from tightship.api.v1alpha1 import conditions as names
@@ -228,13 +227,12 @@ def _may_shrink_to(ctx: Context, view: View, service: str, live: Object, target:
     obj = ctx.store.get("LLMService", namespace, service)
     if obj is None or (owner := controller_of(live)) is None or owner["uid"] != obj["metadata"]["uid"]:
         return target
-    read = readable(ctx.store, obj)
     return rollout.may_shrink_to(
         fleet.groups(ctx.store, namespace, service),
         view.pack.metadata.name,
         target,
         fleet.least_serving(ctx.store, namespace, service),
-        fleet.placed(ctx.store, read) if read is not None else fleet.ALL_OF_THEM,
+        fleet.placed(ctx.store, namespace, service) if readable(ctx.store, obj) is not None else fleet.ALL_OF_THEM,
     )
 
 
@@ -277,10 +275,9 @@ async def _change(
     if setup is None:
         return await _scale_only(ctx, live, target) if live is not None else []
     desired = replica_manifests.statefulset(setup, assignment.replicas)
-    if live is not None and _same_but_for_us(desired, live):
-        # An upgrade of the operator restarts no replica: what it injects stays as it is.
-        kept = OperatorImage(replica_manifests.inject_image(live) or setup.image.name, ctx.settings.image_pull_policy)
-        desired = replica_manifests.statefulset(replace(setup, image=kept), assignment.replicas)
+    kept = live if live is not None and _kept(desired, live) else None
+    if kept is not None:
+        desired["spec"]["template"] = kept["spec"]["template"]
     step = rollout.step(
         target,
         None if live is None else int(live["spec"].get("replicas", 1)),
@@ -292,7 +289,9 @@ async def _change(
         return await _scale_only(ctx, live, step.replicas)
     desired["spec"]["replicas"] = step.replicas
     problem = await _refused(ctx, view, desired, live)
-    if problem is None or (live is not None and _same_but_for_us(desired, live)):
+    if kept is not None:
+        await _take_up(ctx, kept, desired)
+    elif problem is None or (live is not None and _unchanged(desired, live)):
         await ctx.cluster.apply(desired)
     elif live is not None:
         await _scale_down(ctx, live, step.replicas)
@@ -302,7 +301,7 @@ async def _change(
 async def _refused(ctx: Context, view: View, desired: Object, live: Object | None) -> Problem | None:
     """What admission has against replicas that are to be made, are to change, or have been missing for a while."""
     ordinal, replaces = 0, live is not None
-    if live is not None and _same_but_for_us(desired, live):
+    if live is not None and _unchanged(desired, live):
         absent = admission.missing(view, live)
         if not absent or admission.patience(view, ctx.clock.now()) > 0:
             return None
@@ -340,9 +339,34 @@ def _engine_of(profile: Object) -> ProfileEngine:
     return parsed.status.engine or (parsed.spec.results.engine if parsed.spec.results else None) or ProfileEngine()
 
 
-def _same_but_for_us(desired: Object, live: Object) -> bool:
-    name = labels.ANNOTATION_TEMPLATE
+def _kept(desired: Object, live: Object) -> bool:
+    """Whether a StatefulSet's template stays as it is, though this operator would make another one: its replicas are made from the same.
+
+    To write it would make all its pods outdated, and have those that come back differ from the others.
+    """
+    return _agree(labels.ANNOTATION_REVISION, desired, live) and not _agree(labels.ANNOTATION_TEMPLATE, desired, live)
+
+
+def _unchanged(desired: Object, live: Object) -> bool:
+    return any(_agree(name, desired, live) for name in (labels.ANNOTATION_REVISION, labels.ANNOTATION_TEMPLATE))
+
+
+def _agree(name: str, desired: Object, live: Object) -> bool:
     return bool(desired["metadata"]["annotations"][name] == (live["metadata"].get("annotations") or {}).get(name))
+
+
+async def _take_up(ctx: Context, live: Object, desired: Object) -> None:
+    """Change nothing of a StatefulSet but how many it asks for, and which manifest it is of."""
+    if live["spec"].get("replicas", 1) == desired["spec"]["replicas"] and _agree(
+        labels.ANNOTATION_GENERATION, desired, live
+    ):
+        return
+    told = {labels.ANNOTATION_GENERATION: desired["metadata"]["annotations"][labels.ANNOTATION_GENERATION]}
+    patch = {
+        "metadata": {"uid": live["metadata"]["uid"], "annotations": told},
+        "spec": {"replicas": desired["spec"]["replicas"]},
+    }
+    await ctx.cluster.merge_patch(Ref.of(live), patch)
 
 
 async def _repair(ctx: Context, view: View, course: Course) -> list[Problem]:
@@ -385,6 +409,7 @@ async def _roll(ctx: Context, view: View, course: Course) -> list[Problem]:
             chosen = rollout.replacements(
                 fleet.groups(ctx.store, namespace, assignment.service),
                 fleet.least_serving(ctx.store, namespace, assignment.service),
+                fleet.fitting(ctx.store, namespace, assignment.service),
             )
             ordinal = next((ordinal for name, ordinal in chosen if name == pack), None)
             if ordinal is None:

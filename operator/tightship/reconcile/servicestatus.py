@@ -22,6 +22,7 @@ from tightship.api.v1alpha1.llmservice import (
     AvoidedNode,
     DefaultEngine,
     GPUCount,
+    LastApplied,
     LatencyFigure,
     LLMServiceStatus,
     PackStatus,
@@ -31,7 +32,7 @@ from tightship.api.v1alpha1.llmservice import (
 from tightship.core import advisor, conditions, rollout
 from tightship.core.backoff import Avoided
 from tightship.core.conditions import Condition, find, timestamp
-from tightship.core.placement import Shortfall
+from tightship.core.placement import Shortfall, Spared
 from tightship.kube.kinds import DRA_KINDS, KINDS, OPTIONAL
 from tightship.kube.store import Object, labels_of
 from tightship.manifests import service as service_manifests
@@ -388,6 +389,21 @@ def _unapproved(view: View) -> Condition | None:
     return Condition(names.PACKED, "False", Reason.AWAITING_APPROVAL, text)
 
 
+def _lacks(view: View, short: Shortfall, device: str) -> str:
+    return (
+        f"{short.wanted - short.placed} of {short.wanted} replicas have no place: they need {short.packs_needed * short.units_per_pack} more "
+        f"{device} ({short.per_pack} to a pack of {short.units_per_pack}{_spread(view, short.per_pack)})"
+    )
+
+
+def _spares(spared: Spared, device: str) -> str:
+    """Why a new shape waits for the sake of another service."""
+    return (
+        f"with what each replica needs now, {spared.left} of {spared.service.name} would have a place, which shares what they run on, and "
+        f"{spared.least} of those have to serve: it takes more {device}"
+    )
+
+
 def _share_too_small(view: View) -> Condition | None:
     if view.share_problem is None:
         return None
@@ -398,13 +414,9 @@ def _too_few_gpus(view: View) -> Condition | None:
     short = view.shortfall
     if short is None:
         return None
-    missing = short.wanted - short.placed
     device = "cores" if short.device == "cpu" else f"{short.product} GPUs"
-    text = (
-        f"{missing} of {short.wanted} replicas have no place: they need {short.packs_needed * short.units_per_pack} more {device} "
-        f"({short.per_pack} to a pack of {short.units_per_pack}{_spread(view, short.per_pack)}); of {short.total} that this service may use "
-        f"{short.free} are free"
-    )
+    text = _lacks(view, short, device) if short.spared is None else _spares(short.spared, device)
+    text += f"; of {short.total} that this service may use {short.free} are free"
     if short.memory_per_pack:
         need, most = units.format_quantity(short.memory_per_pack), units.format_quantity(short.memory_free)
         text += f" on nodes with the {need} that a pack takes (at most {most} is free on one)"
@@ -651,6 +663,7 @@ def _fields(view: View, gates: Sequence[Condition], summary: Condition) -> dict[
         profile=ProfileStatus(name=verdict.profile_name, key=verdict.key.hash)
         if verdict.profile_name and verdict.key
         else None,
+        last_applied=_last_applied(view),
         packs=[_pack(pack, view.uid) for pack in view.packs],
         avoided_nodes=[
             AvoidedNode(node=each.node, since=timestamp(each.since), until=timestamp(each.until), times=each.times)
@@ -661,6 +674,21 @@ def _fields(view: View, gates: Sequence[Condition], summary: Condition) -> dict[
     ).to_dict()
     recommendation = _recommendation(view)
     return made | ({"recommendation": recommendation} if recommendation else {})
+
+
+def _last_applied(view: View) -> LastApplied | None:
+    """The decision, once it may be applied and some pack has it; until then what was remembered."""
+    mine = [each for pack in view.packs for each in pack.spec.assignments if each.uid == view.uid]
+    found = next((each for each in mine if view.approved and shape_of(each) == view.verdict.shape), None)
+    if found is not None:
+        return LastApplied(
+            profile=found.profile,
+            batch=found.batch,
+            kv_cache=found.kv_cache,
+            memory_per_replica=found.memory_per_replica,
+        )
+    was = (view.obj.get("status") or {}).get("lastApplied")
+    return LastApplied.model_validate(was) if was else None
 
 
 def _recommendation(view: View) -> dict[str, Any] | None:

@@ -18,8 +18,9 @@ from tightship.api.v1alpha1 import conditions as names
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.common import Condition
 from tightship.api.v1alpha1.conditions import Reason
+from tightship.api.v1alpha1.gpupack import Assignment as PackAssignment
 from tightship.api.v1alpha1.gpupack import GPUPack
-from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.api.v1alpha1.llmservice import LastApplied, LLMService
 from tightship.core import placement
 from tightship.core.backoff import Avoided
 from tightship.core.conditions import find, is_true
@@ -222,15 +223,21 @@ def accepted(obj: Object) -> bool:
 
 
 def approved(service: LLMService, verdict: Verdict, packs: Iterable[GPUPack]) -> bool:
-    """Whether the decision may be applied: by itself, or because it is what already runs."""
+    """Whether the decision may be applied: by itself, because it is what already runs, or because it was applied before.
+
+    The last needs nothing that runs: a service that lost its last pack comes back as it was.
+    """
     if service.spec.auto_apply:
         return True
+    if verdict.shape is None:
+        return False
+    last = service.status.last_applied
     running = {shape_of(each) for pack in packs for each in pack.spec.assignments if each.uid == service.metadata.uid}
-    return running == {verdict.shape}
+    return running == {verdict.shape} or (last is not None and shape_of(last) == verdict.shape)
 
 
-def shape_of(assignment: Any) -> Shape:
-    """The shape that an assignment in the API stands for."""
+def shape_of(assignment: PackAssignment | LastApplied) -> Shape:
+    """The shape that an assignment, or what a service's status remembers of one, stands for."""
     return Shape(
         assignment.profile,
         assignment.batch,

@@ -378,6 +378,45 @@ def test_an_owner_s_larger_shape_displaces_the_tenant():
     }
 
 
+@pytest.mark.parametrize(
+    ("story", "least", "devices", "expected", "waits"),
+    [
+        ("both have to serve, and there is no other GPU", 2, (1,), {"team-opt-0": {"opt": 2, "bert": 2}}, (1, 2)),
+        ("one may be missing", 1, (1,), {"team-opt-0": {"opt": 2, "bert": 1}}, None),
+        ("with a GPU free nobody is", 2, (1, 1), {"team-opt-0": {"opt": 2, "bert": 1}, "team-bert-0": {"bert": 1}}, None),
+    ],
+)  # fmt: skip
+def test_an_owner_s_larger_shape_waits_where_too_few_of_its_tenant_would_serve(story, least, devices, expected, waits):
+    pack = replace(make_pack(0, 2), assignments=(Assignment(BERT, "u2", 2, SMALL), Assignment(OPT, "u1", 2, SHAPE)))
+    larger = replace(SHAPE, memory=35 * GIB)
+    snapshot = Snapshot(
+        (make_demand(2, shared=True, shape=larger, least=1), make_tenant(2, least=least)),
+        (pack,),
+        make_devices(*devices),
+    )
+    planned = plan(snapshot)
+    assert places(snapshot) == expected, story
+    shapes_now = {each.shape for pack in apply(snapshot, planned).packs for each in pack.assignments}
+    assert shapes_now == {SHAPE if waits else larger, SMALL}
+    shortfall = planned.shortfall_of(OPT)
+    assert (shortfall is not None) is (waits is not None)
+    if shortfall is not None:
+        assert (shortfall.spared.service, shortfall.spared.left, shortfall.spared.least) == (BERT, *waits)
+        assert (shortfall.wanted, shortfall.placed, shortfall.kept, shortfall.free) == (2, 2, 2, 0)
+
+
+def test_so_does_a_tenant_s_and_one_that_packs_fewer():
+    """Of two tenants the later one is pushed by the earlier one's memory; a decision for fewer on a GPU takes places away as well."""
+    third = ServiceRef("team", "gpt")
+    assignments = (Assignment(BERT, "u2", 1, SMALL), Assignment(third, "u3", 1, SMALL), Assignment(OPT, "u1", 1, SHAPE))
+    pack = replace(make_pack(0, 1), assignments=assignments)
+    owner, last = make_demand(1, shared=True, least=1), make_tenant(1, service=third, uid="u3", least=1, since="2")
+    larger = make_tenant(1, shape=replace(SMALL, memory=55 * GIB), least=1, since="1")
+    assert plan(Snapshot((owner, larger, last), (pack,), make_devices(1))).empty
+    fewer = (replace(owner, per_device=2), make_tenant(1, least=1, since="1"), last)
+    assert plan(Snapshot(fewer, (pack,), make_devices(1))).empty
+
+
 def test_a_tenant_is_kept_off_a_node_on_every_pack_there():
     """Where it found no room, whoever holds the GPU; with nowhere else to go it stays, and what it lacks is told."""
     third = ServiceRef("team", "gpt")
@@ -611,7 +650,8 @@ def snapshots(draw):
 @given(snapshots())
 def test_no_ledger_is_exceeded_and_nobody_gets_more_than_asked(snapshot):
     demands = {demand.service: demand for demand in snapshot.demands}
-    after = apply(snapshot, plan(snapshot))
+    planned = plan(snapshot)
+    after, wait = apply(snapshot, planned), {short.service for short in planned.shortfalls if short.spared}
     for pack in after.packs:
         if pack.capacity is not None:
             assert sum(each.replicas * each.shape.memory for each in pack.assignments) <= pack.capacity
@@ -619,7 +659,8 @@ def test_no_ledger_is_exceeded_and_nobody_gets_more_than_asked(snapshot):
         if pack.health is Health.LEAVING or not settled(pack, demands):
             continue
         here = [demands[each.service] for each in pack.assignments]
-        assert sum(each.replicas for each in pack.assignments) <= min((each.per_device for each in here), default=0)
+        limits = [each.per_device for each in here if each.service not in wait]
+        assert not limits or sum(each.replicas for each in pack.assignments) <= min(limits)
         if pack.capacity is not None and here:
             free = pack.capacity - sum(each.replicas * each.shape.memory for each in pack.assignments)
             assert free >= max(each.reserve.amount for each in here)
@@ -664,6 +705,80 @@ def test_a_larger_shape_leaves_as_many_as_have_to_serve_or_waits(snapshot):
         if alone and demand.shape:
             had, has = (sum(on(pack, demand.service) for pack in packs) for packs in (mine, after.values()))
             assert has >= min(demand.least, had, demand.replicas)
+
+
+@st.composite
+def neighbours(draw):
+    """Services that share devices as it should be, and then may need more, or less, or pack fewer on one."""
+    services = SERVICES[:3]
+    before = {service: Shape("p", 1, 1, draw(st.integers(1, 4))) for service in services}
+    packs = []
+    for owner in services:
+        for ordinal in range(draw(st.integers(0, 2))):
+            left, found = 12, []
+            for service in sorted(services, key=lambda each: each != owner):
+                count = draw(st.integers(0, min(3, left // before[service].memory)))
+                left -= count * before[service].memory
+                found += [Assignment(service, "u1", count, before[service])] if count else []
+            packs.append(
+                Pack(
+                    pack_name(owner, ordinal),
+                    owner,
+                    ordinal,
+                    "cuda",
+                    "H",
+                    "R",
+                    node="n0",
+                    capacity=12,
+                    assignments=tuple(found),
+                )
+            )
+    demands = []
+    for service in services:
+        memory, had = before[service].memory, sum(on(pack, service) for pack in packs)
+        replicas = max(1, had) + draw(st.integers(0, 2))
+        demands.append(
+            Demand(
+                service,
+                "u1",
+                replicas,
+                "cuda",
+                "H",
+                "R",
+                replace(before[service], memory=draw(st.sampled_from([memory, memory, *range(1, 9)]))),
+                draw(st.sampled_from([9, 9, 4])),
+                since=draw(st.sampled_from(["1", "2"])),
+                shared=draw(st.integers(0, 3)) > 0,
+                least=draw(st.integers(1, replicas)),
+            )
+        )
+    return Snapshot(tuple(demands), tuple(packs), (Devices("n0", "cuda", "H", len(packs) + draw(st.integers(0, 1))),))
+
+
+@settings(max_examples=300, deadline=None)
+@given(neighbours())
+def test_nobody_s_new_shape_takes_from_another_service_what_has_to_serve(snapshot):
+    """Pass after pass: what one shape leaves free by waiting may let the next one be taken up, and that ends."""
+    for _ in range(1 + len(snapshot.demands)):
+        planned = plan(snapshot)
+        after = apply(snapshot, planned)
+        for demand in snapshot.demands:
+            had, has = (sum(on(pack, demand.service) for pack in each.packs) for each in (snapshot, after))
+            steady = demand.per_device == 9 and all(
+                each.shape == demand.shape
+                for pack in snapshot.packs
+                for each in pack.assignments
+                if each.service == demand.service
+            )
+            if steady:
+                assert has >= min(demand.least, had, demand.replicas)
+        for short in planned.shortfalls:
+            if short.spared is not None:
+                assert short.spared.left < short.spared.least
+                held = [each for pack in after.packs for each in pack.assignments if each.service == short.service]
+                assert sum(each.replicas for each in held) == short.kept
+        snapshot = after
+    assert plan(snapshot).empty
 
 
 @settings(max_examples=500, deadline=None)

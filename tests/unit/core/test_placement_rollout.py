@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tightship.core.rollout import Group, Replica, Step, may_shrink_to, replacements, step, stopped_by
+from tightship.core.rollout import Group, Replica, Step, fitting, may_shrink_to, replacements, step, stopped_by
 
 
 def make_pods(*memory: int, **more: bool) -> list[Replica]:
@@ -95,7 +95,28 @@ def make_group(pack="a", *, ready=0, old=0, wanted=None, broken=0, failed=0, sta
     ],
 )  # fmt: skip
 def test_which_are_replaced_now(story, groups, least, expected):
-    assert list(replacements(groups, least)) == expected, story
+    """Of as many as there is a place for."""
+    assert list(replacements(groups, least, sum(group.wanted for group in groups))) == expected, story
+
+
+@pytest.mark.parametrize(
+    ("story", "groups", "numbers", "expected"),
+    [
+        ("the other one's GPU is under repair", [make_group("a", old=1), make_group("b")], (1, 2), []),
+        ("or has no set yet", [make_group("a", old=1)], (1, 2), []),
+        ("or its holder leaves, and its replica with it", [make_group("a", old=1), make_group("b", going=1, wanted=0)], (1, 2), []),
+        ("two that serve of four, and three have to", [make_group("a", old=2), make_group("b")], (3, 4), []),
+        ("as many as have to serve do so without it", [make_group("a", old=3), make_group("b")], (2, 4), [("a", 2)]),
+        ("there is no place for the other one", [make_group("a", old=1)], (1, 1), [("a", 0)]),
+        ("nor for two of four: of the others one may go", [make_group("a", old=2)], (3, 2), [("a", 1)]),
+        ("but not while one of those is under repair", [make_group("a", old=1), make_group("b")], (3, 2), []),
+        ("what doesn't serve may go, whatever else is away", [make_group("a", broken=2), make_group("b")], (3, 4), [("a", 1)]),
+        ("and on every GPU", [make_group("a", broken=2), make_group("b", broken=2)], (3, 4), [("a", 1), ("b", 1)]),
+    ],
+)  # fmt: skip
+def test_what_is_away_for_another_cause_counts_as_missing(story, groups, numbers, expected):
+    """The numbers: have to serve, have a place."""
+    assert list(replacements(groups, *numbers)) == expected, story
 
 
 @pytest.mark.parametrize(
@@ -175,12 +196,13 @@ class Cluster:
         found = step(target, self.wanted[pack], list(self.pods[pack].values()), self.new, self.capacity)
         self.wanted[pack] = found.replicas if found.template else min(self.wanted[pack], found.replicas)
         self.template[pack] = self.new if found.template else self.template[pack]
-        for name, ordinal in replacements(self.groups(), self.least):
+        places = self.fitting
+        for name, ordinal in replacements(self.groups(), self.least, self.fitting):
             if name == pack:
                 self.pods[pack][ordinal] = replace(self.pods[pack][ordinal], going=True, ready=False)
         self.check()
-        # Of those there are one may always be replaced; where fewer than have to serve have a place, no more are waited for.
-        assert self.serving >= min(served, self.least, self.placed, sum(self.wanted.values()) - 1)
+        # Of the places there are one may always be empty; where fewer than have to serve have a place, no more are waited for.
+        assert self.serving >= min(served, self.least, places - 1)
         if self.pods[pack] == before[2]:  # none was replaced: who left had somebody in his stead
             assert self.serving >= min(served, self.placed)
         changed = before != (self.wanted[pack], self.template[pack], self.pods[pack])
@@ -215,6 +237,13 @@ class Cluster:
             pod.ready and not pod.going and pod.ordinal < self.wanted[pack]
             for pack, pods in self.pods.items()
             for pod in pods.values()
+        )
+
+    @property
+    def fitting(self):
+        return sum(
+            fitting(self.targets[pack], list(pods.values()), self.new, self.capacity)
+            for pack, pods in self.pods.items()
         )
 
     def check(self):

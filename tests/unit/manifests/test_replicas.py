@@ -18,8 +18,8 @@ from tightship.manifests.replicas import (
     Place,
     Setup,
     engine_command,
-    inject_image,
     memory_of,
+    revision,
     set_name,
     statefulset,
 )
@@ -136,14 +136,52 @@ def test_scaling_changes_no_pod_template():
     assert statefulset(few, 1)["spec"]["template"] == statefulset(many, 4)["spec"]["template"]
 
 
-def test_the_fingerprint_leaves_out_the_operator_s_image_and_nothing_else():
+TEMPLATE = {
+    "spec": {"topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}]}
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "changed", "same"),
+    [
+        ("the operator's image", lambda: replace(make_setup(), image=OperatorImage("tightship/operator:2", "Always")), True),
+        ("how many there are", lambda: make_setup(replicas=4), True),
+        ("how memory is written", lambda: with_assignment(memory_per_replica="20480Mi"), True),
+        ("what is so anyway", lambda: make_setup(template={"spec": {}}, engine__args=["--dtype=float16"]), True),
+        ("what is the holder's", lambda: make_setup(template=TEMPLATE), True),
+        ("what is not for replicas", lambda: make_setup(rollout={"maxUnavailable": 2}), True),
+        ("the engine's image", lambda: make_setup(engine__image="vllm/vllm-openai:next"), False),
+        ("its arguments", lambda: make_setup(engine__args=["--enforce-eager"]), False),
+        ("the model", lambda: make_setup(model__servedName="other"), False),
+        ("the template", lambda: make_setup(template={"metadata": {"annotations": {"note": "new"}}}), False),
+        ("the batch", lambda: with_assignment(batch=97), False),
+        ("the KV cache", lambda: with_assignment(kv_cache="13Gi"), False),
+        ("the memory", lambda: with_assignment(memory_per_replica="21Gi"), False),
+        ("the node", lambda: replace(make_setup(), place=Place("n1", "GPU-1", 80 * GIB)), False),
+        ("the GPU", lambda: replace(make_setup(), place=Place("n0", "GPU-2", 80 * GIB)), False),
+        ("the user", lambda: make_setup(pack={"runAsUser": 5}), False),
+        ("what was measured", lambda: make_setup(engine={"maxNumBatchedTokens": 4096, "captureSizes": [1, 2, 4], "modelCommit": "abc"}), False),
+    ],
+)  # fmt: skip
+def test_the_revision_is_of_what_replicas_are_made_from(what, changed, same):
+    assert (revision(make_setup()) == revision(changed())) is same, what
+    if same and not what.startswith("the operator"):
+        assert statefulset(make_setup(), 2)["spec"]["template"] == statefulset(changed(), 2)["spec"]["template"]
+
+
+def with_assignment(**changes):
     setup = make_setup()
-    newer = replace(setup, image=OperatorImage("tightship/operator:2"))
-    changed = make_setup(engine__image="vllm/vllm-openai:next")
-    fingerprint = statefulset(setup, 2)["metadata"]["annotations"][labels.ANNOTATION_TEMPLATE]
-    assert statefulset(newer, 2)["metadata"]["annotations"][labels.ANNOTATION_TEMPLATE] == fingerprint
-    assert statefulset(changed, 2)["metadata"]["annotations"][labels.ANNOTATION_TEMPLATE] != fingerprint
-    assert inject_image(statefulset(newer, 2)) == "tightship/operator:2"
+    return replace(setup, assignment=setup.assignment.model_copy(update=changes))
+
+
+@pytest.mark.parametrize(
+    ("reserve", "place"), [("8Gi", Place("n0", None, 64 * GIB)), ("4Gi", Place("n0", None, 65 * GIB))]
+)
+def test_on_cores_the_revision_is_also_of_what_makes_up_a_replica_s_memory(reserve, place):
+    before = make_cpu_setup(packing={"memoryReserve": "4Gi"})
+    after = replace(make_cpu_setup(packing={"memoryReserve": reserve}), place=place)
+    assert revision(before) != revision(after)
+    assert pod(before) != pod(after)
 
 
 def test_our_labels_win_over_the_user_s_and_the_selector_names_replicas():

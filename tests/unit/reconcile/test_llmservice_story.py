@@ -10,6 +10,7 @@ import pytest
 from pack_world import PRODUCT, World, complete, make_node
 from story import make_service
 from tightship.api.v1alpha1 import labels
+from tightship.manifests import replicas
 from tightship.reconcile import gpupack
 from tightship.reconcile.queue import Key
 
@@ -36,6 +37,10 @@ def condition(world: World, which: str) -> tuple[str, str]:
 
 def message(world: World, which: str) -> str:
     return world.condition("LLMService", NS, NAME, which)[2]
+
+
+def replica_pods(world: World) -> list[dict[str, Any]]:
+    return [pod for pod in world.all("Pod") if pod["metadata"]["labels"][labels.COMPONENT] == labels.COMPONENT_REPLICA]
 
 
 def spread(world: World) -> dict[str, int]:
@@ -226,9 +231,41 @@ async def test_an_upgraded_operator_restarts_nobody() -> None:
     world = await make_ready()
     before = {pod["metadata"]["uid"] for pod in world.all("Pod")}
     object.__setattr__(world.ctx.settings, "operator_image", "tightship:next")
+    object.__setattr__(world.ctx.settings, "image_pull_policy", "Always")
     await world.look_at_everything()
     await world.run()
     assert {pod["metadata"]["uid"] for pod in world.all("Pod")} == before
+
+
+async def test_an_operator_that_makes_other_pods_restarts_nobody_until_something_else_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor does it touch what pods that are lost come back from; scaling and a manifest that means the same are taken up all the same."""
+    world = await make_ready()
+    before = {pod["metadata"]["uid"] for pod in world.all("Pod")}
+    templates = {found["metadata"]["name"]: found["spec"]["template"] for found in world.all("StatefulSet")}
+    environment = replicas._environment
+    new = {"name": "TIGHTSHIP_NEXT", "value": "1"}
+    monkeypatch.setattr(replicas, "_environment", lambda setup: [*environment(setup), new])
+
+    await world.look_at_everything()
+    await world.run()
+    assert {pod["metadata"]["uid"] for pod in world.all("Pod")} == before
+    assert condition(world, "Ready") == ("True", "FullyRealised")
+
+    lost = replica_pods(world)[0]
+    world.remove("Pod", NS, lost["metadata"]["name"])
+    world.change("LLMService", NS, NAME, lambda obj: obj["spec"].update(replicas=3, rollout={"maxUnavailable": 2}))
+    await world.run(rounds=20)
+    assert condition(world, "Ready") == ("True", "FullyRealised")
+    assert len(replica_pods(world)) == 3
+    assert {found["metadata"]["name"]: found["spec"]["template"] for found in world.all("StatefulSet")} == templates
+    assert len({pod["metadata"]["uid"] for pod in world.all("Pod")} - before) == 1, "the one that was lost"
+
+    world.change("LLMService", NS, NAME, lambda obj: obj["spec"]["model"].update(servedName="renamed"))
+    await world.run(rounds=40)
+    assert condition(world, "Ready") == ("True", "FullyRealised")
+    assert all(new in pod["spec"]["containers"][0]["env"] for pod in replica_pods(world))
 
 
 async def test_with_auto_apply_off_nothing_is_packed_until_it_is_on() -> None:

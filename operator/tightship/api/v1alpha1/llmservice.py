@@ -218,7 +218,11 @@ class LLMServiceSpec(Model):
         default_factory=RolloutSpec
     )
     auto_apply: Annotated[
-        bool, Field(description="false stops at the recommendation: nothing is packed until it is true.")
+        bool,
+        Field(
+            description="false stops at a new recommendation, which isn't applied until this is true. What was applied before "
+            "(status.lastApplied) goes on, and comes back."
+        ),
     ] = True
     template: Annotated[
         PodTemplate, Field(description="What the profiling Job's and the replicas' pods get besides.")
@@ -322,6 +326,15 @@ class AvoidedNode(Model):
     times: Annotated[int, Field(ge=1, description="How often it turned out so; each time doubles the wait.")] = 1
 
 
+class LastApplied(Model):
+    """What replicas were last put on GPUs with."""
+
+    profile: Annotated[Text, Field(description="The BatchProfile it rests on.")]
+    batch: Annotated[int, Field(description="vLLM's max_num_seqs.")]
+    kv_cache: Annotated[Quantity, Field(description="KV cache of one replica.")]
+    memory_per_replica: Annotated[Quantity, Field(description="GPU memory of one replica.")]
+
+
 class LLMServiceStatus(Model):
     """What the operator sees and decided."""
 
@@ -336,6 +349,12 @@ class LLMServiceStatus(Model):
     ] = None
     profile: Annotated[ProfileStatus | None, Field(description="The profile in use.")] = None
     recommendation: Annotated[Recommendation | None, Field(description="What the advisor decided.")] = None
+    last_applied: Annotated[
+        LastApplied | None,
+        Field(
+            description="What replicas were last put on GPUs with. With autoApply: false this needs no new approval, also when none is left."
+        ),
+    ] = None
     packs: Annotated[
         list[PackStatus],
         Field(max_length=1000, description="Where the replicas are.", json_schema_extra=list_map("name")),

@@ -33,6 +33,7 @@ GIB = 2**30
 PODS = "/api/v1/namespaces/default/pods"
 SETTINGS = HollowSettings(
     start_seconds=0.15,
+    attach_seconds=0.1,
     daemon_seconds=0.02,
     fence_seconds=0.1,
     watch_seconds=0.02,
@@ -243,6 +244,17 @@ async def test_a_holder_that_goes_lets_its_clients_leave_first_and_then_fences_t
     await eventually(lambda: world.pod("h") is None)
     order = [e.what for e in world.machine.journal.entries if e.gpu == gpu and e.what in (journal.RELEASE, journal.END)]
     assert order[:2] == [journal.RELEASE, journal.END]
+
+
+async def test_a_holder_that_leaves_waits_for_a_replica_that_starts(world: World) -> None:
+    """It is no client of MPS yet, and may not be left without a daemon on a GPU that is given back."""
+    gpu = await world.holder()
+    await world.make(make_replica("r", "p", gpu))
+    await eventually(lambda: any(e.what == journal.START for e in world.machine.journal.entries))
+    await world.client.good("DELETE", f"{PODS}/h")
+    await eventually(lambda: world.pod("h") is None)
+    order = [e.what for e in world.machine.journal.entries if e.gpu == gpu]
+    assert order[:5] == [journal.HOLD, journal.START, journal.HEALTHY, journal.RELEASE, journal.END]
 
 
 FAULTS: dict[str, tuple[Callable[[World, str], None], str]] = {

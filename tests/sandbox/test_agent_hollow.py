@@ -25,6 +25,7 @@ from tightship.sandbox.agent.hollow.journal import Journal
 from tightship.sandbox.agent.hollow.machine import Machine
 from tightship.sandbox.agent.hollow.settings import HollowSettings
 from tightship.sandbox.agent.host import Timing
+from tightship.manifests.naming import NAMINGS, annotations, environment
 from tightship.sandbox.agent.node import NodeSpec
 from tightship.sandbox.plane import Plane
 from tightship.sandbox.plane import Timing as PlaneTiming
@@ -194,6 +195,21 @@ async def test_a_replica_that_has_a_gpu_alone_tells_which_and_needs_no_holder(wo
     told = reports.of([world.pod("r") or {}])[(world.pod("r") or {})["metadata"]["uid"]]
     assert (told.uuid in world.gpus, told.name, told.total, told.free) == (True, "P", 80 * GIB, 80 * GIB)
     assert world.machine.journal.entries[-1].gpu == told.uuid
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+async def test_a_replica_sees_the_gpu_that_its_pod_names(world: World, naming: str) -> None:
+    """By each of the three ways; what the operator writes into a pod is what the simulated runtime takes."""
+    gpu = await world.holder()
+    made = make_replica("r", "p", gpu)
+    (engine,) = made["spec"]["containers"]
+    named = environment(naming, gpu)
+    engine["env"] = [each for each in engine["env"] if each["name"] not in named]
+    engine["env"] += [{"name": key, "value": value} for key, value in named.items()]
+    made["metadata"]["annotations"] = annotations(naming, gpu, "engine")
+    await world.make(made)
+    await world.ready("r")
+    assert world.machine.journal.entries[-1].gpu == gpu
 
 
 async def test_a_watcher_that_runs_is_shown(world: World) -> None:

@@ -382,7 +382,11 @@ def test_an_engine_that_crashes_while_serving_ends_the_replica(pack: Pack) -> No
 @pytest.mark.parametrize(
     ("gpu", "reason", "words"),
     [
-        ({"uuid": None}, Reason.GPU_NOT_VISIBLE, "sees no GPU"),
+        (
+            {"uuid": None},
+            Reason.GPU_NOT_VISIBLE,
+            "the operator's --gpu-naming (the chart's operator.gpuNaming) is legacy",
+        ),
         ({"uuid": "GPU-other"}, Reason.GPU_MISMATCH, "sees GPU-other (H100), the pack holds GPU-0000"),
         ({"uuid": UUID, "mps": False}, Reason.MPS_NOT_ATTACHED, "through MPS although a daemon's pipe"),
         ({"uuid": UUID, "total": 4 * GIB}, Reason.INSUFFICIENT_MEMORY, "needs 8.00Gi of GPU-0000"),

@@ -115,6 +115,11 @@ class Program:
         )
 
     @property
+    def visible(self) -> str:
+        """The GPU that the container sees, named by its UUID or by a CDI name that ends in it."""
+        return self.env.get("NVIDIA_VISIBLE_DEVICES", "").rpartition("=")[2]
+
+    @property
     def pack(self) -> Pack:
         """The pack of the pod."""
         return self.node.board.pack(self.env["TIGHTSHIP_PACK_UID"])
@@ -133,7 +138,7 @@ class Daemon(Program):
 
     async def run(self) -> int:
         """See Program."""
-        pack, board, gpu = self.pack, self.node.board, self.env.get("NVIDIA_VISIBLE_DEVICES", "")
+        pack, board, gpu = self.pack, self.node.board, self.visible
         if gpu not in board.gpus or gpu in board.lost:
             self.tell(f"0 GPUs are this container's by nvidia-smi and NVIDIA_VISIBLE_DEVICES ({gpu or 'unset'}), not 1")
             return 1
@@ -247,7 +252,7 @@ class Report(Program):
 
     async def run(self) -> int:
         """See Program."""
-        board, seen = self.node.board, self.env.get("NVIDIA_VISIBLE_DEVICES", "")
+        board, seen = self.node.board, self.visible
         if seen not in board.gpus or seen in board.lost:
             self.tell(str(RefusalError(Reason.GPU_NOT_VISIBLE, "the container sees no GPU")))
             return EXIT_STATUS[Reason.GPU_NOT_VISIBLE]
@@ -366,7 +371,7 @@ class Replica(Program):
             raise RefusalError(
                 Reason.MPS_NOT_ATTACHED, "no MPS daemon at /mps/pipe: the holder pod's container `mps` tells why"
             )
-        board, seen = self.node.board, self.env.get("NVIDIA_VISIBLE_DEVICES", "")
+        board, seen = self.node.board, self.visible
         wanted = self.env.get("TIGHTSHIP_GPU_UUID", seen)
         if seen not in board.gpus or seen in board.lost:
             raise RefusalError(Reason.GPU_NOT_VISIBLE, f"the container sees no GPU, but should see {wanted}")

@@ -16,6 +16,7 @@ import pytest
 from plane_world import MERGE, Client
 from plane_world import eventually as soon
 from tightship.manifests.holder import WATCH_CONTAINER
+from tightship.manifests.naming import NAMINGS, environment, pod_annotations
 from tightship.reconcile import podstate, reports
 from tightship.sandbox.agent.api import Api
 from tightship.sandbox.agent.hollow import journal
@@ -25,7 +26,6 @@ from tightship.sandbox.agent.hollow.journal import Journal
 from tightship.sandbox.agent.hollow.machine import Machine
 from tightship.sandbox.agent.hollow.settings import HollowSettings
 from tightship.sandbox.agent.host import Timing
-from tightship.manifests.naming import NAMINGS, annotations, environment
 from tightship.sandbox.agent.node import NodeSpec
 from tightship.sandbox.plane import Plane
 from tightship.sandbox.plane import Timing as PlaneTiming
@@ -206,7 +206,7 @@ async def test_a_replica_sees_the_gpu_that_its_pod_names(world: World, naming: s
     named = environment(naming, gpu)
     engine["env"] = [each for each in engine["env"] if each["name"] not in named]
     engine["env"] += [{"name": key, "value": value} for key, value in named.items()]
-    made["metadata"]["annotations"] = annotations(naming, gpu, "engine")
+    made["metadata"]["annotations"] = pod_annotations(naming, gpu, "engine")
     await world.make(made)
     await world.ready("r")
     assert world.machine.journal.entries[-1].gpu == gpu

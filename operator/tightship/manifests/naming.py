@@ -30,7 +30,7 @@ def environment(naming: str, uuid: str) -> dict[str, str]:
     return {"NVIDIA_VISIBLE_DEVICES": visible, VARIABLE: naming}
 
 
-def annotations(naming: str, uuid: str, container: str) -> dict[str, str]:
+def pod_annotations(naming: str, uuid: str, container: str) -> dict[str, str]:
     """What names a GPU for a container in its pod's annotations."""
     return {f"{_NRI_ANNOTATION}.{container}": _cdi_name(uuid)} if naming == NRI else {}
 

@@ -47,7 +47,7 @@ PORT = 8000
 START_SECONDS = 600
 DRAIN_SECONDS = 30
 GRACE_SECONDS = 60
-STARTS_IN_A_ROW = 48  # of one GPU: as many as MPS takes clients; a bound that scaling doesn't change
+STARTS_IN_A_ROW = 48  # of one GPU: twice what MPS takes replicas; a bound that scaling doesn't change, and that changed would restart all
 PROBE_PERIOD = 5
 MEMORY_VARIABLE = "TIGHTSHIP_MEMORY_BYTES"
 
@@ -166,7 +166,7 @@ def _fingerprint(template: Mapping[str, Any]) -> str:
 def _pod_template(setup: Setup) -> dict[str, Any]:
     user, uuid = setup.service.spec.template.metadata, setup.place.gpu
     metadata: dict[str, Any] = {"labels": {**user.labels, **_labels(setup)}}
-    named = naming.annotations(setup.naming, uuid, ENGINE_CONTAINER) if uuid else {}
+    named = naming.pod_annotations(setup.naming, uuid, ENGINE_CONTAINER) if uuid else {}
     if user.annotations or named:
         metadata["annotations"] = {**user.annotations, **named}
     return {"metadata": metadata, "spec": _pod_spec(setup)}

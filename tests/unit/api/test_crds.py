@@ -15,6 +15,7 @@ import yaml
 from tightship.api import crds
 from tightship.api.v1alpha1 import batchprofile, labels, validation
 from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.core.placement import MPS_REPLICAS
 
 ROOT = Path(__file__).resolve().parents[3]
 KINDS = crds.definitions()
@@ -204,7 +205,6 @@ BAD = [
     ("spec__template__metadata__labels", {"team": "a", "app.kubernetes.io/part-of": "chat"}),
     ("spec__template__metadata__annotations", {"tightship.dev/gpu": "{}"}),
     ("spec__routing", {"mode": "InferencePool"}),
-    ("spec__packing", {"maxReplicasPerGPU": 25}),
     ("spec__workload", {}),
     ("spec__workload", {"inputTokens": 111}),
     ("spec__workload", {"outputTokens": 292}),
@@ -228,7 +228,6 @@ GOOD = [
     ("spec__template__spec__topologySpreadConstraints", SPREAD),
     ("spec__routing", {"mode": "InferencePool", "endpointPicker": {"name": "epp", "failureMode": "FailOpen"}}),
     ("spec__routing", {"endpointPicker": {"name": "epp"}}),
-    ("spec__packing", {"maxReplicasPerGPU": 24}),
     ("spec__workload", {"inputTokens": 1, "outputTokens": 2}),
     ("spec__workload", {"lengthsFrom": LENGTHS_FROM}),
     ("metadata__name", "x" * 40),
@@ -250,6 +249,14 @@ def test_both_sides_admit(path: str, value: Any) -> None:
     service = make_service(**{path: value})
     assert admitted(schema_of("llmservices"), service) == []
     validation.parse_service(service)
+
+
+def test_no_more_replicas_are_asked_for_on_a_gpu_than_mps_takes() -> None:
+    packing = schema_of("llmservices")["properties"]["spec"]["properties"]["packing"]["properties"]
+    assert packing["maxReplicasPerGPU"]["maximum"] == MPS_REPLICAS == 24
+    validation.parse_service(make_service(spec__packing={"maxReplicasPerGPU": 24}))
+    with pytest.raises(validation.InvalidSpecError, match="maxReplicasPerGPU"):
+        validation.parse_service(make_service(spec__packing={"maxReplicasPerGPU": 25}))
 
 
 def test_nodes_of_cpu_packs_are_not_the_schedulers_to_choose() -> None:

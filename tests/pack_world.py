@@ -317,10 +317,10 @@ class World:
         self.api._store(path, changed)
 
     def _schedule(self, pod: dict[str, Any]) -> str | None:
-        pinned = _pin(pod)
+        pinned, kept_off = next(iter(_named(pod, "In")), None), _named(pod, "NotIn")
         for node in self.all("Node"):
             name = node["metadata"]["name"]
-            if pinned not in (None, name) or node["spec"].get("unschedulable"):
+            if pinned not in (None, name) or name in kept_off or node["spec"].get("unschedulable"):
                 continue
             if pod["spec"].get("resourceClaims") and not self._allocate(pod, name):
                 continue
@@ -578,18 +578,17 @@ def _requests_gpu(pod: Mapping[str, Any]) -> bool:
     return any(labels.GPU_RESOURCE in each for each in limits)
 
 
-def _pin(pod: Mapping[str, Any]) -> str | None:
+def _named(pod: Mapping[str, Any], operator: str) -> list[str]:
+    """The nodes that a pod's affinity names with an operator (In, NotIn)."""
     required = (
         pod["spec"]
         .get("affinity", {})
         .get("nodeAffinity", {})
         .get("requiredDuringSchedulingIgnoredDuringExecution", {})
     )
-    for term in required.get("nodeSelectorTerms", []):
-        for each in term.get("matchFields", []):
-            if each["operator"] == "In":
-                return str(each["values"][0])
-    return None
+    terms = required.get("nodeSelectorTerms", [])
+    fields = [each for term in terms for each in term.get("matchFields", []) if each["operator"] == operator]
+    return [str(each["values"][0]) for each in fields]
 
 
 def _pod_of(found: Mapping[str, Any], name: str, revision: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from tightship.kube.lease import Lease, LeaseLost, LeaseTimes
 from tightship.kube.store import Object, Store, lean
 from tightship.kube.transport import HTTPTransport, load_configuration
 from tightship.logs import LEVELS, configure_logging
+from tightship.manifests.naming import LEGACY, NAMINGS
 from tightship.reconcile import batchprofile, gpupack, llmservice, placement
 from tightship.reconcile.context import Context, Settings
 from tightship.reconcile.indexes import INDEXERS
@@ -415,6 +416,14 @@ def add_parser(subparsers: Any) -> None:
         _positive,
         "SECONDS",
     )
+    option(
+        "--gpu-naming",
+        "how replicas name the GPU that a holder has: legacy (the toolkit's legacy and auto modes), cdi (its CDI mode) or "
+        "nri (the GPU operator's NRI plugin); a change restarts the replicas, one by one",
+        LEGACY,
+        _one_of(*NAMINGS),
+        "WAY",
+    )
     option("--leader-elect", "hold a Lease before doing anything: true or false", "true", switch, "BOOL")
     option("--lease-name", "name of the Lease", "tightship-operator")
     option("--lease-duration", "how long an unrenewed lease holds", 15.0, _positive, "SECONDS")
@@ -437,6 +446,7 @@ def options(args: argparse.Namespace) -> Options:
             resync=args.resync,
             max_concurrent_profiles=args.max_concurrent_profiles,
             status_interval=args.status_interval,
+            gpu_naming=args.gpu_naming,
         ),
         lease=lease if args.leader_elect == "true" else None,
         lease_name=args.lease_name,

@@ -51,7 +51,13 @@ VALUE_SETS: dict[str, tuple[Values, Counter[str]]] = {
             },
             "replicaCount": 2,
             "serviceAccount": {"name": "packer", "annotations": {"example.com/role": "packer"}},
-            "operator": {"logLevel": "debug", "logFormat": "plain", "resyncSeconds": 60, "maxConcurrentProfiles": 4},
+            "operator": {
+                "logLevel": "debug",
+                "logFormat": "plain",
+                "resyncSeconds": 60,
+                "maxConcurrentProfiles": 4,
+                "gpuNaming": "nri",
+            },
             "nodeSelector": {"kubernetes.io/os": "linux"},
             "tolerations": [{"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"}],
             "affinity": {"nodeAffinity": {}},
@@ -86,6 +92,7 @@ def test_renders_the_expected_objects(helm: Path, tmp_path: Path, name: str) -> 
         ({"crds": {"install": "yes please"}}, "crds"),
         ({"operator": {"logLevel": "shout"}}, "logLevel"),
         ({"operator": {"resyncSeconds": 0}}, "resyncSeconds"),
+        ({"operator": {"gpuNaming": "cdi-cri"}}, "gpuNaming"),
         ({"operator": {"maxConcurentProfiles": 2}}, "maxConcurentProfiles"),
         ({"metrics": {"service": {"port": 70000}}}, "port"),
         ({"metrics": {"serviceMonitor": {"interval": "often"}}}, "interval"),
@@ -168,6 +175,7 @@ def test_the_operator_understands_what_the_pod_tells_it(
     assert chosen.settings.image_pull_policy == "Always"
     assert chosen.settings.operator_namespace == NAMESPACE
     assert (chosen.settings.resync, chosen.settings.max_concurrent_profiles) == (60.0, 4)
+    assert chosen.settings.gpu_naming == "nri"
     assert (parsed.log_level, parsed.log_format) == ("debug", "plain")
     known = {f"TIGHTSHIP_{name.upper()}" for name in vars(parsed)}
     assert {variable["name"] for variable in container["env"]} <= known

@@ -16,6 +16,7 @@ import pytest
 from plane_world import MERGE, Client
 from plane_world import eventually as soon
 from tightship.manifests.holder import WATCH_CONTAINER
+from tightship.manifests.naming import NAMINGS, environment, pod_annotations
 from tightship.reconcile import podstate, reports
 from tightship.sandbox.agent.api import Api
 from tightship.sandbox.agent.hollow import journal
@@ -33,6 +34,7 @@ GIB = 2**30
 PODS = "/api/v1/namespaces/default/pods"
 SETTINGS = HollowSettings(
     start_seconds=0.15,
+    attach_seconds=0.1,
     daemon_seconds=0.02,
     fence_seconds=0.1,
     watch_seconds=0.02,
@@ -195,6 +197,21 @@ async def test_a_replica_that_has_a_gpu_alone_tells_which_and_needs_no_holder(wo
     assert world.machine.journal.entries[-1].gpu == told.uuid
 
 
+@pytest.mark.parametrize("naming", NAMINGS)
+async def test_a_replica_sees_the_gpu_that_its_pod_names(world: World, naming: str) -> None:
+    """By each of the three ways; what the operator writes into a pod is what the simulated runtime takes."""
+    gpu = await world.holder()
+    made = make_replica("r", "p", gpu)
+    (engine,) = made["spec"]["containers"]
+    named = environment(naming, gpu)
+    engine["env"] = [each for each in engine["env"] if each["name"] not in named]
+    engine["env"] += [{"name": key, "value": value} for key, value in named.items()]
+    made["metadata"]["annotations"] = pod_annotations(naming, gpu, "engine")
+    await world.make(made)
+    await world.ready("r")
+    assert world.machine.journal.entries[-1].gpu == gpu
+
+
 async def test_a_watcher_that_runs_is_shown(world: World) -> None:
     """Where it isn't, the operator takes no replica's absence from the daemon's clients for a fact."""
     await world.holder()
@@ -243,6 +260,17 @@ async def test_a_holder_that_goes_lets_its_clients_leave_first_and_then_fences_t
     await eventually(lambda: world.pod("h") is None)
     order = [e.what for e in world.machine.journal.entries if e.gpu == gpu and e.what in (journal.RELEASE, journal.END)]
     assert order[:2] == [journal.RELEASE, journal.END]
+
+
+async def test_a_holder_that_leaves_waits_for_a_replica_that_starts(world: World) -> None:
+    """It is no client of MPS yet, and may not be left without a daemon on a GPU that is given back."""
+    gpu = await world.holder()
+    await world.make(make_replica("r", "p", gpu))
+    await eventually(lambda: any(e.what == journal.START for e in world.machine.journal.entries))
+    await world.client.good("DELETE", f"{PODS}/h")
+    await eventually(lambda: world.pod("h") is None)
+    order = [e.what for e in world.machine.journal.entries if e.gpu == gpu]
+    assert order[:5] == [journal.HOLD, journal.START, journal.HEALTHY, journal.RELEASE, journal.END]
 
 
 FAULTS: dict[str, tuple[Callable[[World, str], None], str]] = {

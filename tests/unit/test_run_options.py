@@ -22,7 +22,7 @@ def parse(*arguments: str) -> Options:
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("IMAGE", "RESYNC", "LEADER_ELECT", "LOG_LEVEL", "MAX_CONCURRENT_PROFILES", "NAMESPACE"):
+    for name in ("IMAGE", "RESYNC", "LEADER_ELECT", "LOG_LEVEL", "MAX_CONCURRENT_PROFILES", "NAMESPACE", "GPU_NAMING"):
         monkeypatch.delenv(f"TIGHTSHIP_{name}", raising=False)
 
 
@@ -51,6 +51,7 @@ def test_without_leader_election_there_is_no_lease() -> None:
         ("LEADER_ELECT", "perhaps"),
         ("MAX_CONCURRENT_PROFILES", "0"),
         ("LOG_LEVEL", "loud"),
+        ("GPU_NAMING", "cdi-cri"),
     ],
 )
 def test_a_bad_value_in_the_environment_is_refused(

@@ -1,9 +1,9 @@
-"""Nodes on which a service's replicas found no room: kept off for a while, longer each time it turns out again. Pure.
+"""Nodes that turned out not to fit a service: kept off for a while, longer each time it turns out again. Pure.
 
-A node may have room again, and nobody tells; one that never has must not be tried for ever at the same pace. So each node that turned
-out not to fit is left alone for ten minutes, then may be tried again, and is left alone twice as long each time it doesn't fit again
-soon, at most six hours. It is forgotten when replicas serve there, or when it hasn't been in the way for as long as it was last left
-alone.
+They had no room for its replicas, or showed them another GPU than their claim's. A node may fit again, and nobody tells; one that never
+does must not be tried for ever at the same pace. So each is left alone for ten minutes, then may be tried again, and is left alone
+twice as long each time it doesn't fit again soon, at most six hours. It is forgotten when replicas serve there, or when it hasn't been
+in the way for as long as it was last left alone.
 """
 
 from __future__ import annotations

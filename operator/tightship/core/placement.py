@@ -57,8 +57,10 @@ from enum import Enum
 
 from tightship.core.memory import Reserve
 
-MPS_CLIENTS = 48
-"""Clients that MPS takes on one GPU before CUDA 13.1 (60 since); a replica is one."""
+MPS_REPLICAS = 48 // 2
+"""Replicas that MPS takes on one GPU: 48 clients before CUDA 13.1 (60 since), and a vLLM is two of them, its engine core and its API server
+(docs/measurements.md, "On a real GPU").
+"""
 SERVICES_PER_PACK = 16
 """What a GPUPack lists at most."""
 
@@ -502,7 +504,7 @@ class _Board:
             return 0
         together = [demand, *(self.demands[each.service] for each in others)]
         limits = [each.per_device for each in together if not self.fixed(pack, each)]
-        most = min(MPS_CLIENTS, *limits) - sum(each.replicas for each in others)
+        most = min(MPS_REPLICAS, *limits) - sum(each.replicas for each in others)
         capacity = self.capacity(pack, together)
         if capacity is not None:
             taken = sum(each.replicas * each.shape.memory for each in others)

@@ -26,7 +26,7 @@ from tightship.api.v1alpha1.batchprofile import ProfileEngine
 from tightship.api.v1alpha1.common import Model
 from tightship.api.v1alpha1.gpupack import Assignment, GPUPack
 from tightship.api.v1alpha1.llmservice import LLMService
-from tightship.manifests import claims, packdir
+from tightship.manifests import claims, naming, packdir
 from tightship.manifests.podparts import (
     ENGINE_CONTAINER,
     LIBRARY,
@@ -47,7 +47,7 @@ PORT = 8000
 START_SECONDS = 600
 DRAIN_SECONDS = 30
 GRACE_SECONDS = 60
-STARTS_IN_A_ROW = 48  # of one GPU: as many as MPS takes clients; a bound that scaling doesn't change
+STARTS_IN_A_ROW = 48  # of one GPU: twice what MPS takes replicas; a bound that scaling doesn't change, and that changed would restart all
 PROBE_PERIOD = 5
 MEMORY_VARIABLE = "TIGHTSHIP_MEMORY_BYTES"
 
@@ -68,7 +68,7 @@ class Place:
 class Setup:
     """All that the replicas of one service on one pack are made from.
 
-    `engine` is what the measured engine said of itself, `image` the operator's own.
+    `engine` is what the measured engine said of itself, `image` the operator's own, `naming` how replicas name the GPU of a holder.
     """
 
     service: LLMService
@@ -77,6 +77,7 @@ class Setup:
     place: Place
     engine: ProfileEngine
     image: OperatorImage
+    naming: str = naming.LEGACY
 
     @property
     def cpu(self) -> bool:
@@ -193,10 +194,11 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _pod_template(setup: Setup) -> dict[str, Any]:
-    user = setup.service.spec.template.metadata
+    user, uuid = setup.service.spec.template.metadata, setup.place.gpu
     metadata: dict[str, Any] = {"labels": {**user.labels, **_labels(setup)}}
-    if user.annotations:
-        metadata["annotations"] = dict(user.annotations)
+    named = naming.pod_annotations(setup.naming, uuid, ENGINE_CONTAINER) if uuid else {}
+    if user.annotations or named:
+        metadata["annotations"] = {**user.annotations, **named}
     return {"metadata": metadata, "spec": _pod_spec(setup)}
 
 
@@ -330,7 +332,7 @@ def _environment(setup: Setup) -> list[dict[str, Any]]:
     if not setup.cpu and not setup.held:
         values[claims.SHARING_VARIABLE] = pack.spec.mode
     if place.gpu:
-        values |= {"TIGHTSHIP_GPU_UUID": place.gpu, "NVIDIA_VISIBLE_DEVICES": place.gpu}
+        values |= {"TIGHTSHIP_GPU_UUID": place.gpu, **naming.environment(setup.naming, place.gpu)}
     return [
         *({"name": name, "value": value} for name, value in values.items()),
         downward("TIGHTSHIP_POD_UID", "metadata.uid"),

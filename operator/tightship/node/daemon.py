@@ -3,7 +3,8 @@
 The order is what keeps the GPU the pack's own. Start: identity, lock, daemon; so no replica sees the lock before the GPU is
 known. End: on SIGTERM the clients get time to leave by themselves; then the lock is let go, which tells replicas to stop when
 nobody else does (the operator may be down); the daemon is stopped last, because clients of a daemon that dies die with it; and what
-is left in the pack's directory goes with it.
+is left in the pack's directory goes with it. An engine that starts will be a client, though MPS doesn't list it before its first context:
+whoever has the start lock is waited for like a client, and once it is free the holder keeps it, so that no other engine starts.
 
 The lock names a session, another one for each daemon: a replica whose engine is a client of a daemon that has ended must not take the
 next one for its own, however fast that came. Beside the main loop a thread asks the daemon and nvidia-smi how they are; what lasts too
@@ -67,6 +68,7 @@ class Holder:
         self._env = dict(env)
         self._pace = pace or Pace()
         self._lock = HolderLock(directory / "holder.lock")
+        self._starts = HolderLock(directory / "start.lock")
         self._daemon: subprocess.Popen[bytes] | None = None
         self._stop = False
         self._patience = patience or Patience()
@@ -97,6 +99,7 @@ class Holder:
         finally:
             self._over.set()
             self._lock.release()
+            self._starts.release()  # after the lock: who starts next finds no holder
             if self._daemon is not None and self._daemon.poll() is None:
                 self._daemon.kill()
                 self._daemon.wait()
@@ -191,21 +194,28 @@ class Holder:
 
     def _leave_in_order(self, daemon: subprocess.Popen[bytes]) -> None:
         _say("asked to stop; waiting for the replicas to leave")
-        in_order = self._wait(daemon, self._clients_gone, self._pace.leave)
+        in_order = self._wait(daemon, self._replicas_gone, self._pace.leave)
         if not in_order:
             _say("replicas are still there; letting the lock go, which stops them")
             self._lock.release()
-            self._wait(daemon, self._clients_gone, self._pace.fenced)
+            self._wait(daemon, self._replicas_gone, self._pace.fenced)
         with contextlib.suppress(control.ControlError):
             control.ask("quit")
         if not self._wait(daemon, lambda: daemon.poll() is not None, self._pace.quit):
             daemon.terminate()
             self._wait(daemon, lambda: daemon.poll() is not None, self._pace.quit)
-        if in_order and not prepare.empty(self._directory):
-            _say(f"a replica is starting; {self._directory} is left as it is")
+        if in_order and self._no_more_starts():
+            prepare.empty(self._directory)
 
-    def _clients_gone(self) -> bool:
-        return not control.health().clients
+    def _replicas_gone(self) -> bool:
+        """Whether the daemon has no client, and none is to come."""
+        return self._no_more_starts() and not control.health().clients
+
+    def _no_more_starts(self) -> bool:
+        """Whether no engine starts, nor can any more: from then on this holder has the start lock."""
+        with contextlib.suppress(OSError):
+            return self._starts.held or self._starts.try_acquire(json.dumps({"pod": "the holder, which leaves,"}))
+        return False
 
     def _wait(self, daemon: subprocess.Popen[bytes], holds: Callable[[], bool], timeout: float) -> bool:
         give_up = time.monotonic() + timeout

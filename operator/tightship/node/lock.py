@@ -1,4 +1,5 @@
-"""The holder's lock: an exclusive `flock` on `holder.lock`, which the kernel lets go however its process ends.
+"""The locks a holder takes, exclusive `flock`s that the kernel lets go however their process ends: `holder.lock` while it holds the GPU, and
+the replicas' `start.lock` once it leaves.
 
 A holder that leaves removes the file, so a lock on a file that is no longer the one of that name is none.
 """
@@ -18,11 +19,16 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 class HolderLock:
-    """Held while the pack owns its GPU; replicas refuse to run when nobody holds it."""
+    """One of them. `holder.lock` is held while the pack owns its GPU; replicas refuse to run when nobody holds it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor is not None
 
     def try_acquire(self, text: str) -> bool:
         """Take it and write `text` into the file; False while somebody else has it, or a replica is just looking."""

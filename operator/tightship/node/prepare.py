@@ -10,10 +10,9 @@ import os
 import shutil
 from pathlib import Path
 
-from tightship.node.lock import HolderLock
-
 # The shared memory is like /dev/shm, whose place it takes.
 _MODES = {"": 0o755, "mps": 0o755, "mps/pipe": 0o755, "mps/log": 0o755, "shm": 0o1777}
+_LAST = ("holder.lock", "start.lock")
 
 
 def prepare(directory: Path, uid: int) -> None:
@@ -30,30 +29,22 @@ def prepare(directory: Path, uid: int) -> None:
     # An earlier holder of this pack may have had another GPU: nobody must read its identity as this one's.
     (directory / "gpu.json").unlink(missing_ok=True)
     # Left by an earlier container of another user, they could not be opened.
-    for name in ("holder.lock", "start.lock"):
+    for name in _LAST:
         if (directory / name).exists():
             os.chown(directory / name, uid, -1)
 
 
-def empty(directory: Path) -> bool:
-    """Take away everything but the directories that `prepare` makes; whether that was done.
+def empty(directory: Path) -> None:
+    """Take away everything but the directories that `prepare` makes; the caller holds both locks.
 
-    Those stay, since the next holder of the pack may have them mounted already and wait for the lock. Nothing is touched while a replica is
-    starting: a lock file that vanishes under its owner would let a second one start beside it.
+    Those stay, since the next holder of the pack may have them mounted already and wait for the lock. The locks' files go last, and the
+    start lock's after the holder's: whoever then gets a start lock finds no holder, or the next one.
     """
     kept = {directory / name for name in _MODES}
-    start = HolderLock(directory / "start.lock")
-    if not start.try_acquire(""):
-        return False
-    try:
-        for path in [each for place in kept for each in place.glob("*")]:
-            if path in kept:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-    finally:
-        start.release()
-    return True
+    found = [each for place in kept for each in place.glob("*") if each not in kept]
+    for path in sorted(found, key=lambda each: _LAST.index(each.name) if each.name in _LAST else -1):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()

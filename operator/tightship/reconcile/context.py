@@ -19,6 +19,7 @@ from tightship.kube.clock import Clock, parse_timestamp
 from tightship.kube.cluster import Cluster
 from tightship.kube.events import Events, turns
 from tightship.kube.store import Store
+from tightship.manifests import naming
 
 if TYPE_CHECKING:
     from tightship.reconcile.queue import Queue
@@ -34,6 +35,7 @@ class Settings:
     `resync`: seconds between two unprovoked looks at every object. `max_concurrent_profiles`: profiling Jobs
     operator-wide. `retry_seconds`: how long to wait before looking again at something that no watch tells about. `status_interval`: seconds
     between two status writes of one service or pack, so that what changes meanwhile is told in one; what matters is told at once.
+    `gpu_naming`: how replicas name the GPU that their pack's holder has (`manifests.naming`).
     """
 
     operator_namespace: str = "tightship-system"
@@ -43,6 +45,7 @@ class Settings:
     max_concurrent_profiles: int = 1
     retry_seconds: float = 15.0
     status_interval: float = 3.0
+    gpu_naming: str = naming.LEGACY
 
 
 @dataclass(frozen=True)

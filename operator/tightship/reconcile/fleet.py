@@ -115,6 +115,4 @@ def _crowded(store: Store, pack: str, service: str) -> bool:
         for pod in store.list("Pod", label=(labels.PACK, pack))
         if podstate.is_replica(pod) and labels_of(pod).get(labels.SERVICE) != service
     ]
-    return any(
-        podstate.is_going(pod) or not (podstate.is_ready(pod) or podstate.trouble(pod) is not None) for pod in others
-    )
+    return any(podstate.moves(pod) for pod in others)

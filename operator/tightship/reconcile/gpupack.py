@@ -331,7 +331,8 @@ def _setup(
     if place is None or verdict.service is None or profile is None:
         return None
     engine = ctx.store.derive(profile, _engine_of)
-    return replica_manifests.Setup(verdict.service, view.pack, assignment, place, engine, _image(ctx))
+    naming = ctx.settings.gpu_naming
+    return replica_manifests.Setup(verdict.service, view.pack, assignment, place, engine, _image(ctx), naming)
 
 
 def _engine_of(profile: Object) -> ProfileEngine:

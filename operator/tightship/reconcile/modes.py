@@ -1,7 +1,8 @@
 """Which way a service's GPUs are shared, and the words for why. Pure over the store.
 
 `packing.mode` is a wish. One replica per GPU shares nothing, so where that is the final word packs are `Exclusive`, whatever was asked;
-else Auto takes DRA where the cluster offers GPUs of the product so, and Reservation where it doesn't. A pack keeps the mode it was made
+else Auto takes DRA where the cluster offers GPUs of the product so, and Reservation where it doesn't, or where the service has topology
+spread constraints, which only holders and replicas with a GPU each can follow. A pack keeps the mode it was made
 in, and as long as that mode would still do a service's further packs get it too: what serves isn't moved because a driver was installed.
 Only from Exclusive to a shared GPU there is no way but a move.
 """
@@ -81,6 +82,7 @@ def _acceptable(service: LLMService, decision: Recommendation | None, store: Sto
         return [Choice(DEVICE_PLUGIN, resource=each.resource) for each in shared_nodes(store, product)] or [
             Choice(DEVICE_PLUGIN)
         ]
+    claimed = claimed and not (spreads(service) and _plugged(store, product))
     shared = {
         RESERVATION: [Choice(RESERVATION)],
         DRA: [Choice(DRA, DRA)],
@@ -88,6 +90,11 @@ def _acceptable(service: LLMService, decision: Recommendation | None, store: Sto
     if asked == DRA:
         alone = [Choice(EXCLUSIVE, DRA)]
     return [*alone, *shared] if is_alone(decision) else shared
+
+
+def spreads(service: LLMService) -> bool:
+    """Whether a service has topology spread constraints, which replicas that share a GPU by a claim, or by its device plugin, can't follow."""
+    return bool(service.spec.template.spec.topology_spread_constraints)
 
 
 def is_alone(decision: Recommendation | None) -> bool:
@@ -203,13 +210,27 @@ def explain(pack: GPUPack, opener: LLMService | None, store: Store, absent: froz
             asked,
         ): "one replica on each GPU is the best there is, so nothing is shared (Recommended and Packed say why)",
         (RESERVATION, "Auto"): _lack(store, product, absent)
-        or "it was made before DRA offered such GPUs, and packs don't change",
+        or (
+            "its topologySpreadConstraints can't be followed in mode DRA"
+            if opener is not None and spreads(opener)
+            else "it was made before DRA offered such GPUs, and packs don't change"
+        ),
         (DRA, "Auto"): f"driver {labels.DRA_DRIVER} offers {dra.offered(store, product)} such GPUs",
         (mode, mode): "as packing.mode asks",
     }.get((mode, asked), f"packing.mode is {asked} by now, and packs don't change")
     by_auto = ", chosen by Auto" if asked == "Auto" else ""
-    words = [f"mode {mode}{by_auto}: {why}", *twice_served(pack.status.node, store)]
+    words = [f"mode {mode}{by_auto}: {why}", *_unspread(mode, opener), *twice_served(pack.status.node, store)]
     return "; ".join(words)
+
+
+def _unspread(mode: str, opener: LLMService | None) -> list[str]:
+    """The warning that a service's topology spread constraints count for nothing in a pack's mode."""
+    if mode not in (DRA, DEVICE_PLUGIN) or opener is None or not spreads(opener):
+        return []
+    return [
+        f"warning: template.spec.topologySpreadConstraints are not followed in mode {mode}, where replicas of a pack must be together and "
+        "nothing else chooses their node: use packing.mode Reservation or Exclusive for them"
+    ]
 
 
 def twice_served(name: str | None, store: Store) -> list[str]:

@@ -9,12 +9,13 @@ Two faults need the operator; the others end by themselves, by the holder, the r
                      nothing else on the pack moves.
 
 What must always hold: a replica is called unattached only while the watcher runs that would have seen it, and only if the daemon has no
-client of unknown pod that it could be; a pack that is well is not touched; repairs that follow one another wait ever longer.
+client of unknown pod that it could be; without a holder only if it told so itself, since a driver may not say; a pack that is well is not
+touched; repairs that follow one another wait ever longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -85,7 +86,7 @@ def _attach(view: View, held: Holding, known: PackRepair | None, now: datetime) 
     if left > 0:
         return Course(repair=known, wait=left)
     # An engine that starts reads how much memory is free, so nobody beside it may release any.
-    if any(not podstate.is_ready(pod) for pod in replica_pods(view)):
+    if any(podstate.moves(pod) for pod in replica_pods(view)):
         return Course(repair=known)
     return Course(restart=late[0], repair=_next(known, "MPSNotAttached", now))
 
@@ -101,11 +102,18 @@ def _proven(view: View, held: Holding, known: PackRepair | None, now: datetime) 
 
 
 def unattached(view: View, held: Holding) -> list[Object]:
-    """Ready replicas that are not among the daemon's clients, by name."""
-    attached = held.mps.pods if held.mps else frozenset()
-    found = [
-        pod for pod in replica_pods(view) if podstate.is_ready(pod) and str(pod["metadata"]["uid"]) not in attached
-    ]
+    """Ready replicas that are not among the daemon's clients, by name; those of which nobody can tell are left out."""
+    return _ready_but(view, held.mps.pods | held.mps.untold if held.mps else frozenset())
+
+
+def untold(view: View, held: Holding) -> list[Object]:
+    """Ready replicas of which nobody can tell whether they are attached, by name."""
+    known = {str(pod["metadata"]["uid"]) for pod in replica_pods(view)} - (held.mps.untold if held.mps else frozenset())
+    return _ready_but(view, known)
+
+
+def _ready_but(view: View, others: Collection[str]) -> list[Object]:
+    found = [pod for pod in replica_pods(view) if podstate.is_ready(pod) and str(pod["metadata"]["uid"]) not in others]
     return sorted(found, key=lambda pod: str(pod["metadata"]["name"]))
 
 

@@ -57,7 +57,6 @@ def status(view: View, problems: Sequence[Problem], now: datetime, course: Cours
     ]
     ready = conditions.ready(gates, reason=Reason.FULLY_REALISED, message=gates[-1].message)
     generation = view.pack.metadata.generation or 0
-    attached = held.mps.pods if held.mps else frozenset()
     made = GPUPackStatus(
         observed_generation=generation,
         phase=_phase(view, gates, ready),
@@ -68,15 +67,13 @@ def status(view: View, problems: Sequence[Problem], now: datetime, course: Cours
         mps=PackMPS(
             state=held.mps.state,  # type: ignore[arg-type]
             clients=held.mps.clients,
-            attached_replicas=sum(pod["metadata"]["uid"] in attached for pod in pods),
+            attached_replicas=sum(pod["metadata"]["uid"] in held.mps.pods for pod in pods),
         )
         if held.mps
         else None,
         replica_count=_wanted(view),
         ready_replicas=sum(podstate.is_ready(pod) for pod in pods),
-        replicas=[
-            _replica(view, held, pod, attached) for pod in sorted(pods, key=lambda each: str(each["metadata"]["name"]))
-        ],
+        replicas=[_replica(view, held, pod) for pod in sorted(pods, key=lambda each: str(each["metadata"]["name"]))],
         repair=repair,
     ).to_dict()
     existing = (view.obj.get("status") or {}).get("conditions") or []
@@ -163,6 +160,12 @@ def _sharing(view: View, held: Holding, now: datetime, repair: PackRepair | None
         return Condition(
             kind, "Unknown", Reason.NOT_YET_KNOWN, f"{_names(loose)} has not been seen among MPS's clients yet"
         )
+    if untold := packfaults.untold(view, held):
+        text = (
+            f"{_names(untold)} serves, but could not tell whether through MPS: drivers say so since CUDA 12. Nothing is started anew for it; "
+            f"update the driver of node {held.node}, or use packing.mode Reservation, whose holder sees the daemon's clients"
+        )
+        return Condition(kind, "Unknown", Reason.NOT_YET_KNOWN, text)
     if view.pack.spec.mode == modes.DEVICE_PLUGIN:
         return Condition(kind, "True", Reason.DEVICE_LIMITS_FORCED, f"warning: {view.limits}")
     return Condition(
@@ -262,13 +265,15 @@ def _ledger(view: View, held: Holding) -> PackLedger:
     return PackLedger(assigned=units.format_quantity(assigned), free=free)
 
 
-def _replica(view: View, held: Holding, pod: Object, attached: frozenset[str]) -> PackReplica:
-    trouble = podstate.trouble(pod)
+def _replica(view: View, held: Holding, pod: Object) -> PackReplica:
+    trouble, uid = podstate.trouble(pod), pod["metadata"]["uid"]
+    shares = not view.cpu and view.pack.spec.mode != modes.EXCLUSIVE
+    untold = held.mps is not None and uid in held.mps.untold
     return PackReplica(
         name=pod["metadata"]["name"],
         service=labels_of(pod).get(labels.SERVICE, ""),
         ready=podstate.is_ready(pod),
-        attached=None if view.cpu or view.pack.spec.mode == modes.EXCLUSIVE else pod["metadata"]["uid"] in attached,
+        attached=held.mps is not None and uid in held.mps.pods if shares and not untold else None,
         restarts=podstate.restarts(pod, ENGINE_CONTAINER),
         preflight=held.preflights.get(str(pod["metadata"]["uid"])),
         message=f"{trouble.reason}: {trouble.message}"[:4096] if trouble else None,

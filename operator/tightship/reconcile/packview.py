@@ -79,6 +79,8 @@ class View:
 class Mps:
     """What the holder's watcher published: the server's state, its clients' number, the UIDs of their pods, and how many of them are of
     a pod that could not be told.
+
+    Of a pack without a holder, what its replicas told; `untold` are the UIDs of those that could not tell whether they are attached.
     """
 
     state: str
@@ -86,6 +88,7 @@ class Mps:
     clients: int
     pods: frozenset[str]
     unknown: int = 0
+    untold: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -300,9 +303,9 @@ def _own_gpu(view: View) -> Holding:
     told = reports.of(pods)
     node = view.claimed.node if view.claimed else next((podstate.node_of(pod) for pod in pods), None)
     gpu = view.claimed.as_pack_gpu() if view.claimed else next((each.as_pack_gpu() for each in told.values()), None)
-    mps = _told_mps(told) if told and view.pack.spec.mode != modes.EXCLUSIVE else None
+    mps = _told_mps(pods, told) if told and view.pack.spec.mode != modes.EXCLUSIVE else None
     # What the device plugin gave apart it would give apart again: the pack serves on, and `SharingReady` says so.
-    strayed = None if view.pack.spec.mode == modes.DEVICE_PLUGIN else _strayed(pods, told, gpu)
+    strayed = None if view.pack.spec.mode == modes.DEVICE_PLUGIN else _strayed(pods, gpu)
     if strayed is not None:
         return Holding("False", Reason.GPU_MISMATCH, strayed, node=node, gpu=gpu, mps=mps)
     if gpu and view.pack.spec.mode == modes.DEVICE_PLUGIN:
@@ -342,19 +345,15 @@ def _own_gpu(view: View) -> Holding:
     return Holding("Unknown", Reason.NOT_YET_KNOWN, text, place, node, known, mps)
 
 
-def _strayed(pods: list[Object], told: Mapping[str, reports.Report], gpu: PackGPU | None) -> str | None:
+def _strayed(pods: list[Object], gpu: PackGPU | None) -> str | None:
     """The replicas that see another GPU than the pack's, in words."""
-    others = [
-        f"{pod['metadata']['name']} sees {report.uuid}"
-        for pod in pods
-        if (report := told.get(str(pod["metadata"]["uid"])))
-        and gpu
-        and gpu.uuid
-        and report.uuid.lower() != gpu.uuid.lower()
-    ]
+    others = [f"{name} sees {uuid}" for name, uuid in reports.strayed(pods, gpu.uuid)] if gpu and gpu.uuid else []
     if not others or gpu is None:
         return None
-    return f"{', '.join(others)}, the pack has {gpu.uuid}: its replicas can't share, so the placement pass replaces it"
+    return (
+        f"{', '.join(others)}, the pack has {gpu.uuid}: its replicas can't share, so the placement pass replaces it, and leaves the node alone "
+        "for a while (the service's status.avoidedNodes says until when); the DRA driver's logs on the node may tell why"
+    )
 
 
 def apart(view: View) -> str | None:
@@ -367,10 +366,14 @@ def apart(view: View) -> str | None:
     return ", ".join(name for names_here in seen.values() for name in names_here) if len(seen) > 1 else None
 
 
-def _told_mps(told: Mapping[str, reports.Report]) -> Mps:
-    """MPS as the replicas told of it; nobody here sees the daemon itself."""
+def _told_mps(pods: Iterable[Object], told: Mapping[str, reports.Report]) -> Mps:
+    """MPS as the replicas told of it; nobody here sees the daemon itself. What a driver doesn't say is no proof of anything."""
+    uids = {str(pod["metadata"]["uid"]) for pod in pods}
     attached = frozenset(uid for uid, report in told.items() if report.mps)
-    return Mps("ACTIVE" if attached else "IDLE", None, len(attached), attached)
+    denied = {uid for uid, report in told.items() if report.mps is False}
+    return Mps(
+        "ACTIVE" if attached else "IDLE", None, len(attached), attached, untold=frozenset(uids - attached - denied)
+    )
 
 
 def _published(holder: Object) -> PackGPU | None:

@@ -129,6 +129,11 @@ def is_kept_apart(pod: Mapping[str, Any]) -> bool:
     return condition is not None and is_unschedulable(pod) and _APART in (condition.get("message") or "")
 
 
+def moves(pod: Mapping[str, Any]) -> bool:
+    """Whether a replica is leaving or starting, so that memory of its GPU changes hands. One in trouble holds nobody up."""
+    return is_going(pod) or not (is_ready(pod) or trouble(pod) is not None)
+
+
 def trouble(pod: Mapping[str, Any]) -> Trouble | None:
     """What keeps the pod from running; None where nothing does (it is ready, starting, or going)."""
     if is_going(pod) or is_ready(pod):

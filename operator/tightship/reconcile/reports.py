@@ -39,6 +39,13 @@ def of(pods: Iterable[Object]) -> dict[str, Report]:
     return {uid: report for uid, report in found.items() if report is not None}
 
 
+def strayed(pods: Iterable[Object], uuid: str | None) -> list[tuple[str, str]]:
+    """Pods of one pack that see another GPU than `uuid` (None: than the first that has told), each with the UUID that it sees."""
+    told = [(str(pod["metadata"]["name"]), report) for pod in pods if (report := _report(pod)) is not None]
+    right = uuid or next((report.uuid for _, report in told), "")
+    return [(name, report.uuid) for name, report in told if report.uuid.lower() != right.lower()]
+
+
 def _report(pod: Object) -> Report | None:
     statuses = (pod.get("status") or {}).get("initContainerStatuses") or []
     ended = next(

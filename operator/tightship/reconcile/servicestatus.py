@@ -36,6 +36,7 @@ from tightship.core.placement import Shortfall, Spared
 from tightship.kube.kinds import DRA_KINDS, KINDS, OPTIONAL
 from tightship.kube.store import Object, labels_of
 from tightship.manifests import service as service_manifests
+from tightship.manifests.claims import CLAIMED_DEVICE
 from tightship.manifests.replicas import set_name
 from tightship.reconcile import extension, fleet, nodes, podstate
 from tightship.reconcile.packview import current_revision, refused, revision_of
@@ -421,7 +422,8 @@ def _too_few_gpus(view: View) -> Condition | None:
         need, most = units.format_quantity(short.memory_per_pack), units.format_quantity(short.memory_free)
         text += f" on nodes with the {need} that a pack takes (at most {most} is free on one)"
     if view.avoided:
-        text += f"; kept off for want of room: {', '.join(f'{each.node} until {timestamp(each.until)}' for each in view.avoided)}"
+        cause = "want of room, or of their claim's GPU" if short.device == CLAIMED_DEVICE else "want of room"
+        text += f"; kept off for {cause}: {', '.join(f'{each.node} until {timestamp(each.until)}' for each in view.avoided)}"
     if short.kept:
         text += f"; {short.kept} replicas stay where they are until then"
     if divided := _divided(view) if short.device in ("cuda", "dra") else "":

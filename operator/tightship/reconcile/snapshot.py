@@ -30,7 +30,7 @@ from tightship.kube.clock import parse_timestamp
 from tightship.kube.store import Object, Store, labels_of
 from tightship.manifests.claims import CLAIMED_DEVICE, SHARED_DEVICE
 from tightship.manifests.holder import MPS_CONTAINER
-from tightship.reconcile import dra, indexes, modes, nodes, podstate
+from tightship.reconcile import dra, indexes, modes, nodes, podstate, reports
 from tightship.reconcile.nodes import Shares
 from tightship.reconcile.reading import pack_model
 from tightship.reconcile.verdict import Verdict, examine
@@ -345,7 +345,7 @@ def health_of(pack: GPUPack, store: Store, now: datetime, homeless: frozenset[st
         return Health.LOST
     held = _held(pack)
     if held is not None and held.status == "False" and held.reason == Reason.GPU_MISMATCH:
-        return Health.LOST
+        return Health.LOST if pack.spec.has_holder or _left_alone(pack, node, store, now) else Health.SOUND
     since = _without_gpu_since(pack, store)
     if since is not None and (now - since).total_seconds() >= LOST_GPU_SECONDS:
         return Health.LOST
@@ -359,6 +359,12 @@ def health_of(pack: GPUPack, store: Store, now: datetime, homeless: frozenset[st
     if node and _cordoned(store.get("Node", "", node)) and (_is_down(pack) or _stranded(pack, store)):
         return Health.UNFIT
     return Health.SOUND
+
+
+def _left_alone(pack: GPUPack, node: str | None, store: Store, now: datetime) -> bool:
+    """Whether all services of a pack are kept off its node: one that is replaced earlier could come back to it at once, again and again."""
+    services = [store.get("LLMService", pack.spec.namespace, each.service) for each in pack.spec.assignments]
+    return node is None or all(node in avoided(each, now) for each in services if each is not None)
 
 
 def _without_gpu_since(pack: GPUPack, store: Store) -> datetime | None:
@@ -479,21 +485,44 @@ def _homeless(pack: GPUPack, store: Store, now: datetime) -> frozenset[str]:
 
 
 def rooms(namespace: str, service: str, store: Store, now: datetime) -> tuple[set[str], set[str], float | None]:
-    """Nodes on which replicas of a service find no room, nodes on which some serve, and seconds until another one may count as the former."""
+    """Nodes on which replicas of a service find no room, nodes on which some serve, and seconds until another one may count as the former.
+
+    A node whose driver shows replicas another GPU than their claim's is none for them either.
+    """
     unfit, serving, waits = set(), set(), []
     for pod in store.list("Pod", namespace, (labels.SERVICE, service)):
         if not podstate.is_replica(pod):
             continue
         node, since = podstate.node_of(pod), podstate.short_of_room_since(pod)
-        if node is not None and podstate.is_ready(pod):
-            serving.add(node)
         pack = store.get("GPUPack", "", labels_of(pod).get(labels.PACK, "")) or {}
+        claimed = (pack.get("spec") or {}).get("allocator") == modes.DRA
+        if node is not None and claimed and strayed(store.derive(pack, pack_model), store):
+            unfit.add(node)
+        if node is not None and (_all_serve(pack, store) if claimed else podstate.is_ready(pod)):
+            serving.add(node)
         where = (pack.get("spec") or {}).get("node") or (pack.get("status") or {}).get("node")
         if since is not None and where is not None:
             left = UNFIT_SECONDS - (now - since).total_seconds()
             waits += [left + 1] if left > 0 else []
             unfit |= {str(where)} if left <= 0 else set()
     return unfit, serving, min(waits, default=None)
+
+
+def strayed(pack: GPUPack, store: Store) -> list[tuple[str, str]]:
+    """Replicas of a pack with a claim that see another GPU than the claim's, each with the UUID that it sees."""
+    found = [
+        pod
+        for pod in store.list("Pod", label=(labels.PACK, pack.metadata.name))
+        if podstate.is_replica(pod) and podstate.node_of(pod) and not podstate.is_over(pod)
+    ]
+    claimed = dra.gpu_of(store, pack)
+    return reports.strayed(found, claimed.uuid if claimed else None)
+
+
+def _all_serve(pack: Object, store: Store) -> bool:
+    """Whether every replica of a pack serves: while one has yet to tell which GPU it sees nothing is known of the node."""
+    found = store.list("Pod", label=(labels.PACK, pack["metadata"]["name"]))
+    return all(podstate.is_ready(pod) for pod in found if podstate.is_replica(pod))
 
 
 def _homeless_since(pack: GPUPack, store: Store) -> dict[str, datetime]:

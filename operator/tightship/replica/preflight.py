@@ -30,6 +30,17 @@ _DAEMONS = {
 }
 
 
+_REFUSED = (
+    "the container toolkit may refuse it for unprivileged pods (accept-nvidia-visible-devices-envvar-when-unprivileged), "
+    "or the runtime class is not nvidia"
+)
+_NAMED_BY = {
+    "legacy": f"its UUID in NVIDIA_VISIBLE_DEVICES: {_REFUSED}",
+    "cdi": f"its CDI name in NVIDIA_VISIBLE_DEVICES: {_REFUSED}",
+    "nri": "its CDI name in the annotation nvidia.cdi.k8s.io/container.engine: the NRI plugin may not run on this node",
+}
+
+
 @dataclass(frozen=True)
 class Gpu:
     """The GPU as the engine will see it; memory in bytes, `mps` None where the probe doesn't say."""
@@ -114,9 +125,10 @@ def check_gpu(settings: Settings, gpu: Gpu) -> None:
     if gpu.uuid is None:
         raise RefusalError(
             Reason.GPU_NOT_VISIBLE,
-            f"the container sees no GPU, but should see {settings.gpu_uuid or 'one'}: the container toolkit may refuse "
-            "NVIDIA_VISIBLE_DEVICES for unprivileged pods (accept-nvidia-visible-devices-envvar-when-unprivileged), "
-            "or the runtime class is not nvidia",
+            f"the container sees no GPU, but should see {settings.gpu_uuid or 'one'}, which the pod names by "
+            f"{_NAMED_BY[settings.gpu_naming]}; the operator's --gpu-naming (the chart's operator.gpuNaming) is {settings.gpu_naming}: "
+            "it has to be legacy with the container toolkit's legacy or auto mode, cdi with its CDI mode, nri with the GPU operator's "
+            "NRI plugin",
         )
     if settings.gpu_uuid is not None and gpu.uuid.lower() != settings.gpu_uuid.lower():
         raise RefusalError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from tightship.replica.outcome import Reason, RefusalError
 
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
+NAMINGS = ("legacy", "cdi", "nri")
 SHARING = ("Reservation", "DRA", "DevicePlugin", "Exclusive")
 HANG_SECONDS = {"cuda": 120.0, "cpu": 600.0}
 """How long requests may run without a step ending: the longest prompt of one step takes seconds on a GPU, minutes on a CPU."""
@@ -26,6 +27,7 @@ class Settings:
     pod_name: str
     pod_uid: str
     gpu_uuid: str | None
+    gpu_naming: str
     memory_bytes: int | None
     start_timeout: float
     drain_timeout: float
@@ -74,6 +76,11 @@ class Settings:
             raise RefusalError(
                 Reason.INVALID_SETTINGS, f"TIGHTSHIP_SHARING is {sharing!r}, not one of {', '.join(SHARING)}"
             )
+        naming = env.get("TIGHTSHIP_GPU_NAMING") or "legacy"
+        if naming not in NAMINGS:
+            raise RefusalError(
+                Reason.INVALID_SETTINGS, f"TIGHTSHIP_GPU_NAMING is {naming!r}, not one of {', '.join(NAMINGS)}"
+            )
         pipe = env.get("CUDA_MPS_PIPE_DIRECTORY")
         memory = _number(env, "TIGHTSHIP_MEMORY_BYTES", 0)
         probe = env.get("TIGHTSHIP_CUDA_PROBE")
@@ -84,6 +91,7 @@ class Settings:
             pod_name=env.get("TIGHTSHIP_POD_NAME", ""),
             pod_uid=env.get("TIGHTSHIP_POD_UID", ""),
             gpu_uuid=env.get("TIGHTSHIP_GPU_UUID") or None,
+            gpu_naming=naming,
             memory_bytes=int(memory) or None,
             start_timeout=_number(env, "TIGHTSHIP_START_TIMEOUT", 600),
             drain_timeout=_number(env, "TIGHTSHIP_DRAIN_TIMEOUT", 30),

@@ -38,6 +38,8 @@ class Pace:
     tick: float = 0.2
     holder: float = 1.0
     """Between looks at the holder's lock; two misses in a row end the replica."""
+    session: float = 10.0
+    """What a holder gets to write into its lock which daemon it has started."""
     health: float = 0.5
     memory: float = 30.0
     """How long free memory may still be missing: a replica that just ended lets go of it late."""
@@ -123,6 +125,8 @@ class Supervisor:
     def _start(self) -> None:
         self._require_holder()
         self._wait_for_turn()
+        # A holder that leaves keeps the start lock until it has let its own go; who waited for that must not go on.
+        self._require_holder()
         arguments = self._preflight()
         say(f"starting {' '.join([*self._command, *arguments])}")
         try:
@@ -154,7 +158,7 @@ class Supervisor:
         settings = self._settings
         if not settings.cuda:
             return []
-        self._session = content(settings.holder_lock).get("session") if settings.held else None
+        self._session = self._holder_session() if settings.held else None
         preflight.check_pipe(settings)
         give_up = time.monotonic() + self._pace.memory
         while True:
@@ -170,6 +174,19 @@ class Supervisor:
                 self._report(gpu)
                 return arguments
             self._pause(self._pace.memory_retry)
+
+    def _holder_session(self) -> object:
+        """The session of the daemon that the engine becomes a client of; a holder writes it a moment after it has taken its lock."""
+        give_up = time.monotonic() + self._pace.session
+        while not (session := content(self._settings.holder_lock).get("session")):
+            if time.monotonic() > give_up:
+                raise RefusalError(
+                    Reason.HOLDER_LOST,
+                    f"{self._settings.holder_lock} has named no session of the MPS daemon for {self._pace.session:g} s, so its end "
+                    "would not be noticed; the pack's holder pod tells why",
+                )
+            self._tick()
+        return session
 
     def _memory_arguments(self, gpu: preflight.Gpu) -> list[str]:
         memory = self._settings.memory_bytes

@@ -15,6 +15,7 @@ import yaml
 from tightship.api import crds
 from tightship.api.v1alpha1 import batchprofile, labels, validation
 from tightship.api.v1alpha1.llmservice import LLMService
+from tightship.core.placement import MPS_REPLICAS
 
 ROOT = Path(__file__).resolve().parents[3]
 KINDS = crds.definitions()
@@ -248,6 +249,14 @@ def test_both_sides_admit(path: str, value: Any) -> None:
     service = make_service(**{path: value})
     assert admitted(schema_of("llmservices"), service) == []
     validation.parse_service(service)
+
+
+def test_no_more_replicas_are_asked_for_on_a_gpu_than_mps_takes() -> None:
+    packing = schema_of("llmservices")["properties"]["spec"]["properties"]["packing"]["properties"]
+    assert packing["maxReplicasPerGPU"]["maximum"] == MPS_REPLICAS == 24
+    validation.parse_service(make_service(spec__packing={"maxReplicasPerGPU": 24}))
+    with pytest.raises(validation.InvalidSpecError, match="maxReplicasPerGPU"):
+        validation.parse_service(make_service(spec__packing={"maxReplicasPerGPU": 25}))
 
 
 def test_nodes_of_cpu_packs_are_not_the_schedulers_to_choose() -> None:

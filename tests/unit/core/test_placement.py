@@ -85,6 +85,13 @@ def test_a_new_service_opens_as_many_packs_as_it_needs():
     assert planned.shortfalls == ()
 
 
+def test_a_gpu_takes_no_more_replicas_than_mps_takes_clients():
+    """A vLLM is two clients, and 48 are what every driver takes."""
+    small = replace(SHAPE, memory=GIB)
+    snapshot = Snapshot((make_demand(30, per_device=48, shape=small),), (), make_devices(2))
+    assert counts(snapshot, plan(snapshot)) == {0: 24, 1: 6}
+
+
 def test_scaling_up_fills_the_partly_used_pack_before_opening_another():
     snapshot = Snapshot((make_demand(5),), (make_pack(0, 2),), make_devices(2))
     assert counts(snapshot, plan(snapshot)) == {0: 4, 1: 1}

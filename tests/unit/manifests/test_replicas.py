@@ -98,6 +98,32 @@ def test_what_the_user_says_of_an_engine_setting_stands(args, absent):
     assert absent not in " ".join(engine_command(make_setup(engine__args=args)))
 
 
+CDI_NAME = "k8s.device-plugin.nvidia.com/gpu=GPU-1"
+
+
+@pytest.mark.parametrize(
+    ("naming", "visible", "told", "annotations"),
+    [
+        ("legacy", "GPU-1", None, {"a": "b"}),
+        ("cdi", CDI_NAME, "cdi", {"a": "b"}),
+        ("nri", "void", "nri", {"a": "b", "nvidia.cdi.k8s.io/container.engine": CDI_NAME}),
+    ],
+)
+def test_the_three_ways_of_naming_the_gpu(naming, visible, told, annotations):
+    setup = replace(make_setup(template__metadata={"annotations": {"a": "b"}}), naming=naming)
+    values = environment(setup)
+    assert (values["NVIDIA_VISIBLE_DEVICES"], values.get("TIGHTSHIP_GPU_NAMING")) == (visible, told)
+    assert values["TIGHTSHIP_GPU_UUID"] == "GPU-1", "what the preflight compares"
+    assert statefulset(setup, 2)["spec"]["template"]["metadata"]["annotations"] == annotations
+
+
+@pytest.mark.parametrize("naming", ["legacy", "cdi", "nri"])
+def test_replicas_with_a_gpu_of_their_own_name_none(naming):
+    setup = replace(make_setup(pack={"mode": "Exclusive"}), place=Place(None, None, None), naming=naming)
+    assert not {"NVIDIA_VISIBLE_DEVICES", "TIGHTSHIP_GPU_UUID", "TIGHTSHIP_GPU_NAMING"} & set(environment(setup))
+    assert "annotations" not in statefulset(setup, 2)["spec"]["template"]["metadata"]
+
+
 def test_a_gpu_replica_shares_what_it_must_and_nothing_more():
     setup = make_setup()
     values = environment(setup)

@@ -356,14 +356,45 @@ def test_it_waits_for_the_clients_before_the_daemon_goes(running: Running, fakes
     assert left == {"mps", "mps/pipe", "mps/log", "shm"}, "it leaves nothing behind but the directories"
 
 
-def test_a_holder_that_leaves_while_a_replica_starts_leaves_the_directory_as_it_is(running: Running) -> None:
+def test_a_replica_that_starts_is_waited_for_like_a_client(running: Running, fakes: Fakes) -> None:
+    """Until its first CUDA context MPS doesn't list it, and by then the GPU must not be another pack's."""
     eventually(running.holds)
     starter = HolderLock(running.pack / "start.lock")
     assert starter.try_acquire("{}")
     running.process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.process.wait(2.5)
+    assert running.holds()
+    assert not fakes.events("quit")
+    fakes.show(servers=[44], clients=[7])  # its engine is there
+    starter.release()
+    eventually(lambda: is_held(running.pack / "start.lock"))
+    assert not starter.try_acquire("{}"), "nobody starts any more under a holder that leaves"
+    fakes.show(clients=[])
     assert running.process.wait(20) == 0
-    assert (running.pack / "start.lock").exists()
-    assert (running.pack / "mps" / "pipe").is_dir()
+    assert not running.lock.exists()
+    assert not (running.pack / "start.lock").exists()
+
+
+def test_a_replica_that_goes_on_starting_is_waited_for_no_longer_than_clients_are(fakes: Fakes) -> None:
+    """The same bounds as for clients: then the lock goes, which stops it, and what it may use is left as it is."""
+    directory = fakes.folder / "pack"
+    starter, freed = HolderLock(directory / "start.lock"), threading.Event()
+    (fakes.folder / "message").touch()
+
+    def act() -> None:
+        eventually(lambda: fakes.events("daemon"))
+        assert starter.try_acquire("{}")
+        os.kill(os.getpid(), signal.SIGTERM)
+        eventually(lambda: not is_held(directory / "holder.lock"))
+        if not fakes.events("quit"):
+            freed.set()
+
+    assert hold(fakes, Patience(), act, clients=0.02, leave=0.3, fenced=0.3, quit=0.5) == (0, "")
+    assert freed.is_set(), "the lock goes before the daemon"
+    assert fakes.events("quit")
+    assert (directory / "start.lock").exists()
+    assert is_held(directory / "start.lock")
     starter.release()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,18 @@ def break_pod(**state: Any) -> Callable[[dict[str, Any]], None]:
         pod["status"] = {"phase": "Running", "conditions": [], "containerStatuses": statuses}
 
     return change
+
+
+async def test_replicas_name_their_gpu_as_the_operator_is_told() -> None:
+    world = World(gpus=(2,))
+    world.ctx.settings = replace(world.ctx.settings, gpu_naming="nri")
+    world.put(make_service(replicas=2))
+    await world.settle()
+    world.change("BatchProfile", NS, world.all("BatchProfile")[0]["metadata"]["name"], complete)
+    await world.run()
+    for pod in replicas(world):
+        name = f"k8s.device-plugin.nvidia.com/gpu=GPU-{PACK}"
+        assert pod["metadata"]["annotations"]["nvidia.cdi.k8s.io/container.engine"] == name
 
 
 async def test_a_held_gpu_and_its_replicas_are_described() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -147,19 +148,19 @@ async def test_a_gpu_that_changed_while_nobody_used_it_is_no_mismatch() -> None:
     world = await pack(make_world(dra=(1,), gpus=(0,)))
     for pod in replica_pods(world):
         world.remove("Pod", NS, pod["metadata"]["name"])
-    world.nodes_act()
+    before = {each["metadata"]["uid"] for each in world.all("GPUPack")}
     exchanged = make_slice("n0", 1, generation=2)
     exchanged["spec"]["devices"][0]["attributes"]["uuid"]["string"] = "GPU-new"
     world.put(exchanged)
     await world.run(rounds=12)
     (found,) = world.all("GPUPack")
-    assert found["metadata"]["name"] == PACK
+    assert found["metadata"]["uid"] in before
     assert found["status"]["gpu"]["uuid"] == "GPU-new"
     assert told(world, "Ready")[:2] == ("True", "FullyRealised")
 
 
 async def test_a_replica_that_sees_another_gpu_makes_the_pack_unusable() -> None:
-    world = make_world(dra=(2,), gpus=(0,))
+    world = make_world(dra=(2, 2), gpus=(0, 0))
     strayed: list[tuple[str, str, str]] = []
     world.reports = lambda pod: (
         world.seen_by(pod)
@@ -175,19 +176,63 @@ async def test_a_replica_that_sees_another_gpu_makes_the_pack_unusable() -> None
     assert mismatches
     assert "-1 sees GPU-else, the pack has GPU-n0-0" in mismatches[0][2]
     await world.run(rounds=12)
-    assert [each["metadata"]["name"] for each in world.all("GPUPack")] == ["default-opt-1"], "the pack was replaced"
+    (found,) = world.all("GPUPack")
+    assert (found["metadata"]["name"], found["status"]["node"]) == ("default-opt-1", "n1"), "replaced, on another node"
     assert world.condition("LLMService", NS, "opt", "Ready")[0] == "True"
+
+
+async def test_gpus_that_go_on_being_others_than_the_claims_are_tried_ever_more_seldom() -> None:
+    """The driver of the only node shows the second replica a GPU that isn't the claim's, whichever that is."""
+    world = make_world(dra=(2,), gpus=(0,))
+    world.reports = lambda pod: (
+        world.seen_by(pod) | ({"uuid": "GPU-else"} if pod["metadata"]["name"][-2:] == "-1" else {})
+    )
+    made: list[float] = []
+    world.watched = lambda key: made.append(world.clock.monotonic()) if replica_pods(world) else None
+    await pack(world)
+    for _ in range(80):
+        await world.clock.advance(60)
+        world.queue._promote()
+        await world.run(rounds=6)
+    tries = sorted({round(second / 60) for second in made})
+    gaps = [later - earlier for earlier, later in itertools.pairwise(tries) if later - earlier > 1]
+    assert [gap // 10 * 10 for gap in gaps] == [10, 20, 40], "minutes, and what it takes to see them"
+    assert world.condition("LLMService", NS, "opt", "Packed")[:2] == ("False", "InsufficientGPUs")
+    assert (
+        "kept off for want of room, or of their claim's GPU: n0 until"
+        in world.condition("LLMService", NS, "opt", "Packed")[2]
+    )
 
 
 async def test_a_replica_without_mps_is_found_out() -> None:
     world = make_world(dra=(1,), gpus=(0,))
-    world.reports = lambda pod: world.seen_by(pod) | {"mps": None}
+    world.reports = lambda pod: world.seen_by(pod) | {"mps": False}
     await pack(world)
     assert told(world, "SharingReady")[0] == "Unknown"
     await world.clock.advance(40)
     await world.look_at_everything()
     assert told(world, "SharingReady")[:2] == ("False", "MPSNotAttached")
     assert world.condition("LLMService", NS, "opt", "Packed")[:2] == ("False", "SharingUnavailable")
+
+
+@pytest.mark.parametrize("mode", ["DRA", "DevicePlugin"])
+async def test_a_driver_that_does_not_say_whether_mps_is_there_gets_nobody_restarted(mode: str) -> None:
+    """Drivers before CUDA 12 don't know the attribute: that is no proof of anything."""
+    world = make_world(dra=(1,), gpus=(0,)) if mode == "DRA" else make_shared_world(2)
+    tells = world.reports
+    world.reports = lambda pod: tells(pod) | {"mps": None}
+    await pack(world, packing={"mode": mode, "maxReplicasPerGPU": 2})
+    before = {pod["metadata"]["uid"] for pod in replica_pods(world)}
+    for _ in range(3):
+        await world.clock.advance(60)
+        await world.look_at_everything()
+        await world.run()
+    assert {pod["metadata"]["uid"] for pod in replica_pods(world)} == before
+    status, reason, message = told(world, "SharingReady")
+    assert (status, reason) == ("Unknown", "NotYetKnown")
+    assert "could not tell whether through MPS" in message
+    assert "update the driver of node n0" in message
+    assert all("attached" not in each for each in world.get("GPUPack", "", PACK)["status"]["replicas"])
 
 
 async def test_a_refusal_for_want_of_mps_reaches_the_service() -> None:
@@ -245,6 +290,33 @@ async def test_a_node_that_offers_its_gpus_twice_is_warned_of() -> None:
     assert modes(world) == {"DRA"}
     message = told(world, "SharingReady")[2]
     assert "warning: node n0 offers its GPUs twice, 2 by DRA and 2 as nvidia.com/gpu" in message
+
+
+ZONES = {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "DoNotSchedule"}
+
+
+async def test_auto_keeps_a_service_with_topology_spread_where_it_can_be_followed() -> None:
+    """Holders follow the constraints; pods of one claim go where its GPU is, and nothing spreads claims."""
+    world = await pack(make_world(dra=(2, 2)), template__spec={"topologySpreadConstraints": [ZONES]})
+    assert modes(world) == {"Reservation"}
+    assert (
+        "mode Reservation, chosen by Auto: its topologySpreadConstraints can't be followed in mode DRA"
+        in (told(world, "SharingReady")[2])
+    )
+    (holder,) = [pod for pod in world.all("Pod") if pod["metadata"]["labels"][labels.COMPONENT] == "holder"]
+    assert [each["topologyKey"] for each in holder["spec"]["topologySpreadConstraints"]] == [ZONES["topologyKey"]]
+
+
+@pytest.mark.parametrize("mode", ["DRA", "DevicePlugin"])
+async def test_topology_spread_that_counts_for_nothing_is_warned_of(mode: str) -> None:
+    world = make_world(dra=(2,), gpus=(0,)) if mode == "DRA" else make_shared_world(2)
+    packing = SHARED["packing"] if mode == "DevicePlugin" else {"mode": "Auto", "maxReplicasPerGPU": 2}
+    await pack(world, packing=packing, template__spec={"topologySpreadConstraints": [ZONES]})
+    assert modes(world) == {mode}
+    words = f"warning: template.spec.topologySpreadConstraints are not followed in mode {mode}"
+    status, _, message = told(world, "SharingReady")
+    assert status == "True"
+    assert words in message
 
 
 async def test_a_driver_that_is_installed_later_moves_nobody() -> None:

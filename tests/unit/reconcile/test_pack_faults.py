@@ -195,6 +195,22 @@ async def test_a_replica_that_comes_back_without_mps_is_restarted_ever_more_seld
     assert f"restart {len(restarted)}" in message(world, "Ready")
 
 
+async def test_a_neighbour_that_loops_holds_the_repair_of_a_replica_without_mps_up_no_longer_than_it_starts() -> None:
+    """The same rule as in a roll-out: who starts is waited for, who is in trouble isn't."""
+    world = await make_packed()
+    first, second = replicas(world)
+    world.unattached = {first["metadata"]["name"]}
+    world.started = lambda pod: pod["metadata"]["name"] != second["metadata"]["name"]
+    world.change("Pod", NS, second["metadata"]["name"], lambda pod: pod["status"].update(conditions=[]))
+    tell(world)
+    await world.settle()
+    await time_passes(world, 60)
+    assert not any(pod["metadata"].get("deletionTimestamp") for pod in replicas(world)), "the neighbour starts"
+    container_ends(world, second, "engine", restarts=7, words="out of pages")
+    await time_passes(world, 5)
+    assert [bool(pod["metadata"].get("deletionTimestamp")) for pod in replicas(world)] == [True, False]
+
+
 async def test_without_its_watcher_nothing_stops_and_nothing_is_claimed() -> None:
     world = await make_packed()
     before = uids(world)

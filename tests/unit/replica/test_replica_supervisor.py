@@ -225,6 +225,33 @@ def test_a_daemon_that_was_replaced_between_two_looks_ends_the_engine_of_the_one
     assert "another one has taken its place" in replica.message
 
 
+def test_a_lock_without_a_session_is_waited_for_so_that_the_end_of_its_daemon_is_noticed(pack: Pack) -> None:
+    """A holder writes a moment after it has taken the lock."""
+    pack.holder.release()
+    assert pack.holder.try_acquire("")
+    replica = pack.start()
+    eventually(lambda: is_held(pack.folder / "start.lock"))
+    with pytest.raises(AssertionError):
+        eventually(lambda: pack.events("start"), timeout=1.5)
+    pack.holder.path.write_text(json.dumps({"pack": "p", "gpu": UUID, "session": "first"}))
+    eventually(serving(pack))
+    pack.holder.release()
+    pack.hold(session="second")
+    assert replica.ends() == EXIT_STATUS[Reason.HOLDER_LOST]
+
+
+def test_who_waited_for_the_start_lock_of_a_holder_that_has_left_does_not_start(pack: Pack) -> None:
+    """The lock becomes free when the holder goes, between two looks at who holds the GPU."""
+    slot = FileLock(pack.folder / "start.lock")
+    assert slot.try_acquire("{}")
+    replica = pack.start()
+    eventually(lambda: replica_waits(replica))
+    pack.holder.release()
+    slot.release()
+    assert replica.ends() == EXIT_STATUS[Reason.HOLDER_LOST]
+    assert not pack.events("start")
+
+
 def test_a_holder_of_another_gpu_is_no_holder(pack: Pack) -> None:
     pack.holder.release()
     pack.hold(gpu="GPU-other")
@@ -355,7 +382,11 @@ def test_an_engine_that_crashes_while_serving_ends_the_replica(pack: Pack) -> No
 @pytest.mark.parametrize(
     ("gpu", "reason", "words"),
     [
-        ({"uuid": None}, Reason.GPU_NOT_VISIBLE, "sees no GPU"),
+        (
+            {"uuid": None},
+            Reason.GPU_NOT_VISIBLE,
+            "the operator's --gpu-naming (the chart's operator.gpuNaming) is legacy",
+        ),
         ({"uuid": "GPU-other"}, Reason.GPU_MISMATCH, "sees GPU-other (H100), the pack holds GPU-0000"),
         ({"uuid": UUID, "mps": False}, Reason.MPS_NOT_ATTACHED, "through MPS although a daemon's pipe"),
         ({"uuid": UUID, "total": 4 * GIB}, Reason.INSUFFICIENT_MEMORY, "needs 8.00Gi of GPU-0000"),

@@ -142,7 +142,7 @@ class Measurement(Model):
         str, Field(max_length=32, pattern=RESERVE_PATTERN, description="Memory left free: a percentage or a quantity.")
     ] = "5%"
     max_replicas_per_gpu: Annotated[
-        int, Field(alias="maxReplicasPerGPU", ge=1, le=48, description="Most replicas on one GPU that are tried.")
+        int, Field(alias="maxReplicasPerGPU", ge=1, le=24, description="Most replicas on one GPU that are tried.")
     ] = 8
     minimum_gain: Annotated[
         Decimal, Field(description="Least gain of packing that is worth a trial: it places the trials.")

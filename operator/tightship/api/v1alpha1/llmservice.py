@@ -88,7 +88,7 @@ class PackingSpec(Model):
         ),
     ] = "Auto"
     max_replicas_per_gpu: Annotated[
-        int, Field(alias="maxReplicasPerGPU", ge=1, le=48, description="Most replicas of this service on one GPU.")
+        int, Field(alias="maxReplicasPerGPU", ge=1, le=24, description="Most replicas of this service on one GPU.")
     ] = 8
     minimum_gain: Annotated[
         Decimal, Field(description="Packing is kept only where it gives this many times one replica's best throughput.")
@@ -363,7 +363,7 @@ class LLMServiceStatus(Model):
         list[AvoidedNode],
         Field(
             max_length=64,
-            description="Nodes on which replicas found no room, left alone for a while.",
+            description="Nodes on which replicas found no room, or another GPU than their claim's, left alone for a while.",
             json_schema_extra=list_map("node"),
         ),
     ] = Field(default_factory=list)

@@ -137,7 +137,7 @@ class Container:
         pod = self._pod()
         references = await self._references()
         scope = env.Scope(pod, self.spec, lambda *key: references.get(key), self._host.allocatable)
-        own = env.resolve(scope, self._base(pod))
+        own = env.resolve(scope, self._base(pod)) | self._injected(pod)
         variables = image.merged(own)
         command = list(self.spec.get("command") or []) + list(self.spec.get("args") or [])
         directory = self._directory / f"run-{self.state.restarts}"
@@ -187,6 +187,11 @@ class Container:
         for given in self._given:
             values |= given.env
         return values
+
+    def _injected(self, pod: Object) -> dict[str, str]:
+        """What NVIDIA's NRI plugin adds to a container that its pod's annotation asks a GPU for, whatever its environment says."""
+        asked = (pod["metadata"].get("annotations") or {}).get(f"nvidia.cdi.k8s.io/container.{self.spec['name']}")
+        return {"NVIDIA_VISIBLE_DEVICES": asked} if asked else {}
 
     def _own_mounts(self, pod: Object) -> list[rootfs.Mount]:
         """The termination message's file and the pod's /etc/hosts."""

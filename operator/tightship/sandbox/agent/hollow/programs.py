@@ -115,6 +115,11 @@ class Program:
         )
 
     @property
+    def visible(self) -> str:
+        """The GPU that the container sees, named by its UUID or by a CDI name that ends in it."""
+        return self.env.get("NVIDIA_VISIBLE_DEVICES", "").rpartition("=")[2]
+
+    @property
     def pack(self) -> Pack:
         """The pack of the pod."""
         return self.node.board.pack(self.env["TIGHTSHIP_PACK_UID"])
@@ -133,7 +138,7 @@ class Daemon(Program):
 
     async def run(self) -> int:
         """See Program."""
-        pack, board, gpu = self.pack, self.node.board, self.env.get("NVIDIA_VISIBLE_DEVICES", "")
+        pack, board, gpu = self.pack, self.node.board, self.visible
         if gpu not in board.gpus or gpu in board.lost:
             self.tell(f"0 GPUs are this container's by nvidia-smi and NVIDIA_VISIBLE_DEVICES ({gpu or 'unset'}), not 1")
             return 1
@@ -169,16 +174,22 @@ class Daemon(Program):
             return 0
         finally:
             self._let_go(pack, gpu)
+            if pack.starter == self.uid:
+                pack.starter = None
             pack.daemon, pack.server, pack.fault = False, None, False
             pack.clients.clear()  # a client of a daemon that dies dies with it, and has nothing to detach from
             pack.changed()
 
     async def _wait(self, pack: Pack, seconds: float) -> bool:
-        """Wait for the clients to leave; False when the time is over."""
+        """Wait for the clients and for who starts to leave, and let nobody start; False when the time is over."""
         end = self.now() + seconds
-        while pack.clients and self.now() < end:
+        while not self._left(pack) and self.now() < end:
             await self.sleep(end - self.now())
-        return not pack.clients
+        return self._left(pack)
+
+    def _left(self, pack: Pack) -> bool:
+        pack.starter = pack.starter or self.uid
+        return pack.starter == self.uid and not pack.clients
 
     def _let_go(self, pack: Pack, gpu: str) -> None:
         if pack.holder == self.uid:
@@ -241,7 +252,7 @@ class Report(Program):
 
     async def run(self) -> int:
         """See Program."""
-        board, seen = self.node.board, self.env.get("NVIDIA_VISIBLE_DEVICES", "")
+        board, seen = self.node.board, self.visible
         if seen not in board.gpus or seen in board.lost:
             self.tell(str(RefusalError(Reason.GPU_NOT_VISIBLE, "the container sees no GPU")))
             return EXIT_STATUS[Reason.GPU_NOT_VISIBLE]
@@ -256,6 +267,8 @@ class Replica(Program):
     """`python3 -m tightship.replica -- ...`: supervisor and engine in one. One that has its GPU alone needs no holder and no MPS."""
 
     _lost_since: float | None = None
+    _attached: bool = False
+    """Whether the engine is, or was, a client of the daemon."""
 
     async def run(self) -> int:
         """See Program."""
@@ -281,14 +294,15 @@ class Replica(Program):
         while pack.starter is not None:
             await self._tick(pack)
         pack.starter = self.uid
+        self._require_holder(pack)
         gpu = await self._preflight(pack)
         memory = int(self.env.get("TIGHTSHIP_MEMORY_BYTES") or 0)
         self.note(journal.START, gpu, pack.uid, memory)
         if self._cuda:
             self.node.board.engines[self.pid] = (gpu, memory)
-        if self._held:
-            pack.attach(self.pid, self.uid)
         end = self.now() + self.node.settings.start_seconds
+        if self._held:
+            await self._attach(pack)
         while self.now() < end:
             await self._tick(pack, end - self.now())
         self.note(journal.HEALTHY, gpu, pack.uid, memory)
@@ -297,6 +311,15 @@ class Replica(Program):
         self.say_healthy(True)
         while True:
             await self._tick(pack)
+
+    async def _attach(self, pack: Pack) -> None:
+        """The engine's first CUDA context; without a daemon it would quietly have the GPU without MPS."""
+        attached = self.now() + self.node.settings.attach_seconds
+        while self.now() < attached:
+            await self._tick(pack, attached - self.now())
+        if pack.daemon:
+            pack.attach(self.pid, self.uid)
+            self._attached = True
 
     @property
     def _cuda(self) -> bool:
@@ -322,7 +345,7 @@ class Replica(Program):
             raise RefusalError(Reason.ENGINE_FAILED, f"the engine ended with status 1 while serving: {self.failure}")
         if not self._held:
             return
-        if self.pid in self.node.board.engines and self.pid not in pack.clients:
+        if self._attached and self.pid not in pack.clients:
             raise RefusalError(Reason.ENGINE_FAILED, "the engine ended with status 1 while serving: MPS server died")
         if pack.fault and self.pid in pack.clients:
             raise RefusalError(Reason.ENGINE_FAILED, f"the engine ended with status 1 while serving: {HOST_PROBLEM}")
@@ -348,7 +371,7 @@ class Replica(Program):
             raise RefusalError(
                 Reason.MPS_NOT_ATTACHED, "no MPS daemon at /mps/pipe: the holder pod's container `mps` tells why"
             )
-        board, seen = self.node.board, self.env.get("NVIDIA_VISIBLE_DEVICES", "")
+        board, seen = self.node.board, self.visible
         wanted = self.env.get("TIGHTSHIP_GPU_UUID", seen)
         if seen not in board.gpus or seen in board.lost:
             raise RefusalError(Reason.GPU_NOT_VISIBLE, f"the container sees no GPU, but should see {wanted}")

@@ -11,6 +11,8 @@ class HollowSettings:
 
     start_seconds: float = 1.0
     """From an engine's start until it is healthy."""
+    attach_seconds: float = 0.2
+    """From an engine's start until its first CUDA context, which makes it a client of MPS; a part of `start_seconds`."""
     daemon_seconds: float = 0.1
     """From the start of an MPS daemon until it serves."""
     fence_seconds: float = 1.5

@@ -172,7 +172,7 @@ def revision(setup: Setup) -> str:
             pack.metadata.uid,
             {k: v for k, v in _said(pack.spec).items() if k != "assignments"},
         ],
-        "place": [setup.place.node, setup.place.gpu],
+        "place": [setup.place.node, setup.place.gpu, *([setup.naming] if setup.naming != naming.LEGACY else [])],
         "batch": setup.assignment.batch,
         "bytes": [
             units.parse_quantity(each) for each in (setup.assignment.kv_cache, setup.assignment.memory_per_replica)

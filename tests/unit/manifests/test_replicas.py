@@ -185,6 +185,7 @@ TEMPLATE = {
         ("the memory", lambda: with_assignment(memory_per_replica="21Gi"), False),
         ("the node", lambda: replace(make_setup(), place=Place("n1", "GPU-1", 80 * GIB)), False),
         ("the GPU", lambda: replace(make_setup(), place=Place("n0", "GPU-2", 80 * GIB)), False),
+        ("how it is named", lambda: replace(make_setup(), naming="cdi"), False),
         ("the user", lambda: make_setup(pack={"runAsUser": 5}), False),
         ("what was measured", lambda: make_setup(engine={"maxNumBatchedTokens": 4096, "captureSizes": [1, 2, 4], "modelCommit": "abc"}), False),
     ],

@@ -127,19 +127,20 @@ def stopped_by(groups: Iterable[Group]) -> tuple[str, int] | None:
     return next(((group.pack, pod.ordinal) for group in groups for pod in _newest(group) if pod.failed), None)
 
 
-def may_shrink_to(groups: Iterable[Group], pack: str, target: int, least: int, placed: int) -> int:
+def may_shrink_to(groups: Iterable[Group], pack: str, target: int, *, least: int, placed: int, assigned: int) -> int:
     """How far one group may be scaled down towards `target` now: `target`, or more where others are yet to come in their stead.
 
-    `placed` is how many replicas the service has a place for. As long as those start, or wait for their GPU, what serves stays; for
-    those that are in trouble nobody waits, beyond the `least` that have to serve. From the highest ordinal down, since that is the
-    order in which a StatefulSet shrinks; what doesn't serve holds nobody up.
+    `assigned` is how many replicas are to be somewhere, `placed` how many of them don't wait for memory that others hold. As long as those
+    start, or wait for their GPU, what serves stays; for those that are in trouble, or that wait for others, nobody waits beyond the
+    `least` that have to serve. From the highest ordinal down, since that is the order in which a StatefulSet shrinks; what doesn't
+    serve holds nobody up.
     """
     groups = list(groups)
     own = next((group for group in groups if group.pack == pack), None)
     if own is None:
         return target
     failed = sum(pod.failed and not pod.going and pod.ordinal < group.wanted for group in groups for pod in group.pods)
-    spare, count = _serving(groups) - max(min(least, placed), placed - failed), own.wanted
+    spare, count = _serving(groups) - max(min(least, assigned), placed - failed), own.wanted
     serves = {pod.ordinal for pod in own.pods if _serves(own, pod)}
     while count > target:
         if count - 1 in serves:

@@ -67,18 +67,22 @@ def least_serving(store: Store, namespace: str, service: str) -> int:
     return read.spec.rollout.least_serving(read.spec.replicas) if read is not None else ALL_OF_THEM
 
 
-def placed(store: Store, namespace: str, service: str) -> int:
-    """Replicas that a service has a place for, by what is assigned to packs, whatever runs there now.
+def assigned(store: Store, namespace: str, service: str) -> int:
+    """Replicas that a service has a place for, by what is assigned to packs, whatever runs there now."""
+    return sum(each.replicas for _, each, _, _ in _assigned(store, namespace, service))
 
-    Those that wait for memory which replicas of others still hold are left out: else two services that change places would wait
-    for each other.
-    """
+
+def placed(store: Store, namespace: str, service: str) -> int:
+    """Of these, those that don't wait for memory which replicas of others still hold: who may be missing doesn't wait for them."""
     found = _assigned(store, namespace, service)
     return sum(rollout.fitting(each.replicas, (), memory, room) for _, each, memory, room in found)
 
 
 def fitting(store: Store, namespace: str, service: str) -> int:
-    """Of these, those that don't wait for memory of the service's own replicas either, which are larger still."""
+    """Of these, those that don't wait for memory of the service's own replicas either, which are larger still.
+
+    Two services that both shrink to make room for each other would otherwise wait for each other.
+    """
     total = 0
     for pack, each, memory, room in _assigned(store, namespace, service):
         pods = [pod for pod in store.list("Pod", label=(labels.PACK, pack.metadata.name)) if podstate.is_replica(pod)]

@@ -227,12 +227,14 @@ def _may_shrink_to(ctx: Context, view: View, service: str, live: Object, target:
     obj = ctx.store.get("LLMService", namespace, service)
     if obj is None or (owner := controller_of(live)) is None or owner["uid"] != obj["metadata"]["uid"]:
         return target
+    legible = readable(ctx.store, obj) is not None
     return rollout.may_shrink_to(
         fleet.groups(ctx.store, namespace, service),
         view.pack.metadata.name,
         target,
-        fleet.least_serving(ctx.store, namespace, service),
-        fleet.placed(ctx.store, namespace, service) if readable(ctx.store, obj) is not None else fleet.ALL_OF_THEM,
+        least=fleet.least_serving(ctx.store, namespace, service),
+        placed=fleet.placed(ctx.store, namespace, service) if legible else fleet.ALL_OF_THEM,
+        assigned=fleet.assigned(ctx.store, namespace, service) if legible else fleet.ALL_OF_THEM,
     )
 
 

@@ -154,7 +154,18 @@ def test_what_stops_a_roll_out(groups, expected):
 )  # fmt: skip
 def test_how_far_a_set_shrinks(story, groups, numbers, expected):
     """The numbers: wanted here, have to serve, have a place."""
-    assert may_shrink_to(groups, "a", *numbers) == expected, story
+    target, least, placed = numbers
+    assert may_shrink_to(groups, "a", target, least=least, placed=placed, assigned=placed) == expected, story
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"), [((1, 0, 1), 1), ((3, 0, 4), 3), ((3, 2, 4), 3), ((1, 0, 4), 1), ((3, 4, 4), 4)]
+)
+def test_for_those_that_wait_for_others_memory_nobody_waits_but_for_those_that_have_to_serve(numbers, expected):
+    """The numbers: have to serve, have a place with memory, are assigned. Four serve here, and none is wanted here any more."""
+    least, placed, assigned = numbers
+    groups = [make_group(ready=4), make_group("b")]
+    assert may_shrink_to(groups, "a", 0, least=least, placed=placed, assigned=assigned) == expected
 
 
 # Whole roll-outs: the decisions against a cluster that may let a replica take its time, and look in any order.
@@ -192,7 +203,8 @@ class Cluster:
         before, served = (self.wanted[pack], self.template[pack], dict(self.pods[pack])), self.serving
         target = self.targets[pack]
         if self.wanted[pack] > target:
-            target = may_shrink_to(self.groups(), pack, target, self.least, self.placed)
+            numbers = {"least": self.least, "placed": self.placed, "assigned": self.placed}
+            target = may_shrink_to(self.groups(), pack, target, **numbers)
         found = step(target, self.wanted[pack], list(self.pods[pack].values()), self.new, self.capacity)
         self.wanted[pack] = found.replicas if found.template else min(self.wanted[pack], found.replicas)
         self.template[pack] = self.new if found.template else self.template[pack]

@@ -284,14 +284,29 @@ async def test_who_spreads_keeps_what_serves_until_the_second_gpu_does() -> None
     assert {pod["metadata"]["labels"][labels.PACK] for pod in pods(world)} == {"default-opt-0", "default-opt-1"}
 
 
-async def test_two_services_that_change_places_do_not_wait_for_each_other() -> None:
-    """Each is on the other's GPU and may not stay; neither GPU has room for both."""
-    packing = {"maxReplicasPerGPU": 2, "sharedWith": "SameNamespace"}
-    world = await make_shared((1, 1), replicas=2, packing=packing)
-    change(world, packing={"maxReplicasPerGPU": 2})
-    change(world, "chat", packing={"maxReplicasPerGPU": 2})
-    await world.run(rounds=60)
+async def test_who_is_to_move_to_memory_that_others_still_hold_serves_until_it_is_there() -> None:
+    """`chat` grows and pushes `opt` off its GPU; the place that `gpt` is scaled down for is taken until its replica has left."""
+    packing = {"maxReplicasPerGPU": 3, "sharedWith": "SameNamespace"}
+    services = (
+        make_service("chat", replicas=1, model__source="hf://models/chat", packing=packing),
+        make_service("gpt", replicas=3, model__source="hf://models/gpt", packing=packing),
+    )
+    world = await make_serving(*services, gpus=(1, 1), replica="25Gi", trials=THREE)
+    world.put(make_service(replicas=1, packing=packing))
+    await world.settle()
+    name = world.get("LLMService", NS, "opt")["status"]["profile"]["name"]
+    world.change("BatchProfile", NS, name, lambda obj: complete(obj, replica="25Gi", trials=THREE))
+    await world.run(rounds=20)
+    assert placed(world) == {"default-chat-0": {"chat": 1, "opt": 1}, "default-gpt-0": {"gpt": 3}}
+    change(world, "chat", workload={"inputTokens": 111, "outputTokens": 200})
+    await world.run(rounds=20)
+    name, least = world.get("LLMService", NS, "chat")["status"]["profile"]["name"], Least(world)
+    world.change("BatchProfile", NS, name, lambda obj: complete(obj, replica="60Gi", trials=THREE))
+    change(world, "gpt", replicas=2)
+    await watch_it(world, least)
+    assert placed(world) == {"default-chat-0": {"chat": 1}, "default-gpt-0": {"gpt": 2, "opt": 1}}
     assert ready(world)[:2] == ready(world, "chat")[:2] == ("True", "FullyRealised")
+    assert least.served == 1
 
 
 async def test_a_new_recommendation_waits_for_approval_in_status_and_what_serves_goes_on() -> None:

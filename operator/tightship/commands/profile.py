@@ -325,13 +325,13 @@ def _going_on(kept: api.BatchProfile, asked: api.BatchProfile, output: str) -> a
 
 
 def _unfinished(profile: api.BatchProfile) -> api.BatchProfile:
-    """Open again what ended for a cause that may be gone: a budget since raised, or a failure."""
+    """Open again what ended for a cause that may be gone: a budget since raised, a failure, or a machine that was busy."""
     status, how = profile.status, profile.spec.measurement
     outcome = status.outcome
     if outcome is None:
         return profile
     raised = float(status.gpu_seconds or 0) < parse_duration(how.budget)
-    if outcome.state == "Failed" or (outcome.state == "BudgetExceeded" and raised):
+    if outcome.state == "Failed" or ((outcome.state == "BudgetExceeded" or outcome.unfinished) and raised):
         return profile.model_copy(update={"status": status.model_copy(update={"outcome": None})})
     return profile
 
@@ -768,6 +768,8 @@ def _conclude(plan: Plan, profile: api.BatchProfile) -> int:
     file, asked = shlex.quote(plan.output), options.to_words(chosen, own)
     say("\nnext:")
     say(f"  {' '.join(['tightship advise -f', file, *asked, '--explain'])}")
+    if outcome.unfinished:
+        say(f"  {_resume(plan, '--resume')}")
     if _untried(answer) is not None:
         say(f"  {' '.join([_resume(plan, '--extend'), *asked])}")
     say(f"  kubectl apply -f {shlex.quote(plan.output)}")

@@ -345,8 +345,8 @@ def status(**more: Any) -> dict[str, Any]:
     } | more
 
 
-def outcome(state: str, message: str = "so it went") -> dict[str, Any]:
-    return {"state": state, "reason": state, "message": message}
+def outcome(state: str, message: str = "so it went", **more: Any) -> dict[str, Any]:
+    return {"state": state, "reason": state, "message": message, **more}
 
 
 def write(python: str, **more: Any) -> profile.Plan:
@@ -432,16 +432,20 @@ def test_resume_with_the_same_options_is_the_same_measurement(python: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("ended", "budget", "again"),
+    ("ended", "unfinished", "budget", "again"),
     [
-        ("Completed", "9m", False),
-        ("BudgetExceeded", "10s", False),
-        ("BudgetExceeded", "9m", True),
-        ("Failed", "10s", True),
+        ("Completed", [], "9m", False),
+        ("Completed", ["Confirmation"], "9m", True),
+        ("Completed", ["Sweep"], "10s", False),
+        ("BudgetExceeded", [], "10s", False),
+        ("BudgetExceeded", [], "9m", True),
+        ("Failed", [], "10s", True),
     ],
 )
-def test_what_ended_goes_on_where_there_is_something_to_do(python: str, ended: str, budget: str, again: bool) -> None:
-    write(python, outcome=outcome(ended))
+def test_what_ended_goes_on_where_there_is_something_to_do(
+    python: str, ended: str, unfinished: list[str], budget: str, again: bool
+) -> None:
+    write(python, outcome=outcome(ended, unfinished=unfinished))
     made = plan("--resume", "--budget", budget, "--python", python)
     assert (made.profile.status.outcome is None) == again
 

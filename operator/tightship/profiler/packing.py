@@ -92,6 +92,7 @@ def prepare(session: Session, sharing: Sharing | None, asked_only: bool) -> tupl
         minimum_gain=job.minimum_gain,
         efficiency_floor=job.efficiency_floor,
         dedicated=session.device.identity.kind == "cpu",
+        confirmation=points.confirmation(report.confirmation),
     )
     agenda: Agenda = Given(asked, None if asked_only else predicted) if asked else predicted
     return _bench(session, sharing, sizes), agenda

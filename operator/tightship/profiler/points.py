@@ -141,6 +141,25 @@ def trial(given: api.Trial) -> core.Trial:
     )
 
 
+def confirmation(given: api.Confirmation | None) -> core.Confirmation | None:
+    """A confirmation run as decisions read it; None where there was none."""
+    if given is None:
+        return None
+    return core.Confirmation(
+        batch=given.batch,
+        throughput=_positive(given.total_tokens_per_second),
+        inter_token_latency=_core_latency(given.inter_token_latency, ()),
+        throughput_ratio=_positive(given.throughput_ratio),
+        latency_ratio=_positive(given.latency_ratio),
+        agrees=given.agrees,
+    )
+
+
+def resolved(given: api.Latency | None, missing: Collection[ApiStatistic]) -> api.Latency | None:
+    """A latency without the statistics that are not resolved."""
+    return given and given.model_copy(update=dict.fromkeys(missing))
+
+
 def ledger(given: api.ProfileMemory | None, max_model_len: int | None) -> memory.Ledger | None:
     """A confirmation run's ledger as decisions read it; None where a part of it is not known."""
     if given is None:
@@ -200,6 +219,10 @@ def _core_latency(given: api.Latency | None, missing: Collection[str]) -> core.L
         if name not in missing and parse_duration(text)
     }
     return core.Latency(**values)
+
+
+def _positive(text: str | None) -> float | None:
+    return float(text) if text and float(text) > 0 else None
 
 
 def _share(text: str | None) -> float | None:

@@ -21,7 +21,7 @@ from typing import Final, Protocol
 from tightship.api.units import format_quantity, parse_quantity
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.core.advisor import Question
-from tightship.core.curve import Curve, Metric, Objective, Statistic
+from tightship.core.curve import Confirmation, Curve, Metric, Objective, Statistic
 from tightship.core.trials import next_trial, trial_order
 from tightship.profiler import confirm, points
 from tightship.profiler.clock import Clock
@@ -77,6 +77,7 @@ class Predicted:
     minimum_gain: float
     efficiency_floor: float
     dedicated: bool
+    confirmation: Confirmation | None = None
 
     def next(self, trials: Mapping[Pair, api.Trial], failed: Collection[Pair]) -> Choice:
         """The pair that promises most."""
@@ -99,6 +100,7 @@ class Predicted:
             dedicated=self.dedicated,
             trials=tuple(points.trial(trial) for trial in trials.values()),
             failed=frozenset(failed),
+            confirmation=self.confirmation,
         )
 
 

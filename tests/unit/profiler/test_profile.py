@@ -342,6 +342,15 @@ def test_a_confirmation_that_disagrees_says_by_how_much() -> None:
     assert status.outcome.state == "Completed"
 
 
+def test_percentiles_that_the_confirmation_left_open_are_no_figures_of_a_replica() -> None:
+    status = usual().status
+    assert status.confirmation is not None
+    shown = status.confirmation.inter_token_latency
+    assert shown is not None
+    assert shown.mean
+    assert shown.p99 is None, "15 s are no 2,000 engine steps of 29 ms"
+
+
 def test_a_replica_that_does_not_start_is_tried_again() -> None:
     status = Run(FakeModel(), FakeModel(fails_to_start="RuntimeError: chance"), FakeModel()).go()
     assert status.outcome is not None

@@ -223,6 +223,22 @@ def test_a_gpu_that_is_not_there(
         plan("--model", "a/b", *MEANS, "--python", python, *asked)
 
 
+def test_without_lengths_the_published_workload_is_measured_and_that_is_said(
+    python: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = plan("--model", "a/b", "--engine-arg=--dtype=float16", "--budget", "10m", "--python", python)
+    workload = made.profile.spec.key.workload
+    assert (workload.input_tokens, workload.output_tokens) == (111, 292)
+    assert [
+        note for note in made.notes if note.startswith("no lengths were given: requests have 111 tokens in and 292 out")
+    ]
+    assert not plan("--model", "a/b", *MEANS, "--python", python).notes
+
+    with pytest.raises(SystemExit):
+        tightship(["profile", "--help"])
+    assert "requests have 111 tokens in and 292 out" in capsys.readouterr().out
+
+
 def test_a_gpu_that_others_use_is_mentioned(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, GPU, used=5 << 30)
     made = plan("--model", "a/b", "--input-tokens", "9", "--output-tokens", "9", "--python", python)
@@ -241,7 +257,8 @@ OPT = str(SAMPLES / "llmservice-opt.yaml")
         (("-f", OPT, "--model", "a" * 5000), "--device cpu measures vLLM's CPU back end"),
         (("--model", "a/b", *MEANS, "-o", "a" * 300), r"a\.\.\.: File name too long"),
         (("--model", "a/b/c", *MEANS), "--model a/b/c: neither a directory here nor ORGANISATION/NAME"),
-        (("--model", "a/b"), "--input-tokens, --output-tokens or --lengths: give both"),
+        (("--model", "a/b", "--input-tokens", "9"), "--input-tokens, --output-tokens or --lengths: give both"),
+        (("--model", "a/b", "--output-tokens", "9"), "--input-tokens, --output-tokens or --lengths: give both"),
         (("--model", "a/b", *MEANS, "--lengths", "x.csv"), "--lengths x.csv: No such file"),
         (("--model", "a/b", *MEANS, "--lengths", __file__), "leave --input-tokens and --output-tokens out"),
         (("--model", "a/b", "--lengths", __file__), "--lengths .*test_profile.py: "),

@@ -99,7 +99,7 @@ bench-control-plane: env ## 500 services on 1,000 hollow GPUs beside plain State
 bench-cost: env ## what the sweep costs beside the published procedure, in virtual time, and whether they agree (ARGS=--help)
 	$(PY) benchmarks/cost_simulated.py $(ARGS)
 
-# The two on the real engine take a quarter of an hour each, and an otherwise idle machine.
+# The two on the real engine take half an hour each, and an otherwise idle machine; they fail when a goal is missed.
 BENCH_MODEL := build/small-llama
 $(BENCH_MODEL)/config.json: $(ENGINE_COMPLETE)
 	$(ENGINE_VENV)/bin/python scripts/make_small_llama.py $(BENCH_MODEL)

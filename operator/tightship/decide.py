@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tightship.api.units import parse_duration, parse_quantity
 from tightship.api.v1alpha1 import spec as api
 from tightship.core.advisor import Recommendation, advise
-from tightship.core.curve import Curve, Latency, Metric, Objective, Point, Statistic, Trial
+from tightship.core.curve import Confirmation, Curve, Latency, Metric, Objective, Point, Statistic, Trial
 from tightship.core.memory import Context, Ledger, Reserve, context_from_means
 
 DEFAULT_EFFICIENCY_FLOOR = 0.1
@@ -68,6 +68,7 @@ def decision_from_profile(
         trials=trials_from_profile(profile),
         failed=failed_trials_from_profile(profile),
         baseline=baseline_from_profile(profile),
+        confirmation=confirmation_from_profile(profile),
     )
 
 
@@ -157,6 +158,35 @@ def baseline_from_profile(profile: Mapping[str, Any]) -> Point | None:
     if not row or not _has_rate(row):
         return None
     return _point(row, _throughput_field(_rows(measured, "points", where), where), f"{where}.baseline")
+
+
+def confirmation_from_profile(profile: Mapping[str, Any]) -> Confirmation | None:
+    """What a replica showed that ran alone; `None` where there was no confirmation run.
+
+    Raises:
+        ProfileError: there is no curve, or the confirmation can't be read.
+    """
+    measured, where = measurement(profile)
+    row, at = _mapping(measured, "confirmation"), f"{where}.confirmation"
+    batch = _read(row, "batch", _count, at)
+    if batch is None:
+        return None
+    agrees = row.get("agrees")
+    if not isinstance(agrees, (bool, type(None))):
+        raise ProfileError(f"{at}.agrees: {_short(agrees)} is neither true nor false")
+    try:
+        return Confirmation(
+            batch=batch,
+            throughput=_read(row, "totalTokensPerSecond", _number, at),
+            inter_token_latency=_latency(row, "interTokenLatency", [], at),
+            throughput_ratio=_read(row, "throughputRatio", _number, at),
+            latency_ratio=_read(row, "latencyRatio", _number, at),
+            agrees=agrees,
+        )
+    except ProfileError:
+        raise
+    except ValueError as error:
+        raise ProfileError(f"{at}: {error}") from error
 
 
 def counts_prompt_tokens(profile: Mapping[str, Any]) -> bool:

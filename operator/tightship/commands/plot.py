@@ -28,11 +28,12 @@ from tightship.commands.output import say, show
 from tightship.core.advisor import Candidate, Recommendation, allowed_preemptions
 from tightship.core.calibration import calibrate
 from tightship.core.colocation import Prediction, predict
-from tightship.core.curve import Curve, Metric, Objective, Point, Statistic, Trial
+from tightship.core.curve import Confirmation, Curve, Metric, Objective, Point, Statistic, Trial
 from tightship.core.memory import Ledger
 from tightship.decide import (
     ProfileError,
     baseline_from_profile,
+    confirmation_from_profile,
     curve_from_profile,
     has_dedicated_cores,
     ledger_from_profile,
@@ -52,6 +53,7 @@ MARKERS: Final = ("o", "s", "^", "D", "v", "P")
 INK: Final = "#222222"
 PALE: Final = "#8a8a8a"
 SHADE: Final = "#D55E00"
+DIAMOND: Final = {"color": "none", "markeredgecolor": "#0072B2", "markeredgewidth": 1.6, "markersize": 11, "zorder": 5}
 RING: Final = {"color": "none", "markeredgecolor": INK, "markeredgewidth": 1.6, "markersize": 15, "zorder": 5}
 STATISTICS: Final = {
     "mean": "mean",
@@ -168,6 +170,8 @@ class Picture:
     """What runs until the choice, which is an estimate, has been tried; `None` where that is the choice itself."""
     baseline: Mark | None
     memory: MemoryBar | None
+    confirmed: Mark | None = None
+    """One replica that ran alone as it would."""
 
 
 def picture(profile: Mapping[str, Any], answer: Recommendation, *, floor: float, reserve: str) -> Picture:
@@ -198,12 +202,20 @@ def picture(profile: Mapping[str, Any], answer: Recommendation, *, floor: float,
         applied=_applied(answer, curve, panels),
         baseline=None if (base := baseline_from_profile(profile)) is None else _mark(base, panels, True),
         memory=_memory(answer, ledger_from_profile(profile), reserve),
+        confirmed=_confirmed(confirmation_from_profile(profile), panels, fell),
     )
 
 
 def _mark(measured: Point | Trial, panels: Sequence[Panel], eligible: bool) -> Mark:
     latencies = tuple(measured.latency(panel.metric, panel.statistic) for panel in panels)
     return Mark(measured.batch, measured.throughput, latencies, eligible)
+
+
+def _confirmed(found: Confirmation | None, panels: Sequence[Panel], fell: Set[tuple[int, int]]) -> Mark | None:
+    if found is None or found.throughput is None:
+        return None
+    latencies = tuple(found.latency(panel.metric, panel.statistic) for panel in panels)
+    return Mark(found.batch, found.throughput, latencies, (found.batch, 1) not in fell)
 
 
 class _Expectation:
@@ -377,6 +389,11 @@ def _draw_throughput(axis: Any, shown: Picture) -> None:
             linestyle="none", label=f"engine's default batch ({shown.baseline.batch})",
         )  # fmt: skip
         top = max(top, shown.baseline.throughput)
+    if shown.confirmed is not None:
+        axis.plot(
+            shown.confirmed.batch, shown.confirmed.throughput, "D", linestyle="none", label="as a replica (confirmation run)", **DIAMOND
+        )  # fmt: skip
+        top = max(top, shown.confirmed.throughput)
     if shown.chosen is not None:
         axis.plot(
             shown.chosen.batch, shown.chosen.throughput, "*", color="#F0E442", markeredgecolor=INK, markersize=17, zorder=6,
@@ -459,6 +476,9 @@ def _draw_latency(axis: Any, shown: Picture, panel: Panel, index: int) -> None:
     base = shown.baseline.latencies[index] if shown.baseline is not None else None
     if shown.baseline is not None and base is not None:
         axis.plot(shown.baseline.batch, 1000 * base, "X", color="white", markeredgecolor=INK, markersize=9, zorder=4)
+    replica = shown.confirmed.latencies[index] if shown.confirmed is not None else None
+    if shown.confirmed is not None and replica is not None:
+        axis.plot(shown.confirmed.batch, 1000 * replica, "D", **DIAMOND)
     until = shown.applied.latencies[index] if shown.applied is not None else None
     if shown.applied is not None and until is not None:
         axis.plot(shown.applied.batch, 1000 * until, "o", **RING)

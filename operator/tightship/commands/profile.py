@@ -52,11 +52,23 @@ MEASURED, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 IMPORT_SECONDS: Final = 300.0
 CROWDED: Final = 1 << 30
 """Memory of a GPU that others use, from which on it is said."""
+INPUT_TOKENS: Final = 111
+OUTPUT_TOKENS: Final = 292
+"""Mean lengths of the requests of the published runs (ShareGPT, arXiv:2503.08311): the workload where none is given."""
+_LENGTHS_NOTE: Final = (
+    f"no lengths were given: requests have {INPUT_TOKENS} tokens in and {OUTPUT_TOKENS} out on average, as in the published runs (ShareGPT); "
+    "the advice is for those, and --input-tokens and --output-tokens, or --lengths, say what yours are"
+)
 IMAGES: Final = {"cuda": "vllm/vllm-openai:v{version}", "cpu": "vllm/vllm-openai-cpu:v{version}"}
 """vLLM's own images, by device: what serves elsewhere what was measured here, unless --image names another."""
 
+_LENGTHS_HELP: Final = f"""\
+Without -f, --lengths and either of --input-tokens and --output-tokens, requests have {INPUT_TOKENS} tokens in and {OUTPUT_TOKENS} out on
+average, as in the published runs (ShareGPT, arXiv:2503.08311); that is said.
+"""
 EXAMPLES: Final = """\
 examples:
+  tightship profile --model ./opt-1.3b --engine-arg=--dtype=float16 --budget 10m -o opt.yaml
   tightship profile --model ./opt-1.3b --input-tokens 111 --output-tokens 292 --itl 30ms --budget 10m -o opt.yaml
   tightship profile -f llmservice.yaml -o profile.yaml        the profile that this service would have measured
   tightship profile --resume -o profile.yaml                  go on where it was stopped
@@ -71,7 +83,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "profile",
         help="measure a model here, without a cluster",
-        description=__doc__,
+        description=f"{__doc__}\n{_LENGTHS_HELP}",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -188,6 +200,7 @@ def make_plan(args: argparse.Namespace, environ: dict[str, str]) -> Plan:
         raise InputError("--model must be given, or -f with an LLMService manifest that says it")
     kept = read_kept(output) if going_on else None
     version: str | None = None
+    notes: list[str] = []
     if kept is not None and not subject.names_a_key(args):
         profile = _with_options(kept, args)
     else:
@@ -197,6 +210,9 @@ def make_plan(args: argparse.Namespace, environ: dict[str, str]) -> Plan:
             version = engine_version(args.python, environ) if args.image is None else None
             measured_on = None if kept is None else _measured_on(kept)
             defaults = _defaults(args, args.device or _device(environ), version, environ, measured_on)
+            if kept is None and args.lengths is None and args.input_tokens is None and args.output_tokens is None:
+                defaults |= {"input_tokens": INPUT_TOKENS, "output_tokens": OUTPUT_TOKENS}
+                notes.append(_LENGTHS_NOTE)
         profile = subject.from_arguments(args, defaults).profile(args.name)
         if kept is not None:
             profile = _going_on(kept, profile, output)
@@ -209,7 +225,7 @@ def make_plan(args: argparse.Namespace, environ: dict[str, str]) -> Plan:
         environ=environ,
         seed=_seed(args.seed, profile, output),
         gpu=args.gpu,
-        notes=_image_notes(profile, version),
+        notes=[*notes, *_image_notes(profile, version)],
     )
     _surroundings(plan, args)
     return plan
@@ -325,13 +341,13 @@ def _going_on(kept: api.BatchProfile, asked: api.BatchProfile, output: str) -> a
 
 
 def _unfinished(profile: api.BatchProfile) -> api.BatchProfile:
-    """Open again what ended for a cause that may be gone: a budget since raised, or a failure."""
+    """Open again what ended for a cause that may be gone: a budget since raised, a failure, or a machine that was busy."""
     status, how = profile.status, profile.spec.measurement
     outcome = status.outcome
     if outcome is None:
         return profile
     raised = float(status.gpu_seconds or 0) < parse_duration(how.budget)
-    if outcome.state == "Failed" or (outcome.state == "BudgetExceeded" and raised):
+    if outcome.state == "Failed" or ((outcome.state == "BudgetExceeded" or outcome.unfinished) and raised):
         return profile.model_copy(update={"status": status.model_copy(update={"outcome": None})})
     return profile
 
@@ -768,6 +784,8 @@ def _conclude(plan: Plan, profile: api.BatchProfile) -> int:
     file, asked = shlex.quote(plan.output), options.to_words(chosen, own)
     say("\nnext:")
     say(f"  {' '.join(['tightship advise -f', file, *asked, '--explain'])}")
+    if outcome.unfinished:
+        say(f"  {_resume(plan, '--resume')}")
     if _untried(answer) is not None:
         say(f"  {' '.join([_resume(plan, '--extend'), *asked])}")
     say(f"  kubectl apply -f {shlex.quote(plan.output)}")

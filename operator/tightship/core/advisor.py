@@ -17,6 +17,10 @@ trials of other pairs showed, `calibration`): it is `Estimated`, must meet the S
 and has nothing else against it: that one latency is predicted, the rest is as measured. Ties go to the smaller batch, then to
 fewer replicas.
 
+The sweep measures one engine with room for every batch; a replica has room for its own. Where a replica of some batch was run alone
+(`confirmation`) and missed an objective, neither that batch nor a larger one is a candidate for one replica, whatever the sweep says, nor
+is an untried pair of them; where it disagrees with the sweep a note says by how much.
+
 What must hold: the answer depends on the sets of points and trials only; every pair looked at is in `candidates` with the
 reasons it fell, or none; nothing is relaxed, so an SLO that no batch meets is answered with the smallest latency reached; a pair
 that was tried and missed the SLO never wins, nor does an untried one with at least its batch and its replicas.
@@ -31,7 +35,7 @@ from enum import Enum
 
 from tightship.core.calibration import Calibration, calibrate
 from tightship.core.colocation import predict
-from tightship.core.curve import Curve, Objective, Point, Trial
+from tightship.core.curve import Confirmation, Curve, Objective, Point, Trial
 from tightship.core.memory import Ledger, Reserve
 
 ESTIMATE_MARGIN = 0.9
@@ -214,6 +218,7 @@ class Question:
     trials: tuple[Trial, ...] = ()
     failed: frozenset[tuple[int, int]] = frozenset()
     baseline: Point | None = None
+    confirmation: Confirmation | None = None
 
     def __post_init__(self) -> None:
         if self.efficiency_floor < 0 or self.minimum_gain < 1 or self.max_replicas < 1:
@@ -246,7 +251,7 @@ class Question:
         point = self.curve.at(batch)
         return None if point is None else point.kv_tokens_peak
 
-    def latencies(self, measured: Point | Trial) -> tuple[float | None, ...]:
+    def latencies(self, measured: Point | Trial | Confirmation) -> tuple[float | None, ...]:
         """Seconds of each objective's statistic."""
         return tuple(measured.latency(objective.metric, objective.statistic) for objective in self.objectives)
 
@@ -264,6 +269,7 @@ def advise(
     trials: Sequence[Trial] = (),
     failed: Collection[tuple[int, int]] = (),
     baseline: Point | None = None,
+    confirmation: Confirmation | None = None,
 ) -> Recommendation:
     """Choose batch and replicas per GPU (formulas in the module docstring).
 
@@ -280,6 +286,7 @@ def advise(
         trials: what was measured with several replicas; those of one replica are left out, since the curve holds one.
         failed: pairs of batch and replicas whose trial could not be made; they are no candidates.
         baseline: the engine with its own default batch, to be reported beside the choice.
+        confirmation: one engine that ran as a replica would, alone.
 
     Raises:
         ValueError: a setting out of its range, or two trials of one pair.
@@ -296,6 +303,7 @@ def advise(
         tuple(trials),
         frozenset(failed),
         baseline,
+        confirmation,
     )
     singles, packed = evaluate(question)
     candidates = singles + packed
@@ -349,11 +357,25 @@ def _single(question: Question, point: Point) -> Candidate:
     latencies = question.latencies(point)
     rejections = [
         *_check_latencies(question, latencies),
+        *_check_confirmation(question, point.batch, latencies),
         *_check_efficiency(efficiency, question.efficiency_floor),
         *_check_preemptions(point),
         *_check_memory(question, memory, replicas=1),
     ]
-    return Candidate(point.batch, 1, point.throughput, latencies, efficiency, memory, Basis.MEASURED, tuple(rejections))
+    worst = _as_confirmed(question, point.batch, latencies)
+    return Candidate(point.batch, 1, point.throughput, worst, efficiency, memory, Basis.MEASURED, tuple(rejections))
+
+
+def _as_confirmed(question: Question, batch: int, latencies: Sequence[float | None]) -> tuple[float | None, ...]:
+    """Seconds of each objective alone: of the batch that ran as a replica the longer one of both measurements."""
+    confirmation = question.confirmation
+    if confirmation is None or batch != confirmation.batch:
+        return tuple(latencies)
+    shown = question.latencies(confirmation)
+    return tuple(
+        own if own is None or replica is None else max(own, replica)
+        for own, replica in zip(latencies, shown, strict=True)
+    )
 
 
 def _tried(question: Question, trial: Trial, singles: Sequence[Candidate], outlook: _Outlook | None) -> Candidate:
@@ -471,6 +493,22 @@ def _check_latencies(
             yield Rejection(Limit.SLO, f"{objective} {_ms(latency)} > {_ms(objective.maximum)}{spare}")
 
 
+def _check_confirmation(question: Question, batch: int, latencies: Sequence[float | None]) -> Iterator[Rejection]:
+    """What a replica missed that ran alone, with at most this batch, where the sweep's own `latencies` are not above the SLO."""
+    confirmation = question.confirmation
+    if confirmation is None or batch < confirmation.batch:
+        return
+    shown = question.latencies(confirmation)
+    for objective, own, replica in zip(question.objectives, latencies, shown, strict=True):
+        if own is None or own > objective.maximum or replica is None or replica <= objective.maximum:
+            continue
+        figures = f"{objective} {_ms(replica)} > {_ms(objective.maximum)}"
+        if batch == confirmation.batch:
+            yield Rejection(Limit.SLO, f"{figures} as a replica ({_ms(own)} in the sweep)")
+        else:
+            yield Rejection(Limit.SLO, f"batch {confirmation.batch} as a replica already had {figures}", clause=True)
+
+
 def _check_efficiency(efficiency: float | None, floor: float) -> Iterator[Rejection]:
     if efficiency is not None and not efficiency > floor:
         yield Rejection(Limit.EFFICIENCY, f"efficiency {efficiency:.3f} <= floor {floor:g}")
@@ -499,10 +537,15 @@ def _check_replicas(question: Question, replicas: int) -> Iterator[Rejection]:
 
 
 def missed_by_milder_trial(question: Question, batch: int, replicas: int) -> str | None:
-    """The trial with at most this batch and these replicas that missed an objective, in words; `None` where there is none.
+    """The trial, or the replica alone, with at most this batch and these replicas that missed an objective, in words; `None` where there is none.
 
     More requests or more replicas never make a step faster, so what a milder trial missed this pair misses too.
     """
+    alone = question.confirmation
+    if alone is not None and alone.batch <= batch:
+        for objective, latency in zip(question.objectives, question.latencies(alone), strict=True):
+            if latency is not None and latency > objective.maximum:
+                return f"batch {alone.batch} as a replica alone already had {objective} {_ms(latency)} > {_ms(objective.maximum)}"
     for trial in question.trials:
         if trial.replicas < 2 or trial.batch > batch or trial.replicas > replicas:
             continue
@@ -670,6 +713,7 @@ def _notes(
     baseline = _baseline(question)
     if baseline is not None:
         yield _baseline_note(question, baseline, chosen)
+    yield from _confirmation_notes(question)
     if curve.at(1) is None and question.efficiency_floor > 0:
         yield "efficiency floor not evaluated: batch 1 was not measured"
     if ledger is None:
@@ -701,6 +745,34 @@ def _baseline_note(question: Question, baseline: Baseline, chosen: Candidate | N
     if chosen is None:
         return text
     return f"{text}; {_pair_name(chosen)} has {chosen.throughput / baseline.point.throughput:.2f} x its throughput"
+
+
+def _confirmation_notes(question: Question) -> Iterator[str]:
+    """That a replica, run alone, disagreed with the sweep, by how much, and what it missed."""
+    confirmation = question.confirmation
+    if confirmation is None:
+        return
+    told = zip(question.objectives, question.latencies(confirmation), strict=True)
+    missed = [
+        f"{objective} is {_ms(latency)}, above the SLO of {_ms(objective.maximum)}"
+        for objective, latency in told
+        if latency is not None and latency > objective.maximum
+    ]
+    if confirmation.agrees is not False and not missed:
+        return
+    ratios = [
+        f"{name} {ratio:.3f} times the sweep's"
+        for name, ratio in (
+            ("throughput", confirmation.throughput_ratio),
+            ("time between tokens", confirmation.latency_ratio),
+        )
+        if ratio is not None
+    ]
+    verb = "disagrees with the sweep" if confirmation.agrees is False else "was measured"
+    text = f"batch {confirmation.batch} as a replica {verb}"
+    if ratios:
+        text += f": {', '.join(ratios)}"
+    yield f"{text}; {'; '.join(missed)}: neither it nor a larger batch is advised for one replica" if missed else text
 
 
 def _extrapolated_notes(ledger: Ledger | None, chosen: Candidate) -> Iterator[str]:
@@ -804,7 +876,8 @@ def _best_latency(question: Question, singles: Sequence[Candidate]) -> BestLaten
     ]
     if not measured:
         return None
-    _, batch, latencies = min(measured)
+    # One that fell by a smaller batch's replica alone came no nearer.
+    _, batch, latencies = min([each for each in measured if each[0] > 1] or measured)
     return BestLatency(batch, latencies)
 
 

@@ -139,6 +139,35 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Confirmation:
+    """What one engine showed that ran as a replica would, with `batch` requests always in flight, beside the sweep's point of that batch.
+
+    `throughput` and the latency are a `Point`'s, `None` where not measured or not resolved; the ratios are of these figures (of the latency
+    the mean) over the sweep's; `agrees` says whether both are within what the two measurements leave open.
+
+    Raises:
+        ValueError: a number that no measurement can give.
+    """
+
+    batch: int
+    throughput: float | None = None
+    inter_token_latency: Latency = field(default_factory=Latency)
+    throughput_ratio: float | None = None
+    latency_ratio: float | None = None
+    agrees: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch {self.batch} is below 1")
+        for name in ("throughput", "throughput_ratio", "latency_ratio"):
+            _check_positive(name, getattr(self, name))
+
+    def latency(self, metric: Metric, statistic: Statistic) -> float | None:
+        """Seconds of one statistic of one metric, or `None` where it was not measured: a closed loop tells no time to first token."""
+        return self.inter_token_latency.get(statistic) if metric is Metric.INTER_TOKEN_LATENCY else None
+
+
+@dataclass(frozen=True)
 class Objective:
     """A bound in seconds on one statistic of one latency: what the SLO is made of."""
 

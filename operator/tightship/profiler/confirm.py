@@ -240,7 +240,7 @@ def compare(reading: Reading, sweep: api.Point, plan: ReplicaPlan) -> api.Confir
     return api.Confirmation(
         batch=reading.point.batch,
         total_tokens_per_second=points.decimal(reading.throughput),
-        inter_token_latency=reading.point.inter_token_latency,
+        inter_token_latency=points.resolved(reading.point.inter_token_latency, reading.point.unresolved),
         throughput_ratio=points.decimal(throughput_ratio),
         latency_ratio=points.decimal(latency_ratio),
         agrees=abs(throughput_ratio - 1) <= allowed and abs(latency_ratio - 1) <= allowed,

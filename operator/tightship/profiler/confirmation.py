@@ -19,11 +19,11 @@ from tightship.profiler import arrivals, confirm
 from tightship.profiler.budget import ARRIVALS_LEAST, CONFIRM_LEAST
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
-from tightship.profiler.errors import EngineError, UnansweredError
+from tightship.profiler.errors import EngineError, OutOfMemory, UnansweredError
 from tightship.profiler.gpu import GIB
 from tightship.profiler.meter import Reading
 from tightship.profiler.session import RESTARTS, Session
-from tightship.profiler.sweep import CHANCES, undriven
+from tightship.profiler.sweep import CHANCES, CURVE_LEAST, undriven
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class ConfirmationRun:
         """Confirm within what is left of the budget; returns what was cut.
 
         Raises:
-            EngineError: the engine failed twice.
+            EngineError: the engine failed twice, and what was measured before is too little to advise from, or the cause was memory.
         """
         if self._done and self._arrived:
             return None
@@ -103,13 +103,19 @@ class ConfirmationRun:
             except EngineError as error:
                 if restart == RESTARTS and self._done:
                     # Memory and comparison are there, and packings can be tried: only how it queues is not known.
+                    self._session.leave("Arrivals")
                     self._session.note(f"no random arrivals: {error}"[:1000])
                     return None
                 if restart == RESTARTS:
                     measured = len(self._session.report.points)
-                    raise type(error)(
-                        f"{measured} batches were measured, but running as a replica would failed: {error}"
-                    ) from error
+                    text = f"{measured} batches were measured, but running as a replica would failed: {error}"
+                    if measured < CURVE_LEAST or isinstance(
+                        error, OutOfMemory
+                    ):  # a replica that doesn't fit is no advice
+                        raise type(error)(text) from error
+                    self._session.leave("Confirmation")
+                    self._session.note(text[:2000])
+                    return None
                 self._session.note(f"the confirmation run was repeated: {error}"[:500])
 
     async def _confirm(self) -> None:
@@ -154,6 +160,7 @@ class ConfirmationRun:
         if reading is None:
             return
         if reading.undriven is not None:
+            session.leave("Confirmation")
             session.note(f"confirmation run: {undriven(reading)}")
             return
         compared = confirm.compare(reading, session.report.points[self._batch], plan)
@@ -218,6 +225,7 @@ class ConfirmationRun:
             await load.close()
         overloaded = seen.overloaded(seen.itl.mean or math.inf)
         if overloaded is not None:
+            session.leave("Arrivals")
             session.note(f"arrivals at random at batch {self._batch} could not be driven: {overloaded}")
             return
         self._report(confirmation, found)

@@ -79,6 +79,7 @@ class Meter:
         *,
         input_per_output: float,
         steps_needed: int = 0,
+        first_tokens_needed: int = 0,
         itl_most: float | None = None,
     ) -> None:
         """The meter of one engine.
@@ -90,6 +91,7 @@ class Meter:
             clock: the time.
             input_per_output: mean input over mean output tokens.
             steps_needed: engine steps behind the objective's statistic.
+            first_tokens_needed: first tokens behind it, where it is of the time to them.
             itl_most: what an objective allows between tokens, seconds; None without such an objective.
         """
         self._engine = engine
@@ -100,6 +102,7 @@ class Meter:
         self._input_per_output = input_per_output
         self._factor = 1.0 + input_per_output
         self._steps_needed = steps_needed
+        self._first_tokens_needed = first_tokens_needed
         self._itl_most = itl_most
         self._lower: float | None = None
         # What a level needed in flight beyond its batch, relative; smaller batches need less.
@@ -181,13 +184,15 @@ class Meter:
     def _precise(self, tally: Tally) -> bool:
         """Whether the throughput is known as well as it has to be."""
         found = self._estimate(tally)
-        itl, most = self._windows.itl, self._itl_most
-        near = most is not None and abs(itl / most - 1) < NEAR
-        steep = self._lower is not None and found.rate * self._factor >= STEEP * self._lower
-        return found.half_width is not None and found.half_width <= (COARSE if steep and not near else PRECISION)
+        asked = precision_asked(
+            found.rate * self._factor, self._windows.itl, lower=self._lower, itl_most=self._itl_most
+        )
+        return found.half_width is not None and found.half_width <= asked
 
     def _resolved(self, batch: int, tally: Tally, mean_output: float) -> bool:
-        """Whether enough engine steps stand behind the objective's statistic, and enough of a request's life behind all of them."""
+        """Whether enough engine steps, or first tokens, stand behind the objective's statistic, and enough of a request's life behind all."""
+        if self._windows.recording.ttft.count < self._first_tokens_needed:
+            return False
         return tally.seconds >= max(
             self._steps_needed * self._windows.itl, lives_seconds(batch, mean_output, self._windows.itl)
         )
@@ -208,7 +213,7 @@ class Meter:
             output_tokens_per_second=points.decimal(rate),
             total_tokens_per_second=points.decimal(rate * self._factor),
             inter_token_latency=points.latency(recording.itl),
-            time_to_first_token=points.latency(recording.ttft),
+            time_to_first_token=points.first_token_latency(recording.ttft),
             kv_cache_tokens_peak=round(tally.kv_peak * (self._engine.info.kv_tokens or 0)) or None,
             requests=recording.requests,
             preemptions=round(tally.preemptions),
@@ -217,6 +222,7 @@ class Meter:
             window=format_duration(seconds),
             half_width=points.decimal(width),
             unresolved=points.unresolved(seconds / itl, blurred=recording.blurred(itl)),
+            blurred=points.blurred(recording.blurred(itl)),
         )
         return Reading(
             point=point,
@@ -226,6 +232,20 @@ class Meter:
             undriven=recording.overloaded(itl),
             notes=tuple(_notes(batch, tally, recording, itl)),
         )
+
+
+def precision_asked(throughput: float, itl: float, *, lower: float | None, itl_most: float | None) -> float:
+    """The relative half-width to which a level's throughput has to be known.
+
+    Args:
+        throughput: T of the level, tokens per second.
+        itl: its mean time between tokens, seconds.
+        lower: T of a level with at most half its batch; None where every level has to be precise.
+        itl_most: what an objective allows between tokens, seconds; None without such an objective.
+    """
+    near = itl_most is not None and abs(itl / itl_most - 1) < NEAR
+    steep = lower is not None and throughput >= STEEP * lower
+    return COARSE if steep and not near else PRECISION
 
 
 def _notes(batch: int, tally: Tally, recording: Recording, itl: float) -> list[str]:

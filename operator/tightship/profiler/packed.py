@@ -71,6 +71,7 @@ class PackedMeter:
         input_per_output: float,
         mean_output: float,
         steps_needed: int = 0,
+        first_tokens_needed: int = 0,
         itl: float = 0.02,
         idle: int = 0,
     ) -> None:
@@ -84,6 +85,7 @@ class PackedMeter:
             input_per_output: mean input over mean output tokens.
             mean_output: mean output tokens of a request.
             steps_needed: engine steps behind the objective's statistic; 0 for means.
+            first_tokens_needed: first tokens behind it, where it is of the time to them.
             itl: the inter-token latency that is expected, seconds, to size the first windows.
             idle: bytes of the device that were in use before the first engine.
         """
@@ -94,6 +96,7 @@ class PackedMeter:
         self._factor = 1.0 + input_per_output
         self._mean_output = mean_output
         self._steps_needed = steps_needed
+        self._first_tokens_needed = first_tokens_needed
         self._idle = idle
 
     async def measure(self, batch: int, seconds: float, limit: float) -> PackedReading | None:
@@ -139,7 +142,10 @@ class PackedMeter:
             if whole and may_top_up and count == 2 and tally.missing(batch):
                 return tally
             if count >= WINDOWS_LEAST and windows.alive:
-                resolved = tally.seconds >= self._steps_needed * windows.itl
+                resolved = (
+                    tally.seconds >= self._steps_needed * windows.itl
+                    and windows.recording.ttft.count >= self._first_tokens_needed
+                )
                 width = estimate(tally.windows, self._input_per_output).half_width
                 lived = tally.seconds >= lives_seconds(batch * len(self._loads), self._mean_output, windows.itl)
                 precise = width is not None and width <= PRECISION and lived
@@ -170,7 +176,7 @@ class PackedMeter:
             output_tokens_per_second=points.decimal(rate),
             total_tokens_per_second=points.decimal(rate * self._factor),
             inter_token_latency=points.latency(whole.itl),
-            time_to_first_token=points.latency(whole.ttft),
+            time_to_first_token=points.first_token_latency(whole.ttft),
             requests=whole.requests,
             preemptions=round(tally.preemptions),
             gpu_utilization=points.decimal(mean(tally.compute)) if tally.compute else None,
@@ -179,6 +185,7 @@ class PackedMeter:
             window=format_duration(tally.seconds),
             half_width=points.decimal(width),
             unresolved=points.unresolved(tally.seconds / itl, blurred=whole.blurred(itl)),
+            blurred=points.blurred(whole.blurred(itl)),
             slowest=points.decimal(slowest),
             message="; ".join(self._doubts(batch, tally, whole.failures, slowest))[:1024] or None,
         )

@@ -52,18 +52,19 @@ def _again(session: Session) -> set[Pair]:
 
 
 def _open(session: Session, trial: api.Trial) -> list[str]:
-    """The objectives' statistics that a trial left open."""
-    return sorted(session.statistics.intersection(trial.unresolved))
+    """The objectives' statistics that a trial left open: unresolved, or with nothing seen; each with what settles it."""
+    asked = sorted(session.asked, key=lambda one: (one[0].value, one[1].value))
+    found = ((one, points.why_open(trial, *one)) for one in asked)
+    return [f"{statistic.value} {metric.value} unresolved ({why})" for (metric, statistic), why in found if why]
 
 
 def _left_open(session: Session) -> list[str]:
     """What the outcome must say of trials that were asked for."""
     tried = [session.report.trials[pair] for pair in _asked(session) if pair in session.report.trials]
     return [
-        f"the trial of {one.replicas} x {one.batch} leaves {' and '.join(names)} unresolved: "
-        f"that takes {session.steps_needed} engine steps and a load that is not late; raise the budget"
+        f"the trial of {one.replicas} x {one.batch} leaves {' and '.join(left)}"
         for one in tried
-        if points.has_figures(one) and (names := _open(session, one))
+        if points.has_figures(one) and (left := _open(session, one))
     ]
 
 
@@ -91,6 +92,7 @@ def prepare(session: Session, sharing: Sharing | None, asked_only: bool) -> tupl
         minimum_gain=job.minimum_gain,
         efficiency_floor=job.efficiency_floor,
         dedicated=session.device.identity.kind == "cpu",
+        confirmation=points.confirmation(report.confirmation),
     )
     agenda: Agenda = Given(asked, None if asked_only else predicted) if asked else predicted
     return _bench(session, sharing, sizes), agenda
@@ -113,6 +115,7 @@ def _bench(session: Session, sharing: Sharing, sizes: Sizes) -> Bench:
         sizes=sizes,
         lengths=session.lengths,
         steps_needed=session.steps_needed,
+        first_tokens_needed=session.first_tokens_needed,
         launch=session.launch,
         load=load,
         device=session.device,

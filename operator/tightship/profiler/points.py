@@ -6,7 +6,7 @@ directions live here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 
 from tightship.api.units import format_duration, parse_duration, parse_quantity
@@ -17,17 +17,35 @@ from tightship.core import curve as core
 from tightship.core import memory
 from tightship.profiler.histogram import Histogram
 
+Asked = tuple[core.Metric, core.Statistic]
+"""A statistic of a latency that an objective bounds."""
+
 QUANTILES: dict[ApiStatistic, float] = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99}
 STEPS_NEEDED: dict[ApiStatistic, int] = {"p95": 500, "p99": 2000}
 """Engine steps behind a statistic before it counts as resolved."""
+FIRST_TOKENS_NEEDED: dict[ApiStatistic, int] = {"p95": 20, "p99": 100}
+"""First tokens behind a statistic of their latency: of fewer, a percentile is their largest. Of the others one will do."""
 
 
 def latency(histogram: Histogram) -> api.Latency | None:
     """The statistics of a histogram; None when it is empty."""
+    return _latency(histogram, QUANTILES)
+
+
+def first_token_latency(histogram: Histogram) -> api.Latency | None:
+    """The same of a time to first token, without percentiles that too few first tokens stand behind: an engine step brings many tokens, but
+    a first one only where a request begins."""
+    count = histogram.count
+    return _latency(
+        histogram, {name: share for name, share in QUANTILES.items() if count >= FIRST_TOKENS_NEEDED.get(name, 1)}
+    )
+
+
+def _latency(histogram: Histogram, quantiles: Mapping[ApiStatistic, float]) -> api.Latency | None:
     if not histogram.count:
         return None
     mean = histogram.mean
-    values = {name: histogram.quantile(share) for name, share in QUANTILES.items()}
+    values = {name: histogram.quantile(share) for name, share in quantiles.items()}
     # Four digits: more than any window resolves.
     texts = {name: format_duration(float(f"{value:.4g}")) for name, value in {"mean": mean, **values}.items() if value}
     return api.Latency(**texts)
@@ -36,6 +54,43 @@ def latency(histogram: Histogram) -> api.Latency | None:
 def unresolved(steps: float, *, blurred: bool = False) -> list[ApiStatistic]:
     """Statistics that so many engine steps do not settle, or, `blurred`, that the load's own lateness hides."""
     return [name for name, needed in STEPS_NEEDED.items() if steps < needed or blurred]
+
+
+def blurred(hidden: bool) -> list[ApiStatistic]:
+    """Statistics that the load's own lateness hides, if it does."""
+    return list(STEPS_NEEDED) if hidden else []
+
+
+def first_tokens_needed(asked: Iterable[Asked]) -> int:
+    """First tokens that the statistics asked for want; 0 where none is of their latency."""
+    return max(
+        (
+            FIRST_TOKENS_NEEDED.get(statistic.value, 1)
+            for metric, statistic in asked
+            if metric is core.Metric.TIME_TO_FIRST_TOKEN
+        ),
+        default=0,
+    )
+
+
+def why_open(given: api.Point | api.Trial, metric: core.Metric, statistic: core.Statistic) -> str | None:
+    """Why a statistic of a latency is not known, and what settles it, in words; None where it is known."""
+    name = statistic.value
+    itl = metric is core.Metric.INTER_TOKEN_LATENCY
+    shown = given.inter_token_latency if itl else given.time_to_first_token
+    if name in given.blurred:
+        return (
+            "the load's own lateness hides it, and more time does not help: let nothing else run on the load's core, or give the profiler "
+            "more cores, and measure again"
+        )
+    if name in given.unresolved:
+        return f"it takes {STEPS_NEEDED.get(name, 'more')} engine steps: raise profiling.budget"
+    if shown is not None and getattr(shown, name) is not None:
+        return None
+    if itl:
+        return "no time between tokens was seen: raise profiling.budget"
+    needed = first_tokens_needed([(metric, statistic)])
+    return f"it takes {needed} first token{'s' * (needed > 1)} of requests that begin meanwhile: raise profiling.budget"
 
 
 def decimal(value: float, digits: int = 4) -> str:
@@ -84,6 +139,25 @@ def trial(given: api.Trial) -> core.Trial:
         memory=parse_quantity(given.memory) if given.memory else None,
         kv_cache=parse_quantity(given.kv_cache) if given.kv_cache else None,
     )
+
+
+def confirmation(given: api.Confirmation | None) -> core.Confirmation | None:
+    """A confirmation run as decisions read it; None where there was none."""
+    if given is None:
+        return None
+    return core.Confirmation(
+        batch=given.batch,
+        throughput=_positive(given.total_tokens_per_second),
+        inter_token_latency=_core_latency(given.inter_token_latency, ()),
+        throughput_ratio=_positive(given.throughput_ratio),
+        latency_ratio=_positive(given.latency_ratio),
+        agrees=given.agrees,
+    )
+
+
+def resolved(given: api.Latency | None, missing: Collection[ApiStatistic]) -> api.Latency | None:
+    """A latency without the statistics that are not resolved."""
+    return given and given.model_copy(update=dict.fromkeys(missing))
 
 
 def ledger(given: api.ProfileMemory | None, max_model_len: int | None) -> memory.Ledger | None:
@@ -145,6 +219,10 @@ def _core_latency(given: api.Latency | None, missing: Collection[str]) -> core.L
         if name not in missing and parse_duration(text)
     }
     return core.Latency(**values)
+
+
+def _positive(text: str | None) -> float | None:
+    return float(text) if text and float(text) > 0 else None
 
 
 def _share(text: str | None) -> float | None:

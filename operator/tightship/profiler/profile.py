@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from tightship.api.units import format_quantity, parse_duration
 from tightship.api.v1alpha1 import batchprofile as api
@@ -82,12 +82,16 @@ class Profiler:
         Raises:
             ReportError: the API server refuses the reports.
         """
+        beating = asyncio.get_running_loop().create_task(self._session.keep_account())
         try:
             outcome = await (self._measure() if self._earlier is None else self.extend(self._earlier))
         except asyncio.CancelledError:
             self._session.account()
             self._report.save()
             raise
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
         self._report.outcome = outcome
         self._session.progress("Done", None, outcome.message or outcome.state)
         return outcome
@@ -95,11 +99,12 @@ class Profiler:
     async def _measure(self) -> api.Outcome:
         self._describe()
         try:
-            ended = await Sweep(self._session).run()
+            sweep = Sweep(self._session)
+            ended = await sweep.run()
             curve = self._session.curve()
             if curve is None:
                 return self._no_point(ended)
-            return await self._conclude(ended, curve)
+            return await self._conclude(ended, curve, sweep.imprecise())
         except OutOfMemory as error:
             return self._outcome("Failed", "InsufficientMemory", self._with_notes(str(error)))
         except (EngineError, LoadError, LengthsError) as error:
@@ -115,11 +120,12 @@ class Profiler:
         message = continued(earlier.message, "; ".join([*said, *self._session.notes]))
         return earlier.model_copy(update={"message": message or None, "extend": request})
 
-    async def _conclude(self, ended: Ended, curve: Curve) -> api.Outcome:
+    async def _conclude(self, ended: Ended, curve: Curve, imprecise: str | None) -> api.Outcome:
         """All that comes after the sweep."""
         cut = await ConfirmationRun(self._session, curve).run()
         packed = await self._try_packings()
-        said = [ended.reason, *([cut] if cut else []), *packed.notes, *self._unresolved(), *self._session.lengths.notes]
+        said = [ended.reason, *([cut] if cut else []), *packed.notes]
+        said += [*([imprecise] if imprecise else []), *self._unresolved(), *self._go_on(), *self._session.lengths.notes]
         state: State = "BudgetExceeded" if ended.exceeded or cut or packed.exceeded else "Completed"
         return self._outcome(state, state, self._with_notes(*said))
 
@@ -146,19 +152,28 @@ class Profiler:
         return self._outcome("Failed", "NoPointInBudget", self._with_notes(text))
 
     def _unresolved(self) -> list[str]:
-        """The objectives' statistics that have too few engine steps behind them."""
+        """The objectives' statistics that are not known at some batches, each cause with what settles it."""
         said = []
         for objective in self._job.objectives:
-            name = objective.statistic.value
-            if name not in points.STEPS_NEEDED:
-                continue
-            batches = [str(batch) for batch, point in sorted(self._report.points.items()) if name in point.unresolved]
-            if batches:
-                said.append(
-                    f"{objective} is unresolved at batch {', '.join(batches)}: it takes {points.STEPS_NEEDED[name]} engine steps "
-                    "and a load that is not late; raise profiling.budget"
-                )
+            causes: dict[str, list[str]] = {}
+            for batch, point in sorted(self._report.points.items()):
+                why = points.why_open(point, objective.metric, objective.statistic)
+                if why is not None:
+                    causes.setdefault(why, []).append(str(batch))
+            said += [
+                f"{objective} is unresolved at batch {', '.join(batches)}: {why}" for why, batches in causes.items()
+            ]
         return said
+
+    def _go_on(self) -> list[str]:
+        """What to do about parts that came to nothing for a cause that may be gone."""
+        left = [part for part in get_args(api.Part) if part in self._session.unfinished]
+        if not left:
+            return []
+        return [
+            f"not finished, because the load ran late or the engine failed: {', '.join(left)}; once the cause is gone "
+            "`tightship profile --resume` makes up for it and keeps the rest; in a cluster profiling.rerun measures all anew"
+        ]
 
     def _with_notes(self, *said: str) -> str:
         return "; ".join([*said, *self._session.notes, *self._job.remarks])
@@ -170,5 +185,6 @@ class Profiler:
             reason=reason,
             message=message[:MESSAGE_MOST],
             rerun=self._job.rerun,
+            unfinished=sorted(self._session.unfinished) if state != "Failed" else [],
             extend=extension.request if extension is not None else None,
         )

@@ -5,6 +5,7 @@ A phase (sweep, confirmation run, packing trials) is handed a session and touche
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Final, Literal
@@ -17,7 +18,7 @@ from tightship.profiler import points
 from tightship.profiler.budget import Budget, Cost
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine, EngineInfo, EngineSettings, Launcher
-from tightship.profiler.errors import LengthsError
+from tightship.profiler.errors import LengthsError, ReportError
 from tightship.profiler.gpu import Device
 from tightship.profiler.job import Job
 from tightship.profiler.lengths import Prompts
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 RESTARTS: Final = 1
 """How often an engine that fails is started again, in each phase."""
 DEFAULT_BLOCK: Final = 16
+ACCOUNT_SECONDS: Final = 10.0
+"""How much of the time spent may be lost with an attempt that is killed, at the most."""
 
 Stage = Literal["Starting", "Sweeping", "Baseline", "Confirming", "Trying", "Done"]
 
@@ -65,6 +68,8 @@ class Session:
         """The context in flight of what is really put on the engine."""
         self.notes: list[str] = []
         """What the outcome must say besides."""
+        self.unfinished: set[api.Part] = set()
+        """What came to nothing for a cause that may be gone."""
         self.idle = device.used()
         """Bytes of the device in use before this attempt's first engine."""
         self._extends = job.extension.request if job.extension is not None and report.outcome is not None else None
@@ -106,7 +111,6 @@ class Session:
         """What measures levels on an engine."""
         lengths = self.lengths
         ratio = lengths.mean_input / lengths.mean_output
-        limits = [one.maximum for one in self.job.objectives if one.metric is Metric.INTER_TOKEN_LATENCY]
         return Meter(
             engine,
             load,
@@ -114,20 +118,32 @@ class Session:
             self.clock,
             input_per_output=ratio,
             steps_needed=self.steps_needed,
-            itl_most=min(limits, default=None),
+            first_tokens_needed=self.first_tokens_needed,
+            itl_most=self.itl_most,
         )
 
     @property
-    def statistics(self) -> frozenset[str]:
+    def asked(self) -> frozenset[points.Asked]:
         """The statistics that the objectives are of, those of an extension included."""
         extension = self.job.extension
-        asked = {one.statistic for one in extension.objectives} if extension is not None else set()
-        return frozenset({one.statistic.value for one in self.job.objectives} | asked)
+        more = points.objectives(extension.objectives) if extension is not None else []
+        return frozenset((one.metric, one.statistic) for one in (*self.job.objectives, *more))
 
     @property
     def steps_needed(self) -> int:
         """Engine steps that the objectives' statistics want, of either latency; 0 for means."""
-        return max((needed for name, needed in points.STEPS_NEEDED.items() if name in self.statistics), default=0)
+        return max((points.STEPS_NEEDED.get(statistic.value, 0) for _, statistic in self.asked), default=0)
+
+    @property
+    def first_tokens_needed(self) -> int:
+        """First tokens that the objectives' statistics want; 0 where none is of the time to them."""
+        return points.first_tokens_needed(self.asked)
+
+    @property
+    def itl_most(self) -> float | None:
+        """What the objectives allow between tokens, seconds; None where none bounds it."""
+        limits = [one.maximum for one in self.job.objectives if one.metric is Metric.INTER_TOKEN_LATENCY]
+        return min(limits, default=None)
 
     @property
     def context(self) -> Context:
@@ -199,6 +215,10 @@ class Session:
             self.notes.append(text)
             log.warning("%s", text)
 
+    def leave(self, part: api.Part) -> None:
+        """Have the outcome say that a part is to be made up for."""
+        self.unfinished.add(part)
+
     def withdraw(self, note: str) -> None:
         """Take a note back that is no longer true."""
         self.notes.remove(note)
@@ -224,6 +244,16 @@ class Session:
         self.report.cost = self.cost.report()
         if self.report.progress is not None:
             self.report.progress = self.report.progress.model_copy(update={"elapsed": self._elapsed()})
+
+    async def keep_account(self) -> None:
+        """Save the time that was spent every 10 s, until this is cancelled: a level may take minutes, and an attempt that is killed in it must
+        not leave that time to the next one's budget."""
+        with contextlib.suppress(ReportError):  # whoever reports something next raises it
+            while True:
+                await self.clock.sleep(ACCOUNT_SECONDS)
+                if self.budget.spent_now > 0:
+                    self.account()
+                    self.report.save()
 
     def _elapsed(self) -> str:
         return format_duration(round(self.budget.spent, 1))

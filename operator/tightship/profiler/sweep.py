@@ -3,8 +3,9 @@
 What must hold: no batch is measured twice, but for a level at which the load ran late or the engine failed: that one gets a second chance,
 and when it comes to nothing again there is no point, only a word on why (and one more try, once the load has driven a larger batch); a finished
 point is saved at once. An engine that fails is
-started once more. One that fails again at the same batch ends the ladder below it, and the sweep has not failed: what was measured is worth a
-confirmation run, and a last engine may refine it first. One that fails again elsewhere is a failing engine.
+started once more. One that fails again at the same batch ends the ladder below it (or leaves that batch out, where a larger one was measured), and
+the sweep has not failed: what was measured is worth a confirmation run, and a last engine may refine it first. One that fails again elsewhere is a
+failing engine: what it leaves is a curve all the same where there are points enough, and the outcome names the sweep as unfinished.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
+from tightship.api.units import parse_duration
 from tightship.core.curve import Metric, Statistic
 from tightship.profiler import confirm
 from tightship.profiler.budget import LEVEL_MOST
 from tightship.profiler.engine import Engine
 from tightship.profiler.errors import BudgetSpentError, EngineError, LoadError, UnansweredError
 from tightship.profiler.ladder import Goals, Noise, Step, next_batch, rungs
-from tightship.profiler.meter import Meter, Reading
+from tightship.profiler.meter import Meter, Reading, precision_asked
 from tightship.profiler.points import throughput
 from tightship.profiler.session import RESTARTS, Session
 
@@ -31,6 +33,8 @@ BISECTION_LEVELS: Final = 3
 """Levels of a bisection between two rungs, from 64 on: to an eighth of the lower."""
 CHANCES: Final = 2
 """Measurements of a level at which the load runs late, before it counts as one that can't be driven."""
+CURVE_LEAST: Final = 4
+"""Points from which on a curve is worth keeping, though an engine that fails ended it: one, two, four and eight requests, say."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Sweep:
         self._session = session
         self._undriven: dict[int, str] = {}
         """What was said of the batches that have no point for want of a load, or of an engine, that took them."""
+        self._late: set[int] = set()
+        """Those of them for which the load ran late: what the machine does besides may be over by the next attempt."""
         self._forgiven: set[int] = set()
         """Batches that were undriven, and got another chance since a larger one could be driven."""
         self._top = session.job.settings.max_num_seqs
@@ -62,9 +68,15 @@ class Sweep:
         """Measure what is still missing.
 
         Raises:
-            EngineError: the engine did not start, or failed twice and not at one batch beyond those measured.
+            EngineError: the engine did not start, or failed twice and left too few points.
             LoadError: the engine refuses the load's requests.
         """
+        ended = await self._run()
+        if self._late.intersection(self._undriven):
+            self._session.leave("Sweep")
+        return ended
+
+    async def _run(self) -> Ended:
         session = self._session
         step = self._next()
         if step.batch is None and session.report.baseline is not None and session.info.kv_bytes is not None:
@@ -84,19 +96,30 @@ class Sweep:
                 elif self._failed is not None:
                     session.note(f"the engine failed once more: {error}"[:500])
                     return Ended(self._failed)
-                elif self._at is None or set(failed_at) != {self._at} or not session.report.points:
+                elif self._at is None or set(failed_at) != {self._at}:
+                    if len(session.report.points) < CURVE_LEAST:
+                        raise
+                    session.leave("Sweep")
+                    return Ended(f"the engine failed again after {len(session.report.points)} points: {error}")
+                elif not session.report.points:
                     raise
                 else:
-                    self._end_ladder(self._at, error)
-                    if self._next().batch is None:
-                        return Ended(self._failed or str(error))
+                    self._leave_out(self._at, error)
+                    step = self._next()
+                    if step.batch is None:
+                        return Ended(self._failed or step.reason)
 
-    def _end_ladder(self, batch: int, error: EngineError) -> None:
-        """Leave out a batch that ended the engine twice, and those above it."""
-        self._failed = f"batch {batch} ended the engine twice: neither it nor larger ones were measured"
+    def _leave_out(self, batch: int, error: EngineError) -> None:
+        """Leave out a batch that ended the engine twice, and those above it, unless one of them was measured."""
         self._undriven[batch] = f"at batch {batch}: {error}"[:1000]
+        said = f"batch {batch} ended the engine twice"
+        larger = [each for each in self._session.report.points if each > batch]
+        if larger:
+            self._session.note(f"{said} and has no point, though batch {min(larger)} has one")
+        else:
+            self._failed = f"{said}: neither it nor larger ones were measured"
+            self._ladder_top = max((rung for rung in rungs(self._top) if rung < batch), default=1)
         self._session.note(self._undriven[batch])
-        self._ladder_top = max((rung for rung in rungs(self._top) if rung < batch), default=1)
 
     async def _on_an_engine(self) -> Ended:
         session = self._session
@@ -178,6 +201,7 @@ class Sweep:
                 return True
             why = undriven(reading)
         self._undriven[batch] = why
+        self._late.add(batch)
         session.note(why)
         return True
 
@@ -231,6 +255,19 @@ class Sweep:
             self._session.withdraw(self._undriven.pop(batch))
             self._forgiven.add(batch)
 
+    def imprecise(self) -> str | None:
+        """The batches whose throughput is known less well than was asked when their time was over, with the figures; None without any."""
+        found = []
+        for batch, point in sorted(self._session.report.points.items()):
+            width, total, itl = float(point.half_width or 0), throughput(point), point.inter_token_latency
+            step = parse_duration(itl.mean) if itl is not None and itl.mean else 0.0
+            asked = precision_asked(total or 0.0, step, lower=self._lower(batch), itl_most=self._session.itl_most)
+            if width > asked:
+                found.append(f"{batch} to {width:.1%} (asked {asked:.0%})")
+        if not found:
+            return None
+        return f"throughput is known less well than it should be at batch {', '.join(found)}: raise profiling.budget"
+
     def _spent(self, batch: int) -> str:
         return (
             f"the budget of {self._session.budget.seconds:.0f} s was spent before batch {batch}: "
@@ -275,6 +312,8 @@ class Sweep:
         if refused is not None:
             raise LoadError(refused)
         if self._top in self._undriven:
+            if self._top in self._late:
+                session.leave("Baseline")
             raise LoadError(f"the load could not drive batch {self._top}")
         if budget.for_baseline < meter.least_seconds(self._top):
             raise BudgetSpentError(f"no time was left for batch {self._top} ({max(0.0, budget.for_baseline):.0f} s)")
@@ -290,6 +329,7 @@ class Sweep:
                 session.progress("Baseline", self._top, f"batch {self._top}: {reading.throughput:.0f} tokens/s")
                 return
             why = undriven(reading)
+        session.leave("Baseline")
         raise LoadError(why)
 
 

@@ -21,7 +21,7 @@ from typing import Final, Protocol
 from tightship.api.units import format_quantity, parse_quantity
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.core.advisor import Question
-from tightship.core.curve import Curve, Objective
+from tightship.core.curve import Confirmation, Curve, Metric, Objective, Statistic
 from tightship.core.trials import next_trial, trial_order
 from tightship.profiler import confirm, points
 from tightship.profiler.clock import Clock
@@ -77,6 +77,7 @@ class Predicted:
     minimum_gain: float
     efficiency_floor: float
     dedicated: bool
+    confirmation: Confirmation | None = None
 
     def next(self, trials: Mapping[Pair, api.Trial], failed: Collection[Pair]) -> Choice:
         """The pair that promises most."""
@@ -99,6 +100,7 @@ class Predicted:
             dedicated=self.dedicated,
             trials=tuple(points.trial(trial) for trial in trials.values()),
             failed=frozenset(failed),
+            confirmation=self.confirmation,
         )
 
 
@@ -154,6 +156,8 @@ class Bench:
     """Why so many requests can't be in flight at once; None where they can."""
     start_cost: float = 0.0
     """Seconds an engine takes to start, as far as known."""
+    first_tokens_needed: int = 0
+    """First tokens behind the objective's statistic, where it is of the time to them; 0 where none is."""
 
 
 @dataclass
@@ -301,6 +305,7 @@ class Trials:
                 input_per_output=bench.lengths.mean_input / bench.lengths.mean_output,
                 mean_output=bench.lengths.mean_output,
                 steps_needed=bench.steps_needed,
+                first_tokens_needed=bench.first_tokens_needed,
                 itl=self._itl,
                 idle=self._fleet.idle,
             )
@@ -445,10 +450,16 @@ def _words(engines: Sequence[Engine]) -> str:
 
 
 def better(new: api.Trial, old: api.Trial | None) -> api.Trial:
-    """Of two trials of one pair the one that resolves more statistics, then the more precise one."""
+    """Of two trials of one pair the one that knows more statistics, then the more precise one."""
     if old is None or not points.has_figures(old):
         return new
-    return min(new, old, key=lambda trial: (len(trial.unresolved), float(trial.half_width or 1)))
+    return min(new, old, key=lambda trial: (_unknown(trial), float(trial.half_width or 1)))
+
+
+def _unknown(trial: api.Trial) -> int:
+    """Statistics of both latencies that a trial did not resolve, or has nothing of."""
+    read = points.trial(trial)
+    return sum(read.latency(metric, statistic) is None for metric in Metric for statistic in Statistic)
 
 
 def _total(trial: api.Trial) -> float:

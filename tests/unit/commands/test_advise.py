@@ -229,6 +229,31 @@ def test_explain_gives_every_pair_its_reason(tmp_path: Path, capsys: pytest.Capt
     assert "mean InterTokenLatency 29.27ms > 15ms" in table
 
 
+def test_a_replica_that_missed_the_slo_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replica = {
+        "batch": 96,
+        "totalTokensPerSecond": "8900",
+        "interTokenLatency": {"mean": "15.3ms"},
+        "throughputRatio": "0.985",
+        "latencyRatio": "1.102",
+        "agrees": False,
+    }
+    file = write(tmp_path, make_profile(make_memory(), confirmation=replica))
+    _, answer = ask(capsys, "-f", file, "--itl", "15ms")
+    assert answer["batch"] == 32
+
+    assert tightship(["advise", "-f", file, "--itl", "15ms", "--explain"]) == 0
+    table = capsys.readouterr().out
+    assert "mean InterTokenLatency 15.3ms > 15ms as a replica (13.89ms in the sweep)" in table
+    assert "batch 96 as a replica disagrees with the sweep: throughput 0.985 times the sweep's" in table
+
+
+@pytest.mark.parametrize("wrong", [{"agrees": "no"}, {"interTokenLatency": {"mean": "fast"}}, {"latencyRatio": "-1"}])
+def test_a_confirmation_that_cannot_be_read_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(decide.ProfileError, match=r"status\.confirmation"):
+        decide.decision_from_profile(make_profile(confirmation={"batch": 96, **wrong}))
+
+
 def test_other_objects_in_the_file_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = {"kind": "ConfigMap", "metadata": {"name": "x"}}
     listed = {"kind": "List", "items": [other, make_profile()]}

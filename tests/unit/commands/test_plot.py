@@ -64,6 +64,23 @@ def test_what_is_drawn_of_a_whole_profile() -> None:
     assert f"batch {shown.chosen.batch} with {shown.chosen.replicas} replica" in shown.subtitle
 
 
+def test_the_replica_of_the_confirmation_run_is_drawn(tmp_path: Path) -> None:
+    document = yaml.safe_load(Path(MEASURED).read_text())
+    document["spec"]["results"]["confirmation"] = {
+        "batch": 96,
+        "totalTokensPerSecond": "8900",
+        "interTokenLatency": {"mean": "41ms"},
+        "agrees": False,
+    }
+    shown = picture(MEASURED, ITL, spec=document["spec"])
+    assert shown.confirmed == plot.Mark(96, 8900, (pytest.approx(0.041),), eligible=False)
+    path = tmp_path / "profile.yaml"
+    path.write_text(yaml.safe_dump(document))
+    output = tmp_path / "profile.svg"
+    assert tightship(["plot", "-f", str(path), "--itl", "40ms", "-o", str(output)]) == 0
+    assert "as a replica (confirmation run)" in output.read_text()
+
+
 def test_a_bare_curve_shows_what_it_has() -> None:
     shown = picture(IMPORTED)
     assert [each.replicas for each in shown.series] == [1]

@@ -223,6 +223,22 @@ def test_a_gpu_that_is_not_there(
         plan("--model", "a/b", *MEANS, "--python", python, *asked)
 
 
+def test_without_lengths_the_published_workload_is_measured_and_that_is_said(
+    python: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = plan("--model", "a/b", "--engine-arg=--dtype=float16", "--budget", "10m", "--python", python)
+    workload = made.profile.spec.key.workload
+    assert (workload.input_tokens, workload.output_tokens) == (111, 292)
+    assert [
+        note for note in made.notes if note.startswith("no lengths were given: requests have 111 tokens in and 292 out")
+    ]
+    assert not plan("--model", "a/b", *MEANS, "--python", python).notes
+
+    with pytest.raises(SystemExit):
+        tightship(["profile", "--help"])
+    assert "requests have 111 tokens in and 292 out" in capsys.readouterr().out
+
+
 def test_a_gpu_that_others_use_is_mentioned(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, GPU, used=5 << 30)
     made = plan("--model", "a/b", "--input-tokens", "9", "--output-tokens", "9", "--python", python)
@@ -241,7 +257,8 @@ OPT = str(SAMPLES / "llmservice-opt.yaml")
         (("-f", OPT, "--model", "a" * 5000), "--device cpu measures vLLM's CPU back end"),
         (("--model", "a/b", *MEANS, "-o", "a" * 300), r"a\.\.\.: File name too long"),
         (("--model", "a/b/c", *MEANS), "--model a/b/c: neither a directory here nor ORGANISATION/NAME"),
-        (("--model", "a/b"), "--input-tokens, --output-tokens or --lengths: give both"),
+        (("--model", "a/b", "--input-tokens", "9"), "--input-tokens, --output-tokens or --lengths: give both"),
+        (("--model", "a/b", "--output-tokens", "9"), "--input-tokens, --output-tokens or --lengths: give both"),
         (("--model", "a/b", *MEANS, "--lengths", "x.csv"), "--lengths x.csv: No such file"),
         (("--model", "a/b", *MEANS, "--lengths", __file__), "leave --input-tokens and --output-tokens out"),
         (("--model", "a/b", "--lengths", __file__), "--lengths .*test_profile.py: "),
@@ -345,8 +362,8 @@ def status(**more: Any) -> dict[str, Any]:
     } | more
 
 
-def outcome(state: str, message: str = "so it went") -> dict[str, Any]:
-    return {"state": state, "reason": state, "message": message}
+def outcome(state: str, message: str = "so it went", **more: Any) -> dict[str, Any]:
+    return {"state": state, "reason": state, "message": message, **more}
 
 
 def write(python: str, **more: Any) -> profile.Plan:
@@ -432,16 +449,20 @@ def test_resume_with_the_same_options_is_the_same_measurement(python: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("ended", "budget", "again"),
+    ("ended", "unfinished", "budget", "again"),
     [
-        ("Completed", "9m", False),
-        ("BudgetExceeded", "10s", False),
-        ("BudgetExceeded", "9m", True),
-        ("Failed", "10s", True),
+        ("Completed", [], "9m", False),
+        ("Completed", ["Confirmation"], "9m", True),
+        ("Completed", ["Sweep"], "10s", False),
+        ("BudgetExceeded", [], "10s", False),
+        ("BudgetExceeded", [], "9m", True),
+        ("Failed", [], "10s", True),
     ],
 )
-def test_what_ended_goes_on_where_there_is_something_to_do(python: str, ended: str, budget: str, again: bool) -> None:
-    write(python, outcome=outcome(ended))
+def test_what_ended_goes_on_where_there_is_something_to_do(
+    python: str, ended: str, unfinished: list[str], budget: str, again: bool
+) -> None:
+    write(python, outcome=outcome(ended, unfinished=unfinished))
     made = plan("--resume", "--budget", budget, "--python", python)
     assert (made.profile.status.outcome is None) == again
 

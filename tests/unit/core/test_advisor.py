@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tightship.core.advisor import Basis, Candidate, Failure, Limit, Recommendation, advise
-from tightship.core.curve import Curve, Latency, Metric, Objective, Point, Statistic, Trial
+from tightship.core.advisor import Basis, BestLatency, Candidate, Failure, Limit, Recommendation, advise
+from tightship.core.curve import Confirmation, Curve, Latency, Metric, Objective, Point, Statistic, Trial
 from tightship.core.memory import Context, Ledger, Reserve
 
 GIB = 1 << 30
@@ -439,6 +439,79 @@ def test_what_a_milder_trial_missed_is_not_predicted_to_hold() -> None:
         "batch 96 with 2 replicas already had mean InterTokenLatency 18.98ms > 18.9ms" in rejection.text
         for rejection in candidate(answer, 96, 3).rejections
     )
+
+
+def confirmed(batch: int, itl: float, *, agrees: bool = False) -> Confirmation:
+    """A replica that ran alone; the sweep's own figures are OPT's."""
+    sweep = make_curve(OPT).at(batch)
+    assert sweep is not None
+    alone = sweep.inter_token_latency.mean
+    assert alone is not None
+    return Confirmation(
+        batch=batch,
+        throughput=0.98 * sweep.throughput,
+        inter_token_latency=Latency(mean=itl / 1000),
+        throughput_ratio=0.98,
+        latency_ratio=itl / 1000 / alone,
+        agrees=agrees,
+    )
+
+
+@pytest.mark.parametrize(
+    ("slo", "replica", "batch"),
+    [
+        (18, None, 128),
+        (18, confirmed(128, 17.9), 128),  # it disagrees, and is met all the same
+        (18, confirmed(128, 19.1), 96),
+        (18, confirmed(96, 19.1), 64),  # a larger batch is no quicker, whatever the sweep says
+        (18, confirmed(256, 40.0), 128),  # where the sweep says no itself
+        (20, confirmed(128, 19.1), 128),  # the objective was changed
+        (None, confirmed(128, 19.1), 640),  # nothing is asked of latency
+    ],
+)
+def test_a_replica_that_missed_the_slo_alone_lowers_the_batch(
+    slo: float | None, replica: Confirmation | None, batch: int
+) -> None:
+    objectives = make_slo(slo) if slo else []
+    answer = advise(make_curve(OPT), objectives, efficiency_floor=0.01, confirmation=replica)
+    assert (answer.batch, answer.basis) == (batch, Basis.MEASURED)
+
+
+def test_what_a_replica_showed_is_said_with_numbers() -> None:
+    answer = advise(make_curve(OPT), make_slo(18), confirmation=confirmed(128, 19.1))
+    assert answer.message.endswith(
+        "; SLO binds: batch 128 has mean InterTokenLatency 19.1ms > 18ms as a replica (17.35ms in the sweep)"
+    )
+    assert (
+        "batch 128 as a replica disagrees with the sweep: throughput 0.980 times the sweep's, time between tokens 1.101 times the "
+        "sweep's; mean InterTokenLatency is 19.1ms, above the SLO of 18ms: neither it nor a larger batch is advised for one replica"
+    ) in answer.notes
+    fell = candidate(answer, 128, 1)
+    assert (fell.eligible, fell.latencies) == (False, (pytest.approx(0.0191),))
+    packed = advise(make_curve(OPT), make_slo(18), ledger=make_ledger(), confirmation=confirmed(128, 19.1))
+    untried = candidate(packed, 128, 2)
+    assert any("batch 128 as a replica alone already had" in each.text for each in untried.rejections)
+
+
+def test_a_confirmation_that_agrees_is_not_worth_a_word() -> None:
+    answer = advise(make_curve(OPT), make_slo(18), confirmation=confirmed(128, 17.4, agrees=True))
+    assert not [note for note in answer.notes if "as a replica" in note]
+
+
+def test_a_pair_that_was_tried_is_judged_by_its_trial_and_not_by_a_replica_alone() -> None:
+    tried = make_trial(128, 2, 12_900, 17.9)
+    answer = advise(
+        make_curve(OPT), make_slo(18), ledger=make_ledger(), trials=[tried], confirmation=confirmed(128, 18.1)
+    )
+    assert (answer.batch, answer.replicas) == (128, 2)
+
+
+def test_an_slo_that_only_the_replica_misses_is_infeasible_with_what_the_replica_had() -> None:
+    curve = make_curve(OPT[:2])
+    answer = advise(curve, make_slo(4), confirmation=confirmed(1, 4.5))
+    assert answer.failure is Failure.SLO_INFEASIBLE
+    assert answer.best_latency == BestLatency(1, (pytest.approx(0.0045),))
+    assert "batch 1 with mean InterTokenLatency 4.5ms > 4ms" in answer.message
 
 
 def test_a_limit_that_is_a_sentence_of_its_own_is_not_said_to_be_had() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler.engine import EngineInfo, EngineSettings
-from tightship.profiler.errors import EngineError
+from tightship.profiler.errors import EngineError, OutOfMemory
 from tightship.profiler.gpu import GIB, DeviceIdentity, Utilization
 from tightship.profiler.metrics import EngineSample
 from tightship.profiler.wire import Completion, Listener
@@ -48,6 +48,8 @@ class FakeModel:
     slows_after: float | None = None
     """Seconds after its start from which a step takes twice as long."""
     fails_to_start: str | None = None
+    out_of_memory: bool = False
+    """Whether it does not start for want of memory."""
     start_seconds: float = 30.0
     refuses_after: float | None = None
     """Seconds after its start from which an engine answers every request with a 500."""
@@ -261,6 +263,8 @@ class FakeLauncher:
         model = self.models[min(len(self.launched), len(self.models) - 1)]
         self.launched.append(settings)
         await asyncio.sleep(model.start_seconds)
+        if model.out_of_memory:
+            raise OutOfMemory("the engine did not start: torch.OutOfMemoryError: CUDA out of memory")
         if model.fails_to_start:
             raise EngineError(f"the engine did not start: exit status 1; its last words: {model.fails_to_start}")
         engine = FakeEngine(replace(model), settings, self.device)

@@ -12,11 +12,12 @@ import pytest
 from tightship.api.units import parse_duration
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.core.curve import Curve, Point
-from tightship.profiler import arrivals
+from tightship.profiler import arrivals, points
 from tightship.profiler.__main__ import kept
 from tightship.profiler.budget import Budget
 from tightship.profiler.engine import EngineSettings
 from tightship.profiler.errors import EngineError, LengthsError
+from tightship.profiler.histogram import Histogram
 from tightship.profiler.job import make_job, read_lengths
 from tightship.profiler.lengths import Length, Lengths, Prompts
 from tightship.profiler.packing import prepare
@@ -160,14 +161,39 @@ def test_a_level_that_the_load_cannot_drive_has_no_point_and_ends_the_ladder() -
     assert f"the load could not drive batch {2 * last}, which has no point: its event loop ran" in message(status)
     assert f"the load could not drive batch {4 * last}, nor the one before it" in message(status)
     measuring = [
-        one["progress"]["batch"]
-        for one in run.sink.written
-        if one["progress"]["message"].startswith("measuring batch") and one["progress"]["stage"] == "Sweeping"
+        one["batch"] for one in run.said if one["message"].startswith("measuring batch") and one["stage"] == "Sweeping"
     ]
     assert len(measuring) == len(set(measuring))
     assert status.outcome is not None
     assert status.outcome.state == "Completed"
     assert status.memory is not None
+
+    # Once the machine is idle, going on measures the rest, and nothing twice.
+    assert status.outcome.unfinished == ["Sweep"]
+    assert "not finished, because the load ran late or the engine failed: Sweep; once" in message(status)
+    assert "`tightship profile --resume` makes up for it and keeps the rest" in message(status)
+    again = Run(status={**run.sink.written[-1], "outcome": None}, itl=None).go()
+    assert [one for one in again.points if one.batch <= last] == status.points
+    assert batches(again)[-1] == 1024
+    assert again.outcome is not None
+    assert again.outcome.unfinished == []
+
+
+def test_a_confirmation_that_the_load_cannot_drive_is_made_up_for_later() -> None:
+    run = Run(FakeModel(), FakeModel(client_seconds=0.0006))
+    status = run.go()
+    assert status.confirmation is None
+    assert status.outcome is not None
+    assert (status.outcome.state, status.outcome.unfinished) == ("Completed", ["Confirmation"])
+    assert "confirmation run: the load could not drive batch 96" in message(status)
+    assert "late or the engine failed: Confirmation; once the cause is gone" in message(status)
+
+    again = Run(status={**run.sink.written[-1], "outcome": None}).go()
+    assert again.points == status.points
+    assert again.confirmation is not None
+    assert again.confirmation.arrivals is not None
+    assert again.outcome is not None
+    assert again.outcome.unfinished == []
 
 
 def test_a_baseline_that_the_load_cannot_drive_is_none() -> None:
@@ -190,7 +216,7 @@ def test_a_machine_that_is_busy_at_first_costs_no_point() -> None:
     status = run.go()
     assert batches(status)[:4] == [1, 2, 4, 8]
     assert "could not drive" not in message(status)
-    said = [one["progress"]["message"] for one in run.sink.written]
+    said = [one["message"] for one in run.said]
     tries = [each.removeprefix("measuring ") for each in said if each.startswith("measuring batch")]
     assert tries.count("batch 1") == 2, tries
 
@@ -495,9 +521,69 @@ def test_a_percentile_that_could_not_be_resolved_is_said() -> None:
     unresolved = [str(one.batch) for one in status.points if "p99" in one.unresolved]
     assert unresolved
     assert (
-        f"p99 InterTokenLatency is unresolved at batch {', '.join(unresolved)}: it takes 2000 engine steps"
+        f"p99 InterTokenLatency is unresolved at batch {', '.join(unresolved)}: it takes 2000 engine steps: raise profiling.budget"
         in message(status)
     )
+
+
+def test_each_cause_of_an_open_percentile_has_an_advice_of_its_own() -> None:
+    """A larger budget does not make a load less late."""
+    told = usual().status.model_copy(
+        update={
+            "points": [
+                one.model_copy(
+                    update={
+                        "unresolved": ["p95", "p99"] if one.batch in (8, 16, 32) else [],
+                        "blurred": ["p95", "p99"] if one.batch in (16, 32) else [],
+                        "time_to_first_token": None if one.batch == 2 else SEEN,
+                    }
+                )
+                for one in usual().status.points
+            ],
+            "outcome": None,
+        }
+    )
+    objectives = [
+        {"metric": metric, "statistic": "p95", "max": "30ms"} for metric in ("InterTokenLatency", "TimeToFirstToken")
+    ]
+    said = message(Run(status=told.to_dict(), objectives=objectives).go())
+    late = "the load's own lateness hides it, and more time does not help: let nothing else run on the load's core"
+    assert f"p95 InterTokenLatency is unresolved at batch 16, 32: {late}" in said
+    assert "p95 InterTokenLatency is unresolved at batch 8: it takes 500 engine steps: raise profiling.budget" in said
+    assert (
+        "p95 TimeToFirstToken is unresolved at batch 2: it takes 20 first tokens of requests that begin meanwhile: "
+        "raise profiling.budget" in said
+    )
+
+
+SEEN = api.Latency(mean="1ms", p50="1ms", p90="1ms", p95="1ms", p99="1ms")
+
+
+@pytest.mark.parametrize(
+    ("first_tokens", "known"),
+    [(1, {"p50", "p90"}), (19, {"p50", "p90"}), (20, {"p50", "p90", "p95"}), (100, {"p50", "p90", "p95", "p99"})],
+)
+def test_a_percentile_of_the_time_to_first_token_takes_first_tokens(first_tokens: int, known: set[str]) -> None:
+    histogram = Histogram()
+    for number in range(first_tokens):
+        histogram.add(0.1 + 0.001 * number)
+    found = points.first_token_latency(histogram)
+    assert found is not None
+    assert {name for name in ("p50", "p90", "p95", "p99") if getattr(found, name)} == known
+    assert points.latency(histogram) is not None
+
+
+def test_a_level_whose_time_was_over_before_it_was_precise_is_named_with_its_figures() -> None:
+    """Points as an earlier attempt left them; 32 was on the way up and steep, where 6 % will do, and 64 is near the objective."""
+    widths = {1: "0.031", 32: "0.055", 64: "0.055", 128: "0.024"}
+    told = [one.model_copy(update={"half_width": widths.get(one.batch, "0.01")}) for one in usual().status.points]
+    kept = usual().status.model_copy(update={"points": told, "outcome": None})
+    said = message(Run(status=kept.to_dict(), itl="24ms").go())
+    assert (
+        "throughput is known less well than it should be at batch 1 to 3.1% (asked 3%), 64 to 5.5% (asked 3%): raise profiling.budget"
+        in said
+    )
+    assert "less well" not in message(usual().status)
 
 
 # --- extension ---

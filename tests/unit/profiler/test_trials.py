@@ -799,14 +799,22 @@ def test_an_extension_that_is_restarted_has_what_is_left_of_its_budget() -> None
 
 
 P95 = [{"metric": "InterTokenLatency", "statistic": "p95", "max": "40ms"}]
+TTFT = [{"metric": "TimeToFirstToken", "statistic": "mean", "max": "1s"}]
 
 
 @functools.cache
 def hasty() -> api.BatchProfileStatus:
-    """A finished profile with one trial, which left its p95 and p99 open."""
+    """A finished profile with one trial, which left its p95 and p99 open and saw no first token."""
     status = extend(single_replica())
     trials = [
-        trial.model_copy(update={"unresolved": ["p95", "p99"], "half_width": "0.05", "message": "the first"})
+        trial.model_copy(
+            update={
+                "unresolved": ["p95", "p99"],
+                "time_to_first_token": None,
+                "half_width": "0.01",
+                "message": "the first",
+            }
+        )
         for trial in status.trials
         if (trial.batch, trial.replicas) == (64, 2)
     ]
@@ -818,6 +826,7 @@ def hasty() -> api.BatchProfileStatus:
     [
         pytest.param([], [], False, id="no objective is of it"),
         pytest.param(P95, [], True, id="it was left open"),
+        pytest.param(TTFT, [], True, id="no first token was seen"),
         pytest.param(
             P95, [Faults(), *[Faults(start_fails="RuntimeError: no")] * 2], False, id="it can't be made again"
         ),
@@ -832,10 +841,14 @@ def test_a_trial_is_made_again_for_a_statistic_that_it_left_open(
     (trial,) = done.status.trials
     assert bool(total(trial)) is True, "what was measured stands, whatever becomes of the next one"
     assert ("p95" not in trial.unresolved) is made
+    assert (trial.time_to_first_token is not None) is made
     assert (trial.message != "the first") is made
-    said = "the trial of 2 x 64 leaves p95 unresolved: that takes 500 engine steps"
+    said = "the trial of 2 x 64 leaves p95 InterTokenLatency unresolved (it takes 500 engine steps: raise profiling.budget)"
     assert (said in message(done.status)) is bool(faults)
     assert done.starts == (2 if made else 3 if faults else 0)
+
+
+SEEN = api.Latency(mean="1ms", p50="1ms", p90="1ms", p95="1ms", p99="1ms")
 
 
 @pytest.mark.parametrize(
@@ -846,6 +859,7 @@ def test_a_trial_is_made_again_for_a_statistic_that_it_left_open(
         ((["p99"], "0.02"), (["p99"], "0.01"), "after"),
         ((["p99"], "0.01"), (["p99"], "0.02"), "before"),
         (([], "0.05"), (["p99"], "0.01"), "before"),
+        ((["no first token"], "0.01"), (["p99"], "0.05"), "after"),
     ],
 )
 def test_the_better_measured_trial_stays(
@@ -853,9 +867,16 @@ def test_the_better_measured_trial_stays(
 ) -> None:
     old, new = (
         api.Trial(
-            batch=1, replicas=2, total_tokens_per_second="1", unresolved=unresolved, half_width=width, message=name
+            batch=1,
+            replicas=2,
+            total_tokens_per_second="1",
+            inter_token_latency=SEEN,
+            time_to_first_token=None if "no first token" in lacking else SEEN,
+            unresolved=[each for each in lacking if each != "no first token"],
+            half_width=width,
+            message=name,
         )
-        for name, (unresolved, width) in (("before", before), ("after", after))
+        for name, (lacking, width) in (("before", before), ("after", after))
     )
     assert better(new, old).message == stays
     assert better(new, None) is new

@@ -35,6 +35,9 @@ PLURAL = "batchprofiles"
 
 LONG_TEXT = 8192
 
+Part = Literal["Sweep", "Baseline", "Confirmation", "Arrivals"]
+"""A part of a measurement."""
+
 
 class KeyModel(Model):
     """The model that was measured."""
@@ -199,7 +202,15 @@ class Figures(Model):
         list[Statistic],
         Field(
             max_length=5,
-            description="Statistics with too few engine steps behind them.",
+            description="Statistics with too few engine steps behind them, or that the load's own lateness hides.",
+            json_schema_extra={"x-kubernetes-list-type": "set"},
+        ),
+    ] = Field(default_factory=list)
+    blurred: Annotated[
+        list[Statistic],
+        Field(
+            max_length=5,
+            description="Those of the unresolved that the load's own lateness hides: more time does not settle them.",
             json_schema_extra={"x-kubernetes-list-type": "set"},
         ),
     ] = Field(default_factory=list)
@@ -390,6 +401,15 @@ class Outcome(Model):
     extend: Annotated[Text | None, Field(description="The spec.measurement.extend.request this outcome answers.")] = (
         None
     )
+    unfinished: Annotated[
+        list[Part],
+        Field(
+            max_length=4,
+            description="Parts that came to nothing, or not to their end, for a load that ran late or an engine that failed: going on makes "
+            "up for them and keeps the rest.",
+            json_schema_extra={"x-kubernetes-list-type": "set"},
+        ),
+    ] = Field(default_factory=list)
 
 
 class Measured(Model):

@@ -42,8 +42,8 @@ TRIAL_SECONDS: Final = 30.0
 SETTLE_SECONDS: Final = 2.0
 QUIET_SECONDS: Final = 10.0
 POLL_SECONDS: Final = 0.1
-MOST_REPLICAS: Final = 48
-"""The API's most: what MPS takes before CUDA 13.1."""
+MOST_REPLICAS: Final = 24
+"""The API's most: a vLLM is two of the 48 clients that MPS takes before CUDA 13.1."""
 RECOVERIES: Final = 1
 """How often engines and sharing are started anew after an engine died under load."""
 

@@ -73,7 +73,8 @@ class Profiler:
         if self._earlier is not None and job.extension is not None:
             begun = told is not None and told.extend == job.extension.request
             spent = parse_duration(told.elapsed or "0s") if told is not None and begun else 0.0
-            return Budget(parse_duration(job.extension.budget), spent, clock)
+            packing = bool(self._earlier.unfinished) and job.max_replicas > 1
+            return Budget(parse_duration(job.extension.budget), spent, clock, packing=packing)
         return Budget(job.budget, self._report.gpu_seconds, clock, packing=job.max_replicas > 1)
 
     async def run(self) -> api.Outcome:
@@ -111,11 +112,20 @@ class Profiler:
             return self._outcome("Failed", "EngineFailed", self._with_notes(str(error)))
 
     async def extend(self, earlier: api.Outcome) -> api.Outcome:
-        """Make the packing trials asked for after the measurement was done; the earlier outcome stands, whatever becomes of them."""
-        try:
-            said = (await self._try_packings()).notes
-        except (EngineError, LoadError) as error:
-            said = [f"the trials asked for failed: {error}"]
+        """Do what was asked for after the measurement was done; what was measured stands, whatever becomes of that.
+
+        What the measurement left unfinished is made up for first, and its outcome is a new one then, unless that fails.
+        """
+        if earlier.unfinished:
+            made = await self._measure()
+            if made.state != "Failed":
+                return made
+            said = [f"making up for what was not finished failed: {made.message}"]
+        else:
+            try:
+                said = (await self._try_packings()).notes
+            except (EngineError, LoadError) as error:
+                said = [f"the trials asked for failed: {error}"]
         request = self._job.extension.request if self._job.extension is not None else None
         message = continued(earlier.message, "; ".join([*said, *self._session.notes]))
         return earlier.model_copy(update={"message": message or None, "extend": request})
@@ -172,7 +182,7 @@ class Profiler:
             return []
         return [
             f"not finished, because the load ran late or the engine failed: {', '.join(left)}; once the cause is gone "
-            "`tightship profile --resume` makes up for it and keeps the rest; in a cluster profiling.rerun measures all anew"
+            "a new text in profiling.extend, or `tightship profile --resume`, makes up for it and keeps the rest"
         ]
 
     def _with_notes(self, *said: str) -> str:

@@ -171,7 +171,10 @@ def test_a_level_that_the_load_cannot_drive_has_no_point_and_ends_the_ladder() -
     # Once the machine is idle, going on measures the rest, and nothing twice.
     assert status.outcome.unfinished == ["Sweep"]
     assert "not finished, because the load ran late or the engine failed: Sweep; once" in message(status)
-    assert "`tightship profile --resume` makes up for it and keeps the rest" in message(status)
+    assert (
+        "a new text in profiling.extend, or `tightship profile --resume`, makes up for it and keeps the rest"
+        in message(status)
+    )
     again = Run(status={**run.sink.written[-1], "outcome": None}, itl=None).go()
     assert [one for one in again.points if one.batch <= last] == status.points
     assert batches(again)[-1] == 1024
@@ -194,6 +197,26 @@ def test_a_confirmation_that_the_load_cannot_drive_is_made_up_for_later() -> Non
     assert again.confirmation.arrivals is not None
     assert again.outcome is not None
     assert again.outcome.unfinished == []
+
+
+EXTENSION = {"request": "more", "budget": "10m"}
+
+
+def test_an_extension_makes_up_for_what_was_left_unfinished() -> None:
+    run = Run(FakeModel(), FakeModel(client_seconds=0.0006))
+    status = run.go()
+    again = Run(status=run.sink.written[-1], extend=EXTENSION).go()
+    assert again.points == status.points
+    assert again.confirmation is not None
+    assert again.outcome is not None
+    assert (again.outcome.state, again.outcome.extend, again.outcome.unfinished) == ("Completed", "more", [])
+
+    failed = Run(FakeModel(fails_to_start="ValueError: no"), status=run.sink.written[-1], extend=EXTENSION).go()
+    assert failed.points == status.points
+    assert failed.outcome is not None
+    assert (failed.outcome.state, failed.outcome.extend) == ("Completed", "more")
+    assert failed.outcome.unfinished == ["Confirmation"]
+    assert "ValueError: no" in message(failed)
 
 
 def test_a_baseline_that_the_load_cannot_drive_is_none() -> None:

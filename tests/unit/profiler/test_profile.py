@@ -236,7 +236,7 @@ def test_an_engine_that_dies_at_two_batches_leaves_a_curve_to_advise_from_and_to
     assert status.outcome is not None
     assert (status.outcome.state, status.outcome.unfinished) == ("Completed", ["Sweep"])
     assert (status.outcome.message or "").startswith("the engine failed again after 7 points: the engine died: ")
-    assert "`tightship profile --resume` makes up for it" in (status.outcome.message or "")
+    assert "`tightship profile --resume`, makes up for it" in (status.outcome.message or "")
     assert status.memory is not None
     assert status.confirmation is not None
 

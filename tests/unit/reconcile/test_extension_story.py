@@ -70,6 +70,32 @@ async def test_an_untried_packing_is_recommended_and_one_replica_on_each_gpu_run
     assert world.get("LLMService", NS, "opt")["status"]["gpus"] == {"used": 4, "saved": 0}
 
 
+def leave_open(world: World, *parts: str) -> None:
+    """The measurement ended without some of its parts."""
+    world.change(
+        "BatchProfile", NS, name_of(world), lambda obj: obj["status"]["outcome"].update(unfinished=list(parts))
+    )
+
+
+async def test_a_text_makes_up_for_what_the_measurement_left_unfinished() -> None:
+    world = await make_world(trials=TRIALS)
+    assert recommendation(world)["basis"] == "Measured"
+    leave_open(world, "Confirmation")
+    ask(world, "please")
+    await world.settle()
+    assert extend(world)["request"] == "opt/please"
+    assert extend(world).get("pairs", []) == []
+    assert jobs(world) == ["1", "2"]
+    world.report(name_of(world), measured(profile(world), trials=TRIALS))
+    end_jobs(world)
+    await world.run(rounds=20)
+    assert of_profile(world, "Progressing") == ("False", "Completed")
+    ask(world, "again")
+    await world.settle()
+    assert extend(world)["request"] == "opt/please", "nothing is left to do"
+    assert jobs(world) == ["1", "2"]
+
+
 async def test_a_text_has_it_tried_while_the_service_serves_and_then_it_is_packed() -> None:
     world = await make_world()
     pods = {pod["metadata"]["uid"] for pod in world.all("Pod")}

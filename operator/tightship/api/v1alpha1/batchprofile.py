@@ -106,16 +106,20 @@ class Pair(Model):
 
 
 class Extension(Model):
-    """Packing trials asked for after the measurement was done; the curve stays."""
+    """What is asked for after the measurement was done: what its outcome names as unfinished, and packing trials; what was measured stays."""
 
     request: Annotated[
         Text, Field(min_length=1, description="Any new text asks anew; the outcome names the one it answers.")
     ]
     pairs: Annotated[
         list[Pair],
-        Field(min_length=1, max_length=16, description="What to try.", json_schema_extra=list_map("batch", "replicas")),
-    ]
-    budget: Annotated[Duration, Field(description="Time for these trials, from the first healthy engine.")] = "20m"
+        Field(
+            max_length=16,
+            description="What to try; none where only what the outcome names as unfinished is to be made up for.",
+            json_schema_extra=list_map("batch", "replicas"),
+        ),
+    ] = Field(default_factory=list)
+    budget: Annotated[Duration, Field(description="Time for all of it, from the first healthy engine.")] = "20m"
     objectives: Annotated[
         list[Objective],
         Field(

@@ -69,7 +69,8 @@ class ProfilingSpec(Model):
         Wish,
         Field(
             description=(
-                "Any new text has the recommended packing tried, where it is only estimated, with this budget. Empty asks for nothing."
+                "Any new text has done what the measurement left unfinished, and the recommended packing tried where it is only estimated, with this "
+                "budget. Empty asks for nothing."
             ),
         ),
     ] = None

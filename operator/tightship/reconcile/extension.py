@@ -8,14 +8,11 @@ measurement that was asked for (`rerun`) has ended, since that may decide otherw
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from tightship.api.v1alpha1 import labels
 from tightship.api.v1alpha1.batchprofile import Extension, Pair
 from tightship.core.advisor import Basis
 from tightship.kube.store import Object
-from tightship.reconcile.reading import asked_again, is_imported, pending
+from tightship.reconcile.reading import asked_again, is_imported, outcome_of, pending
 from tightship.reconcile.verdict import Verdict
 
 
@@ -30,7 +27,7 @@ def untried(verdict: Verdict) -> Pair | None:
 
 def unfinished(verdict: Verdict) -> bool:
     """Whether the measurement left parts open, for a load that ran late or an engine that failed."""
-    return bool(verdict.profile is not None and _outcome(verdict.profile).get("unfinished"))
+    return bool(verdict.profile is not None and outcome_of(verdict.profile).get("unfinished"))
 
 
 def is_due(verdict: Verdict) -> bool:
@@ -79,10 +76,6 @@ def words(verdict: Verdict) -> str | None:
     if _dealt_with(profile, service.metadata.name) == wish:
         return f"profiling.extend {wish!r} was answered: another text has it tried"
     return "its trial waits for the new measurement (rerun)" if asked_again(profile) is not None else None
-
-
-def _outcome(profile: Object) -> Mapping[str, Any]:
-    return (profile.get("status") or {}).get("outcome") or {}
 
 
 def _dealt_with(profile: Object, service: str) -> str | None:

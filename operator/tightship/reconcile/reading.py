@@ -68,17 +68,21 @@ def is_answered(profile: Object) -> bool:
     return (profile.get("status") or {}).get("outcome") is not None and asked_again(profile) is None
 
 
+def outcome_of(profile: Object) -> Mapping[str, Any]:
+    """What a profile's status says of how its measurement ended; {} before that."""
+    return (profile.get("status") or {}).get("outcome") or {}
+
+
 def asked_again(profile: Object) -> str | None:
     """The text (`measurement.rerun`) that a profile has still to answer."""
-    rerun, outcome = rerun_of(profile), (profile.get("status") or {}).get("outcome") or {}
-    return None if is_imported(profile) or outcome.get("rerun") == rerun else rerun
+    rerun = rerun_of(profile)
+    return None if is_imported(profile) or outcome_of(profile).get("rerun") == rerun else rerun
 
 
 def pending(profile: Object) -> str | None:
     """The request for trials (`measurement.extend`) that a profile has still to answer."""
     request: str | None = ((profile["spec"].get("measurement") or {}).get("extend") or {}).get("request")
-    outcome = (profile.get("status") or {}).get("outcome") or {}
-    return None if is_imported(profile) or outcome.get("extend") == request else request
+    return None if is_imported(profile) or outcome_of(profile).get("extend") == request else request
 
 
 def failure_of(profile: Object) -> Mapping[str, Any] | None:

@@ -303,10 +303,13 @@ def _waits(pack: GPUPack) -> bool:
 def _kept_apart(pack: GPUPack, store: Store) -> bool:
     """Whether what takes its GPU, the holder or without one a replica, waits for a place that its topology spread allows."""
     takes = labels.COMPONENT_HOLDER if pack.spec.has_holder else labels.COMPONENT_REPLICA
-    return any(
-        labels_of(pod).get(labels.COMPONENT) == takes and podstate.is_kept_apart(pod)
-        for pod in store.list("Pod", label=(labels.PACK, pack.metadata.name))
-    )
+    return any(podstate.is_kept_apart(pod) for pod in _parts(pack, store, takes))
+
+
+def _parts(pack: GPUPack, store: Store, component: str = labels.COMPONENT_HOLDER) -> list[Object]:
+    """The pods of a pack that are one part of it: its holder, or its replicas."""
+    pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
+    return [pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == component]
 
 
 def _outdated(pack: GPUPack, store: Store, now: datetime) -> bool:
@@ -375,9 +378,7 @@ def _without_gpu_since(pack: GPUPack, store: Store) -> datetime | None:
     held = _held(pack)
     if held is None or pack.status.gpu is None or (held.status, held.reason) != ("False", Reason.GPU_NOT_VISIBLE):
         return None
-    pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
-    holders = [pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_HOLDER]
-    if all(podstate.restarts(pod, MPS_CONTAINER) < LOST_GPU_TRIES for pod in holders):
+    if all(podstate.restarts(pod, MPS_CONTAINER) < LOST_GPU_TRIES for pod in _parts(pack, store)):
         return None
     return parse_timestamp(held.last_transition_time) if held.last_transition_time else None
 
@@ -386,9 +387,7 @@ def _displaced_since(pack: GPUPack, store: Store) -> datetime | None:
     """Since when the holder of a pack that had a GPU finds no place on its node any more: while it was away somebody else took the GPU."""
     if pack.status.gpu is None or not pack.spec.has_holder:
         return None
-    pods = store.list("Pod", label=(labels.PACK, pack.metadata.name))
-    holders = [pod for pod in pods if labels_of(pod).get(labels.COMPONENT) == labels.COMPONENT_HOLDER]
-    return next((since for pod in holders if (since := podstate.short_of_room_since(pod))), None)
+    return next((since for pod in _parts(pack, store) if (since := podstate.short_of_room_since(pod))), None)
 
 
 def _cordoned(node: Object | None) -> bool:

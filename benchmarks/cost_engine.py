@@ -10,7 +10,9 @@ over the time in which the engine was saturated, which this script reads from th
 figure of the run stands beside it. Requests that begin together also end together, so that time holds three waves of tokens and
 only two of prompts at batch 64: its rate is brought to the workload's share of prompts as the profiler's own is.
 
-Ours is `tightship profile`, the command, with packing trials left out (one replica).
+Ours is `tightship profile`, the command, with packing trials left out (one replica). It runs before the reference, in its middle and after
+it (`--sweeps`): a shared machine's own speed drifts by 10 % and more within minutes, which a single sweep of two minutes takes for the engine's.
+T of ours is their mean, and how far they lie apart stands beside it.
 
 Prints a table, writes JSON, and says on which machine. The goals: a tenth of the reference's time, engine starts left out on both sides, and T
 within 10 % of it where the reference's engine was saturated; the exit status is 1 when one is missed. With longer outputs the reference
@@ -37,7 +39,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,7 @@ COLUMNS = {
     "saturated": "T saturated:",
     "ours": "T ours:",
     "deviation": "deviation:",
+    "apart": "ours apart:",
     "itl": "ITL ms:",
     "ourItl": "ITL ours:",
     "seconds": "seconds:",
@@ -248,10 +251,10 @@ def factor(options: argparse.Namespace) -> float:
     return 1 + float(options.input_tokens / options.output_tokens)
 
 
-def paper(options: argparse.Namespace) -> list[Level]:
+def paper(options: argparse.Namespace, batches: Sequence[int]) -> list[Level]:
     """The published procedure: an engine for each batch, all prompts at once."""
     levels = []
-    for batch in options.batches:
+    for batch in batches:
         with served(options, batch) as (port, start), Watch(f"http://127.0.0.1:{port}").running() as watch:
             took, itl = asyncio.run(finite_run(options, port))
         raw = options.prompts * (options.input_tokens + options.output_tokens) / took
@@ -261,13 +264,12 @@ def paper(options: argparse.Namespace) -> list[Level]:
     return levels
 
 
-def vllm_sweep(options: argparse.Namespace) -> list[Level]:
+def vllm_sweep(options: argparse.Namespace, batches: Sequence[int]) -> list[Level]:
     """`vllm bench sweep serve`, an engine for each batch."""
     port = free_port()
-    folder = options.work / "sweep"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="sweep-", dir=options.work))
     for name, key in (("serve", "max_num_seqs"), ("bench", "max_concurrency")):
-        (folder / f"{name}.json").write_text(json.dumps([{key: batch} for batch in options.batches]))
+        (folder / f"{name}.json").write_text(json.dumps([{key: batch} for batch in batches]))
     bench = [options.python, str(VLLM_BENCH), "serve", "--backend", "openai"]
     bench += ["--model", options.model, "--endpoint", "/v1/completions", "--host", "127.0.0.1", "--port", str(port)]
     bench += ["--dataset-name", "random", "--random-input-len", str(options.input_tokens)]
@@ -278,20 +280,22 @@ def vllm_sweep(options: argparse.Namespace) -> list[Level]:
     command += ["--link-vars", "max_num_seqs=max_concurrency", "--num-runs", "1", "--after-bench-cmd", "true"]
     command += ["--output-dir", str(folder), "--experiment-name", "run"]
     began = time.monotonic()
-    with Watch(f"http://127.0.0.1:{port}").running() as watch, (options.work / "sweep.log").open("w") as log:
-        done = subprocess.run(command, env=environment(options), stdout=log, stderr=subprocess.STDOUT, check=False)
+    log = folder.with_suffix(".log")
+    with Watch(f"http://127.0.0.1:{port}").running() as watch, log.open("w") as output:
+        done = subprocess.run(command, env=environment(options), stdout=output, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
-        raise SystemExit(f"vllm bench sweep serve failed: see {options.work / 'sweep.log'}")
+        raise SystemExit(f"vllm bench sweep serve failed: {log.read_text()[-2000:]}")
     whole = time.monotonic() - began
     results = [json.loads(path.read_text()) for path in sorted((folder / "run").glob("*/run=0.json"))]
     results.sort(key=lambda each: each["max_concurrency"])
     rates: dict[int, float] = {}
-    for session, batch in zip(watch.sessions(), options.batches, strict=False):
+    for session, batch in zip(watch.sessions(), batches, strict=False):
         rate = Watch("", session).saturated_rate(batch, factor(options) - 1)
         if rate:
             rates[batch] = rate * factor(options)
     busy = sum(each["duration"] for each in results)
     start = (whole - busy) / max(1, len(results))
+    tell(f"vllm bench sweep serve: batches {', '.join(map(str, batches))}: {busy:.0f} s, {whole:.0f} s with starts")
     return [
         Level(
             each["max_concurrency"],
@@ -305,16 +309,64 @@ def vllm_sweep(options: argparse.Namespace) -> list[Level]:
     ]
 
 
-def ours(options: argparse.Namespace, objective: str) -> tuple[dict[str, Any], float]:
-    """`tightship profile`; the profile and the seconds it took in all."""
-    output = options.work / "profile.yaml"
+def compared(options: argparse.Namespace) -> tuple[list[Level], list[dict[str, Any]], list[float]]:
+    """The reference's levels with sweeps of ours before, between and after its parts; their profiles, and the seconds each took."""
+    reference = {"paper": paper, "vllm-sweep": vllm_sweep}[options.reference]
+    levels: list[Level] = []
+    profiles: list[dict[str, Any]] = []
+    seconds: list[float] = []
+
+    def sweep() -> None:
+        tell(f"ours: tightship profile, {len(profiles) + 1} of {options.sweeps}")
+        profile, took = ours(options, len(profiles) + 1)
+        profiles.append(profile)
+        seconds.append(took)
+
+    sweep()
+    known = {batch: float(point["totalTokensPerSecond"]) for batch, point in points_of(profiles[0]).items()}
+    for part in parts(options.batches, known, max(1, options.sweeps - 1)):
+        tell(f"reference: {options.reference}, batches {', '.join(map(str, part))}, {options.prompts} prompts each")
+        levels += reference(options, part)
+        if len(profiles) < options.sweeps:
+            sweep()
+    return levels, profiles, seconds
+
+
+def parts(batches: Sequence[int], throughput: Mapping[int, float], count: int) -> list[list[int]]:
+    """Batches in so many parts at the most that take about as long, in their order.
+
+    Args:
+        batches: what is measured with a number of prompts each.
+        throughput: tokens a second by batch, as far as it is known: a batch without takes as long as the last one with.
+        count: parts wanted, at least 1.
+    """
+    times, last = [], 1.0
+    for batch in batches:
+        last = 1 / throughput[batch] if throughput.get(batch) else last
+        times.append(last)
+    found: list[list[int]] = [[] for _ in range(count)]
+    begun = 0.0
+    for batch, took in zip(batches, times, strict=True):
+        found[min(count - 1, int(count * (begun + took / 2) / sum(times)))].append(batch)
+        begun += took
+    return [part for part in found if part]
+
+
+def points_of(profile: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """A profile's points by batch."""
+    return {point["batch"]: point for point in profile["spec"]["results"]["points"]}
+
+
+def ours(options: argparse.Namespace, number: int) -> tuple[dict[str, Any], float]:
+    """`tightship profile`, for the `number`th time; the profile and the seconds it took in all."""
+    output = options.work / f"profile-{number}.yaml"
     command = [*(["taskset", "-c", options.server_cores] if options.server_cores else [])]
     command += [sys.executable, "-m", "tightship", "profile", "--model", options.model, "--python", options.python]
     command += ["--device", "cpu", "--cores", str(options.cores), "--cores-per-replica", str(options.cores)]
     command += ["--memory", options.memory, "--max-model-len", str(options.max_model_len)]
     command += [f"--engine-arg={arg}" for arg in options.engine_arg]
     command += ["--input-tokens", str(options.input_tokens), "--output-tokens", str(options.output_tokens)]
-    command += ["--itl", objective, "--max-replicas-per-gpu", "1", "--budget", "20m", "-o", str(output)]
+    command += ["--itl", options.itl, "--max-replicas-per-gpu", "1", "--budget", "20m", "-o", str(output)]
     began = time.monotonic()
     subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True)
     profile: dict[str, Any] = yaml.safe_load(output.read_text())
@@ -340,14 +392,16 @@ def as_profile(levels: Sequence[Level]) -> dict[str, Any]:
     return {"status": {"points": points}}
 
 
-def report(options: argparse.Namespace, levels: list[Level], profile: dict[str, Any], whole: float) -> dict[str, Any]:
+def report(
+    options: argparse.Namespace, levels: list[Level], profiles: list[dict[str, Any]], wholes: list[float]
+) -> dict[str, Any]:
     """Print the tables; return what goes into the JSON."""
-    results = profile["spec"]["results"]
-    points = {point["batch"]: point for point in results["points"]}
+    curves = [points_of(profile) for profile in profiles]
     rows, deviations = [], []
     for level in levels:
-        point = points.get(level.batch)
-        own = float(point["totalTokensPerSecond"]) if point else None
+        points = [curve[level.batch] for curve in curves if level.batch in curve]
+        rates = [float(point["totalTokensPerSecond"]) for point in points]
+        own = statistics.mean(rates) if rates else None
         base = level.saturated or level.raw
         deviation = own / base - 1 if own else None
         deviations += [] if deviation is None or level.saturated is None else [abs(deviation)]
@@ -358,30 +412,37 @@ def report(options: argparse.Namespace, levels: list[Level], profile: dict[str, 
                 "saturated": level.saturated,
                 "ours": own,
                 "deviation": None if deviation is None else f"{deviation:+.1%}",
+                "apart": f"{(max(rates) - min(rates)) / own:.1%}" if own else None,
                 "itl": 1000 * level.itl,
-                "ourItl": 1000 * parse_duration(point["interTokenLatency"]["mean"]) if point else None,
+                "ourItl": 1000 * statistics.mean(parse_duration(point["interTokenLatency"]["mean"]) for point in points)
+                if points
+                else None,
                 "seconds": level.duration,
             }
         )
     print(table(COLUMNS, rows), end="\n\n")
-    cost = results.get("cost") or {}
-    sweep = float(cost.get("sweep", results["gpuSeconds"]))
+    results = [profile["spec"]["results"] for profile in profiles]
+    costs = [each.get("cost") or {} for each in results]
+    sweeps = [float(cost.get("sweep", each["gpuSeconds"])) for cost, each in zip(costs, results, strict=True)]
+    sweep = statistics.mean(sweeps)
     reference = sum(level.duration for level in levels)
     starts = sum(level.start for level in levels)
-    own_start = float(cost.get("starts", 0)) or statistics.mean(level.start for level in levels)
+    # one for the sweep, one for the confirmation
+    own_start = statistics.mean(float(cost.get("starts", 0)) / 2 for cost in costs)
+    own_start = own_start or statistics.mean(level.start for level in levels)
     summary = {
         "reference": options.reference,
         "reference seconds without starts": round(reference, 1),
         "reference seconds with starts": round(reference + starts, 1),
-        "our sweep, seconds without starts": round(sweep, 1),
-        "our seconds in all, confirmation and baseline included": round(whole, 1),
+        "our sweeps, seconds without starts": ", ".join(f"{each:.1f}" for each in sweeps),
+        "our seconds in all, confirmation included": ", ".join(f"{each:.1f}" for each in wholes),
         "ratio without starts": round(reference / sweep, 1),
         "ratio with starts": round((reference + starts) / (sweep + own_start), 1),
         "largest deviation of T, saturated": f"{max(deviations):.1%}" if deviations else "nothing to compare",
         "batch advised from the reference": advised(as_profile(levels), options.itl),
-        "batch advised from ours": advised(profile, options.itl),
+        "batches advised from ours": ", ".join(str(advised(profile, options.itl)) for profile in profiles),
         "objective": f"mean ITL {options.itl}",
-        "batches we measured": sorted(points),
+        "batches we measured": sorted(set().union(*curves)),
     }
     print(
         table({"name": "whole", "value": ""}, [{"name": name, "value": str(value)} for name, value in summary.items()])
@@ -434,6 +495,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--itl", default="60ms", help="the objective that batches are advised for (default: %(default)s)"
     )
+    parser.add_argument(
+        "--sweeps", type=int, default=3, help="how often ours is run, at least once (default: %(default)s)"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file (default: under build/benchmarks)")
     options = parser.parse_args(argv)
     options.output = options.output or RESULTS / f"cost-engine-{options.reference}.json"
@@ -446,11 +510,7 @@ def main() -> int:
     options = parse()
     with tempfile.TemporaryDirectory(prefix="tightship-bench-") as work:
         options.work = Path(work)
-        tell("ours: tightship profile")
-        profile, whole = ours(options, options.itl)
-        tell(f"reference: {options.reference}, {len(options.batches)} batches of {options.prompts} prompts")
-        levels = {"paper": paper, "vllm-sweep": vllm_sweep}[options.reference](options)
-        found = report(options, levels, profile, whole)
+        found = report(options, *compared(options))
     tell(f"written to {write_json(options.output, 'cost_engine', found)}")
     print("\n".join(f"missed: {said}" for said in found["missed"]) or "all goals met", file=sys.stderr)
     return 1 if found["missed"] else 0

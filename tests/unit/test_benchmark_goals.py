@@ -25,3 +25,23 @@ def test_the_engines_benchmark_names_each_goal_it_misses(
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     assert importlib.import_module("cost_engine").missed(ratio, deviations) == missed
+
+
+@pytest.mark.parametrize(
+    ("batches", "throughput", "count", "found"),
+    [
+        ([1, 2, 4, 8], {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}, 2, [[1], [2, 4, 8]]),
+        ([1, 2, 4, 8], {1: 1.0, 2: 1.0, 4: 1.0}, 2, [[1, 2], [4, 8]]),
+        ([1, 2, 4, 8], {}, 1, [[1, 2, 4, 8]]),
+        ([64], {1: 1.0}, 3, [[64]]),
+    ],
+)
+def test_the_reference_is_cut_into_parts_that_take_about_as_long(
+    monkeypatch: pytest.MonkeyPatch,
+    batches: list[int],
+    throughput: dict[int, float],
+    count: int,
+    found: list[list[int]],
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    assert importlib.import_module("cost_engine").parts(batches, throughput, count) == found

@@ -69,7 +69,8 @@ class OpenLoop(Loop):
     """Sends requests at random times."""
 
     def __init__(self, channel: Channel, lengths: Lengths, prompts: Prompts, clock: Clock, seed: int) -> None:
-        super().__init__(channel, lengths, prompts, clock, seed)
+        super().__init__(channel, prompts, clock, seed)
+        self._lengths = lengths
         self._timer: asyncio.TimerHandle | None = None
         self._rate = 0.0
         self.arrived = 0

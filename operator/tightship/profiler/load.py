@@ -98,9 +98,8 @@ class Recording:
 class Loop:
     """What every load does: it counts what it sees in a recording, notes its own use of the processor, and knows when it can't go on."""
 
-    def __init__(self, channel: Channel, lengths: Lengths, prompts: Prompts, clock: Clock, seed: int) -> None:
+    def __init__(self, channel: Channel, prompts: Prompts, clock: Clock, seed: int) -> None:
         self._channel = channel
-        self._lengths = lengths
         self._prompts = prompts
         self._clock = clock
         self._now = clock.now
@@ -174,8 +173,12 @@ class ClosedLoop(Loop):
     """Keeps a number of requests in flight on a channel."""
 
     def __init__(self, channel: Channel, lengths: Lengths, prompts: Prompts, clock: Clock, seed: int) -> None:
-        super().__init__(channel, lengths, prompts, clock, seed)
+        super().__init__(channel, prompts, clock, seed)
         self._moments = random.Random(seed + 1)
+        self._lengths = lengths
+        self._aged, self._fresh = lengths.aged_evenly(self._rng), lengths.fresh_evenly(self._rng)
+        self.by_lot = False
+        """Whether requests are drawn independently, so that what they hold together fluctuates as a workload's does; evenly otherwise."""
         self._slots: dict[_Slot, None] = {}  # in the order they were added: a set's would differ from run to run
         self._size = 0
         self._waiting = 0  # slots without their first token since they started or failed
@@ -205,16 +208,18 @@ class ClosedLoop(Loop):
             slot = _Slot(self)
             self._slots[slot] = None
             self._waiting += 1
-            slot.start(self._lengths.aged(self._rng), fresh=False)
+            slot.start(self._lengths.aged(self._rng) if self.by_lot else next(self._aged), fresh=False)
 
     def drop_surplus(self) -> int:
         """End at once what is in flight beyond `size`; returns how many requests that was. The engine aborts them.
 
-        Who goes is drawn by lot: the rest then is in flight as in a steady state of the new size. Dropping the newest, say, would leave
-        the old and long.
+        Who goes is drawn by lot, evenly over the contexts in flight: the rest then is as in a steady state of the new size. Dropping the
+        newest, say, would leave the old and long.
         """
         surplus = max(0, len(self._slots) - self._size)
-        for slot in self._rng.sample(list(self._slots), surplus):
+        ordered = sorted(self._slots, key=lambda slot: slot.context)
+        first = self._rng.random()
+        for slot in [ordered[int((first + number) / surplus * len(ordered))] for number in range(surplus)]:
             self._remove(slot)
             ticket, slot.ticket = slot.ticket, None
             if ticket is not None:
@@ -250,6 +255,9 @@ class ClosedLoop(Loop):
         wait = _TICK * self._moments.uniform(0.5, 1.5)  # at random moments, or it could fall in step with the engine
         self._ticker = asyncio.get_running_loop().call_later(wait, self._tick, self._now() + wait)
 
+    def _next(self) -> Length:
+        return self._lengths.fresh(self._rng) if self.by_lot else next(self._fresh)
+
     def _submit(self, slot: _Slot, length: Length) -> None:
         self._account()
         self.in_flight += 1
@@ -271,7 +279,7 @@ class ClosedLoop(Loop):
         if len(self._slots) > self._size:
             self._slots.pop(slot, None)
         elif slot in self._slots:
-            slot.start(self._lengths.fresh(self._rng), fresh=True)
+            slot.start(self._next(), fresh=True)
 
     def _failed(self, slot: _Slot, reason: str, final: bool) -> None:
         self._left()
@@ -285,13 +293,13 @@ class ClosedLoop(Loop):
 
     def _again(self, slot: _Slot) -> None:
         if slot in self._slots:
-            slot.start(self._lengths.fresh(self._rng), fresh=True)
+            slot.start(self._next(), fresh=True)
 
 
 class _Slot:
     """One of the B places: a request, and after it the next."""
 
-    __slots__ = ("_fresh", "_last", "_loop", "_submitted", "ended", "new", "ticket")
+    __slots__ = ("_fresh", "_last", "_loop", "_submitted", "context", "ended", "new", "ticket")
 
     def __init__(self, loop: ClosedLoop) -> None:
         self._loop = loop
@@ -301,12 +309,15 @@ class _Slot:
         """Whether its request is over."""
         self.ticket: Ticket | None = None
         """Its request in flight."""
+        self.context = 0
+        """Tokens of that request so far, its prompt included."""
         self._fresh = False
         self._last: float | None = None
         self._submitted = 0.0
 
     def start(self, length: Length, *, fresh: bool) -> None:
         self._fresh = fresh
+        self.context = length.input
         self._last = None
         self._submitted = self._loop._now()
         self._loop._submit(self, length)
@@ -316,6 +327,7 @@ class _Slot:
         now = loop._now()
         recording = loop.recording
         recording.tokens += count
+        self.context += count
         last = self._last
         self._last = now
         if last is not None:

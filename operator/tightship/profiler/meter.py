@@ -19,6 +19,7 @@ from typing import Final
 
 from tightship.api.units import format_duration
 from tightship.api.v1alpha1 import batchprofile as api
+from tightship.core.memory import Context, kv_tokens
 from tightship.profiler import points
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
@@ -26,6 +27,8 @@ from tightship.profiler.estimate import Estimate, estimate
 from tightship.profiler.gpu import Device
 from tightship.profiler.load import ClosedLoop, Recording
 from tightship.profiler.windows import (
+    LIVES_EVENLY,
+    LIVES_LEAST,
     PRECISION,
     RUNNING_LEAST,
     SURPLUS_MOST,
@@ -81,6 +84,7 @@ class Meter:
         steps_needed: int = 0,
         first_tokens_needed: int = 0,
         itl_most: float | None = None,
+        context: Context | None = None,
     ) -> None:
         """The meter of one engine.
 
@@ -93,7 +97,9 @@ class Meter:
             steps_needed: engine steps behind the objective's statistic.
             first_tokens_needed: first tokens behind it, where it is of the time to them.
             itl_most: what an objective allows between tokens, seconds; None without such an objective.
+            context: of the requests in flight, by which a batch may fill the KV cache; None where none can.
         """
+        self._context = context
         self._engine = engine
         self._load = load
         self._clock = clock
@@ -133,8 +139,10 @@ class Meter:
         self._lower = lower
         if batch < self._surplus_from:
             self._surplus = 0.0
-        if self._distorted:
+        by_lot = self._may_fill(batch)
+        if self._distorted or by_lot != self._load.by_lot:
             # Who ran and who waited was not by lot: what runs now would be no steady state of a smaller batch, for a life long.
+            self._load.by_lot = by_lot
             self._load.resize(0)
             self._load.drop_surplus()
         self._load.resize(batch + round(batch * self._surplus))
@@ -156,6 +164,11 @@ class Meter:
             self._load.resize(self._load.size + missing)
             self._surplus, self._surplus_from = self._load.size / batch - 1, batch
         raise AssertionError("the last round always ends the level")
+
+    def _may_fill(self, batch: int) -> bool:
+        """Whether so many requests may fill the KV cache: then how far their contexts fluctuate decides whether they preempt each other."""
+        held, context = self._engine.info.kv_tokens, self._context
+        return held is not None and context is not None and kv_tokens(batch, context, block_size=1) > held
 
     async def _read(
         self, batch: int, mean_output: float, began: float, seconds: float, limit: float, *, may_top_up: bool
@@ -193,8 +206,9 @@ class Meter:
         """Whether enough engine steps, or first tokens, stand behind the objective's statistic, and enough of a request's life behind all."""
         if self._windows.recording.ttft.count < self._first_tokens_needed:
             return False
+        lives = LIVES_LEAST if self._load.by_lot else LIVES_EVENLY
         return tally.seconds >= max(
-            self._steps_needed * self._windows.itl, lives_seconds(batch, mean_output, self._windows.itl)
+            self._steps_needed * self._windows.itl, lives_seconds(batch, mean_output, self._windows.itl, lives=lives)
         )
 
     def _reading(self, batch: int, tally: Tally, recording: Recording, mean_output: float) -> Reading:

@@ -120,6 +120,7 @@ class Session:
             steps_needed=self.steps_needed,
             first_tokens_needed=self.first_tokens_needed,
             itl_most=self.itl_most,
+            context=self.load_context,
         )
 
     @property

@@ -250,8 +250,9 @@ class Sweep:
         )
 
     def _forgive(self, driven: int) -> None:
-        """Let the batches below one that was driven be tried again, once: the machine was busy, and T(1) is what efficiency rests on."""
-        for batch in [each for each in self._undriven if each < driven and each not in self._forgiven]:
+        """Let late batches below one that was driven be tried again, once: the machine was busy, and T(1) is what efficiency rests on."""
+        late = self._late.intersection(self._undriven)
+        for batch in sorted(each for each in late if each < driven and each not in self._forgiven):
             self._session.withdraw(self._undriven.pop(batch))
             self._forgiven.add(batch)
 

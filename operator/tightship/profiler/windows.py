@@ -41,13 +41,17 @@ FULL: Final = 0.95
 """Share of the KV cache from which on requests that wait may wait for it."""
 POLL_SECONDS: Final = 0.05
 SAMPLES_PER_WINDOW: Final = 4
+SAMPLE_LEAST: Final = 0.25
+"""Seconds between samples at the least: an API server takes 5 to 10 ms for one, on a small machine of a core that its engine needs as well."""
 ALIGN_FROM: Final = 0.05
 """Seconds of an engine step from which on a sample that met tokens on their way is taken again, to have one between two steps."""
 ALIGN_TRIES: Final = 3
 LIVES_LEAST: Final = 1.0
-"""Mean lives of a request that a level is measured for: the requests it starts with weigh on all windows alike, unseen by their spread."""
+"""Mean lives of a request that a load is measured for: the requests it starts with weigh on all windows alike, unseen by their spread."""
+LIVES_EVENLY: Final = 0.5
+"""The same where they are spread evenly (`tightship.profiler.lengths`): that is more exact than a whole life of requests drawn by lot."""
 LIVES_WHOLE_UP_TO: Final = 256
-"""Batch up to which that takes whole lives. So many requests at once are a fair sample by themselves: beyond, 256 / B of a life will do."""
+"""Batch up to which that holds. So many requests at once are a fair sample by themselves: beyond, 256 / B of it will do."""
 TOP_UPS: Final = 2
 SURPLUS_MOST: Final = 0.5
 """Requests put in flight beyond a batch to have it run, relative to it, at the most."""
@@ -66,15 +70,16 @@ def warmup_seconds(itl: float) -> float:
     return max(WARMUP_SECONDS, WARMUP_STEPS * itl)
 
 
-def lives_seconds(requests: int, mean_output: float, itl: float) -> float:
+def lives_seconds(requests: int, mean_output: float, itl: float, *, lives: float = LIVES_LEAST) -> float:
     """How long a load is measured at the least, in seconds: the requests it starts with must have made room for others.
 
     Args:
         requests: those in flight at once, in all engines.
         mean_output: mean output tokens of a request.
         itl: mean time between its tokens, seconds.
+        lives: mean lives of a request.
     """
-    return LIVES_LEAST * min(1.0, LIVES_WHOLE_UP_TO / requests) * mean_output * itl
+    return lives * min(1.0, LIVES_WHOLE_UP_TO / requests) * mean_output * itl
 
 
 def check_counter(rate: float) -> None:
@@ -221,8 +226,9 @@ class Windows:
 
     async def _window(self, length: float, tally: Tally, deadline: float) -> bool:
         start = tally.last[0].at
-        for part in range(1, SAMPLES_PER_WINDOW + 1):
-            due = start + length * part / SAMPLES_PER_WINDOW
+        parts = max(1, min(SAMPLES_PER_WINDOW, int(length / SAMPLE_LEAST)))
+        for part in range(1, parts + 1):
+            due = start + length * part / parts
             await self._pause(max(0.0, min(due, deadline) - self._clock.now()))
             if due > deadline:
                 return False

@@ -8,7 +8,8 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -210,23 +211,56 @@ def test_texts_are_counted_by_the_models_own_tokenizer(tmp_path: Path, engine_py
 SHAREGPT = [Length(*pair) for pair in sharegpt_lengths(2000, seed=3)]
 
 
-def test_aged_requests_have_the_context_of_requests_in_flight() -> None:
-    lengths, rng, count = Lengths(SHAREGPT), random.Random(7), 40_000
-    contexts = [lengths.aged(rng).input for _ in range(count)]
+def test_requests_in_flight_have_the_context_that_the_ledger_counts_with() -> None:
+    lengths, count = Lengths(SHAREGPT), 40_000
+    drawn = list(islice(lengths.aged_evenly(random.Random(7)), count))
+    contexts = [one.input for one in drawn]
     wanted = context_from_lengths(((pair.input, pair.output) for pair in SHAREGPT), block_size=0)
-    error = wanted.std / math.sqrt(count)
-    assert abs(statistics.fmean(contexts) + 0.5 - wanted.mean) < 4 * error  # ages are whole tokens from 0
-    assert abs(statistics.pstdev(contexts) / wanted.std - 1) < 0.03
-    ends = [aged.input + aged.output for aged in (lengths.aged(rng) for _ in range(count))]
+    assert abs(statistics.fmean(contexts) + 0.5 - wanted.mean) < 0.1 * wanted.std / math.sqrt(count)  # ages are whole
+    assert abs(statistics.pstdev(contexts) / wanted.std - 1) < 0.01
+    ends = [one.input + one.output for one in drawn]
     assert statistics.fmean(ends) > 1.3 * (lengths.mean_input + lengths.mean_output)  # long ones are met more often
 
 
-def generation_rate(start: Callable[[Lengths, random.Random], Length], batch: int, seconds: float, seed: int) -> float:
+def spread(drawn: Callable[[random.Random], Iterable[Length]], mean: Callable[[Length], float], count: int) -> float:
+    """Standard deviation of the mean of so many drawn requests, over a hundred seeds."""
+    return statistics.pstdev(
+        statistics.fmean(map(mean, islice(drawn(random.Random(seed)), count))) for seed in range(100)
+    )
+
+
+@pytest.mark.parametrize("count", [32, 64, 100, 256])
+def test_however_many_there_are_they_are_spread_evenly(count: int) -> None:
+    lengths = Lengths(SHAREGPT)
+
+    def by_lot(rng: random.Random) -> Iterator[Length]:
+        while True:
+            yield lengths.aged(rng)
+
+    context = spread(lengths.aged_evenly, lambda one: one.input, count)
+    assert context < 0.6 * spread(by_lot, lambda one: one.input, count)
+    arriving = spread(lengths.fresh_evenly, lambda one: one.input + one.output / 2, count)
+    independent = statistics.pstdev(pair.input + pair.output / 2 for pair in SHAREGPT) / math.sqrt(count)
+    assert arriving < 0.5 * independent
+
+
+@pytest.mark.parametrize("count", [2, 8, 64])
+def test_requests_of_one_length_are_met_at_even_ages(count: int) -> None:
+    for seed in range(20):
+        ages = sorted(one.input for one in islice(Lengths.constant(1, 1000).aged_evenly(random.Random(seed)), count))
+        gaps = [after - before for before, after in pairwise([*ages, ages[0] + 1000])]
+        assert max(gaps) < 2700 / count  # 2.62, the square of the golden ratio
+
+
+Start = Callable[[Lengths, random.Random], Iterator[Length]]
+
+
+def generation_rate(start: Start, batch: int, seconds: float, seed: int) -> float:
     """Tokens per second of a closed loop on the simulated OPT-1.3B, from when all its first requests have had a token."""
     lengths, rng = Lengths(SHAREGPT), random.Random(seed)
     scheduling = Scheduling(max_num_seqs=batch, max_num_batched_tokens=2048, max_model_len=2048, num_blocks=20_000)
     engine = Engine(scheduling, OPT_1_3B.costs)
-    first = [Sequence(drawn.input, drawn.output) for drawn in (start(lengths, rng) for _ in range(batch))]
+    first = [Sequence(drawn.input, drawn.output) for drawn in islice(start(lengths, rng), batch)]
     for sequence in first:
         engine.add(sequence)
     now, began, tokens = 0.0, None, 0
@@ -245,8 +279,8 @@ def generation_rate(start: Callable[[Lengths, random.Random], Length], batch: in
 
 
 def test_a_load_that_starts_in_the_steady_state_needs_no_ramp() -> None:
-    long_run = generation_rate(Lengths.aged, 256, 300.0, seed=1)
-    warm = statistics.fmean(generation_rate(Lengths.aged, 256, 5.0, seed) for seed in range(6))
-    cold = statistics.fmean(generation_rate(Lengths.fresh, 256, 5.0, seed) for seed in range(6))
+    long_run = generation_rate(Lengths.aged_evenly, 256, 300.0, seed=1)
+    warm = statistics.fmean(generation_rate(Lengths.aged_evenly, 256, 5.0, seed) for seed in range(6))
+    cold = statistics.fmean(generation_rate(Lengths.fresh_evenly, 256, 5.0, seed) for seed in range(6))
     assert abs(warm / long_run - 1) < 0.015
     assert abs(cold / long_run - 1) > 0.10

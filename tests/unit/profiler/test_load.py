@@ -86,7 +86,7 @@ def test_what_stays_is_in_flight_as_in_the_steady_state() -> None:
         return contexts
 
     contexts = [context for seed in range(8) for context in in_virtual_time(lambda seed=seed: story(seed))]  # type: ignore[misc]
-    assert abs(statistics.fmean(contexts) - wanted.mean) < 3.5 * wanted.std / math.sqrt(len(contexts))
+    assert abs(statistics.fmean(contexts) - wanted.mean) < 2 * wanted.std / math.sqrt(len(contexts))
 
 
 def test_surplus_without_a_first_token_or_between_two_tries_is_dropped_too() -> None:

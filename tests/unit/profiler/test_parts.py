@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from itertools import islice
 
 import pytest
 from hypothesis import given
@@ -91,10 +92,12 @@ def test_cache_info_is_read_from_labels() -> None:
 def test_requests_in_flight_are_length_biased_and_aged() -> None:
     lengths = Lengths([Length(10, 100), Length(10, 300)])
     rng = random.Random(1)
-    drawn = [lengths.aged(rng) for _ in range(20_000)]
+    evenly = list(islice(lengths.aged_evenly(rng), 20_000))
+    by_lot = [lengths.aged(rng) for _ in range(20_000)]
     # P(long) = 300 / 400; what is left is uniform in 1..output: mean 0.25 x 50.5 + 0.75 x 150.5
-    assert sum(one.output for one in drawn) / len(drawn) == pytest.approx(125.5, rel=0.03)
-    assert all(one.output >= 1 and one.input + one.output in (110, 310) for one in drawn)
+    for drawn, within in ((evenly, 0.001), (by_lot, 0.03)):
+        assert sum(one.output for one in drawn) / len(drawn) == pytest.approx(125.5, rel=within)
+        assert all(one.output >= 1 and one.input + one.output in (110, 310) for one in drawn)
 
 
 def test_prompts_have_the_exact_length_also_beyond_the_pool() -> None:

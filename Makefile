@@ -21,6 +21,8 @@ EVENTS ?= 300
 
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
+# Unit tests have no clock, and run on all cores; stories run against one, and get the machine to themselves.
+UNIT := $(PYTEST) tests/unit -n auto --dist loadfile
 PACKAGE := operator/tightship
 CHECKED := operator tests scripts benchmarks
 
@@ -66,7 +68,7 @@ types: env ## mypy --strict
 	$(VENV)/bin/mypy
 
 unit: env ## decisions, builders, reconcilers: no cluster
-	$(PYTEST) tests/unit $(ARGS)
+	$(UNIT) $(ARGS)
 
 sandbox-test: env ## the whole way on the embedded control plane, with simulated GPUs
 	$(PYTEST) tests/sandbox $(ARGS)
@@ -83,8 +85,13 @@ engine-test: env engine ## the whole way with the real engine on the CPU (needs 
 chaos: env ## a long seeded run of faults and changes, with invariants after each (SEED, EVENTS, PLANE; real plane if there)
 	PYTHONPATH=operator:tests $(PY) -m chaos --events $(EVENTS) $(if $(SEED),--seed $(SEED)) $(if $(PLANE),--plane $(PLANE)) $(ARGS)
 
+# pytest's own statuses: 1 is failures, 5 nothing to run, which ARGS="-k ..." may leave of one of the two
 test: lint types ## everything this machine can run; what it can't is listed at the end
-	$(PYTEST) tests --durations=15 $(ARGS)
+	@units=0; rest=0; \
+	$(UNIT) --durations=5 $(ARGS) || units=$$?; \
+	$(PYTEST) tests --ignore=tests/unit --durations=15 $(ARGS) || rest=$$?; \
+	for status in $$units $$rest; do case $$status in 0 | 1 | 5) ;; *) exit $$status ;; esac; done; \
+	case $$units,$$rest in 1,* | *,1) exit 1 ;; 5,5) exit 5 ;; esac
 
 # beside `vllm bench serve` where the real engine's environment is there (`make engine`)
 bench-load: env ## does the load generator keep up: tokens/s per core of ours, httpx, vllm bench serve

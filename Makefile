@@ -21,7 +21,7 @@ EVENTS ?= 300
 
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
-# Unit tests have no clock, and run on all cores; stories run against one, and get the machine to themselves.
+# Unit tests hardly mind what else the machine does, and run on all cores; stories run against the clock, and get it to themselves.
 UNIT := $(PYTEST) tests/unit -n auto --dist loadfile
 PACKAGE := operator/tightship
 CHECKED := operator tests scripts benchmarks
@@ -86,11 +86,12 @@ chaos: env ## a long seeded run of faults and changes, with invariants after eac
 	PYTHONPATH=operator:tests $(PY) -m chaos --events $(EVENTS) $(if $(SEED),--seed $(SEED)) $(if $(PLANE),--plane $(PLANE)) $(ARGS)
 
 # pytest's own statuses: 1 is failures, 5 nothing to run, which ARGS="-k ..." may leave of one of the two
-test: lint types ## everything this machine can run; what it can't is listed at the end
+test: lint types ## everything this machine can run; what it can't is listed with the reason
 	@units=0; rest=0; \
 	$(UNIT) --durations=5 $(ARGS) || units=$$?; \
+	case $$units in 0 | 1 | 5) ;; *) exit $$units ;; esac; \
 	$(PYTEST) tests --ignore=tests/unit --durations=15 $(ARGS) || rest=$$?; \
-	for status in $$units $$rest; do case $$status in 0 | 1 | 5) ;; *) exit $$status ;; esac; done; \
+	case $$rest in 0 | 1 | 5) ;; *) exit $$rest ;; esac; \
 	case $$units,$$rest in 1,* | *,1) exit 1 ;; 5,5) exit 5 ;; esac
 
 # beside `vllm bench serve` where the real engine's environment is there (`make engine`)
@@ -106,7 +107,7 @@ bench-control-plane: env ## 500 services on 1,000 hollow GPUs beside plain State
 bench-cost: env ## what the sweep costs beside the published procedure, in virtual time, and whether they agree (ARGS=--help)
 	$(PY) benchmarks/cost_simulated.py $(ARGS)
 
-# The two on the real engine take half an hour each, and an otherwise idle machine; they fail when a goal is missed.
+# The two on the real engine take most of an hour each, and an otherwise idle machine; they fail when a goal is missed.
 BENCH_MODEL := build/small-llama
 $(BENCH_MODEL)/config.json: $(ENGINE_COMPLETE)
 	$(ENGINE_VENV)/bin/python scripts/make_small_llama.py $(BENCH_MODEL)

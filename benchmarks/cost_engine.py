@@ -16,7 +16,7 @@ T of ours is their mean, and how far they lie apart stands beside it.
 
 Prints a table, writes JSON, and says on which machine. The goals: a tenth of the reference's time, engine starts left out on both sides, and T
 within 10 % of it where the reference's engine was saturated; the exit status is 1 when one is missed. With longer outputs the reference
-takes longer in proportion, and the sweep, whose levels are precise after a life of a request, does not quite.
+takes longer in proportion, and the sweep, whose levels are precise after half a life of a request, does not quite.
 
 Engines are bound to one core, load and API server to the others: without that the figures mean nothing. Needs an otherwise idle machine.
 """
@@ -332,6 +332,8 @@ def compared(options: argparse.Namespace) -> tuple[dict[str, list[Level]], list[
             levels[name] += REFERENCES[name](options, part)
         if len(profiles) < options.sweeps:
             sweep()
+    while len(profiles) < options.sweeps:  # more sweeps than batches to put them between
+        sweep()
     return levels, profiles, seconds
 
 
@@ -369,7 +371,18 @@ def ours(options: argparse.Namespace, number: int) -> tuple[dict[str, Any], floa
     command += ["--memory", options.memory, "--max-model-len", str(options.max_model_len)]
     command += [f"--engine-arg={arg}" for arg in options.engine_arg]
     command += ["--input-tokens", str(options.input_tokens), "--output-tokens", str(options.output_tokens)]
-    command += ["--itl", options.itl, "--max-replicas-per-gpu", "1", "--budget", "20m", "-o", str(output)]
+    command += [
+        "--seed",
+        str(number),
+        "--itl",
+        options.itl,
+        "--max-replicas-per-gpu",
+        "1",
+        "--budget",
+        "20m",
+        "-o",
+        str(output),
+    ]
     began = time.monotonic()
     subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True)
     profile: dict[str, Any] = yaml.safe_load(output.read_text())
@@ -419,7 +432,7 @@ def report(
                 "saturated": level.saturated,
                 "ours": own,
                 "deviation": None if deviation is None else f"{deviation:+.1%}",
-                "apart": f"{(max(rates) - min(rates)) / own:.1%}" if own else None,
+                "apart": f"{(max(rates) - min(rates)) / own:.1%}" if own and len(rates) > 1 else None,
                 "itl": 1000 * level.itl,
                 "ourItl": 1000 * statistics.mean(parse_duration(point["interTokenLatency"]["mean"]) for point in points)
                 if points
@@ -521,7 +534,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run ours, then the reference, and compare; exit status 1 when a goal is missed."""
+    """Run ours and the references in turns, and compare; exit status 1 when a goal is missed."""
     options = parse()
     with tempfile.TemporaryDirectory(prefix="tightship-bench-") as work:
         options.work = Path(work)

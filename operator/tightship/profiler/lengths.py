@@ -7,8 +7,9 @@ output = what is left. So a load has neither ramp nor a wave of requests that al
 What a load has in flight is a small sample, whose mean context is off by 1/sqrt(B) of a request's spread, and that weighs on all that is measured
 before these requests have made room for others. `Lengths.aged_evenly` and `Lengths.fresh_evenly` don't draw them one by one but as a rotated
 additive recurrence (quasi-Monte Carlo: Cranley and Patterson, SIAM Journal on Numerical Analysis 13, 1976): each by itself has the distribution
-it should, and however many of them there are, together they are spread over it evenly. What such requests have in common hardly
-fluctuates, so where it is the fluctuation that counts, they are drawn by lot.
+it should, and however many of them there are, together they are spread over it evenly. Ages are so on the whole only, and by lot within an
+eighth of an output: requests that end at even distances would never prefill together, and p95 and p99 are made of those that do. What such
+requests have in common hardly fluctuates, so where it is that fluctuation which counts, they are drawn by lot.
 
 Lengths are read from text (`parse_lengths`) in the forms they come in; what is no length is refused with its line and value, never skipped.
 What can't serve is left out and counted, in `Lengths.notes`: answers of fewer than two tokens (they have no time between tokens),
@@ -35,6 +36,8 @@ _SILVER: Final = math.sqrt(2) - 1
 """Steps of additive recurrences: the multiples of the first fill the unit interval more evenly than those of any other number, however many
 are taken, and of the second nearly so. Of the pairs tried these two fill the square best: the mean context of 32 requests in flight varies 0.42 times
 as much as by lot, that of 256 0.28 times (ShareGPT-like lengths)."""
+_JITTER: Final = 1 / 8
+"""Share of an output within which ages are by lot. It adds an eighth of what drawing them wholly by lot would."""
 _INPUT_NAMES: Final = ("input", "prompt_tokens", "input_tokens", "input_len", "prompt_len", "contexttokens")
 _OUTPUT_NAMES: Final = ("output", "completion_tokens", "output_tokens", "output_len", "generatedtokens")
 _ASKS: Final = frozenset({"human", "user"})
@@ -131,12 +134,13 @@ class Lengths:
     def aged_evenly(self, rng: random.Random) -> Iterator[Length]:
         """Requests as they are met in flight, without end, restated as `aged` does, and spread evenly over lengths and ages.
 
-        Each is met with a probability proportional to its output, at an age that is uniform in [0, output). `rng` places the first of them.
+        Each is met with a probability proportional to its output, at an age that is uniform in [0, output). `rng` places the first of them, and
+        all within an eighth of their output.
         """
         place, age = rng.random(), rng.random()
         while True:
             pair = self._ordered[bisect_right(self._by_output, place * self._by_output[-1])]
-            aged = int(age * pair.output)
+            aged = int((age + rng.random() * _JITTER) % 1 * pair.output)
             yield Length(pair.input + aged, pair.output - aged)
             place, age = (place + _SILVER) % 1, (age + _GOLDEN) % 1
 

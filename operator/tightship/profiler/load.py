@@ -218,8 +218,9 @@ class ClosedLoop(Loop):
         """
         surplus = max(0, len(self._slots) - self._size)
         ordered = sorted(self._slots, key=lambda slot: slot.context)
-        first = self._rng.random()
-        for slot in [ordered[int((first + number) / surplus * len(ordered))] for number in range(surplus)]:
+        apart, first = len(ordered) / max(1, surplus), self._rng.random()
+        going = ordered if apart == 1 else [ordered[int((first + number) * apart)] for number in range(surplus)]
+        for slot in going:
             self._remove(slot)
             ticket, slot.ticket = slot.ticket, None
             if ticket is not None:

@@ -27,8 +27,6 @@ from tightship.profiler.estimate import Estimate, estimate
 from tightship.profiler.gpu import Device
 from tightship.profiler.load import ClosedLoop, Recording
 from tightship.profiler.windows import (
-    LIVES_EVENLY,
-    LIVES_LEAST,
     PRECISION,
     RUNNING_LEAST,
     SURPLUS_MOST,
@@ -38,7 +36,7 @@ from tightship.profiler.windows import (
     Tally,
     Windows,
     check_counter,
-    lives_seconds,
+    lived,
     mean,
     warmup_seconds,
     window_seconds,
@@ -141,7 +139,7 @@ class Meter:
             self._surplus = 0.0
         by_lot = self._may_fill(batch)
         if self._distorted or by_lot != self._load.by_lot:
-            # Who ran and who waited was not by lot: what runs now would be no steady state of a smaller batch, for a life long.
+            # Who ran and who waited was not by lot, or what ran was drawn otherwise: no steady state of this batch, for a life long.
             self._load.by_lot = by_lot
             self._load.resize(0)
             self._load.drop_surplus()
@@ -206,9 +204,9 @@ class Meter:
         """Whether enough engine steps, or first tokens, stand behind the objective's statistic, and enough of a request's life behind all."""
         if self._windows.recording.ttft.count < self._first_tokens_needed:
             return False
-        lives = LIVES_LEAST if self._load.by_lot else LIVES_EVENLY
-        return tally.seconds >= max(
-            self._steps_needed * self._windows.itl, lives_seconds(batch, mean_output, self._windows.itl, lives=lives)
+        itl, first_tokens = self._windows.itl, self._windows.recording.ttft.count
+        return tally.seconds >= self._steps_needed * itl and lived(
+            tally.seconds, batch, mean_output * itl, first_tokens, by_lot=self._load.by_lot
         )
 
     def _reading(self, batch: int, tally: Tally, recording: Recording, mean_output: float) -> Reading:

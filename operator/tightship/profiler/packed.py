@@ -29,7 +29,7 @@ from tightship.profiler.windows import (
     Tally,
     Windows,
     check_counter,
-    lives_seconds,
+    lived,
     mean,
     pooled,
 )
@@ -147,8 +147,9 @@ class PackedMeter:
                     and windows.recording.ttft.count >= self._first_tokens_needed
                 )
                 width = estimate(tally.windows, self._input_per_output).half_width
-                lived = tally.seconds >= lives_seconds(batch * len(self._loads), self._mean_output, windows.itl)
-                precise = width is not None and width <= PRECISION and lived
+                life, first_tokens = self._mean_output * windows.itl, windows.recording.ttft.count
+                old = lived(tally.seconds, batch * len(self._loads), life, first_tokens, by_lot=False)
+                precise = width is not None and width <= PRECISION and old
                 rough = width is None or width > ROUGH
                 enough = elapsed >= (ROUGH_FACTOR if rough else 1) * seconds
                 if not whole or elapsed >= limit or (resolved and (precise or enough)):

@@ -1,11 +1,11 @@
 """The sweep: one engine start, the ladder and its bisection, and the engine's default batch as the baseline.
 
 What must hold: no batch is measured twice, but for a level at which the load ran late or the engine failed: that one gets a second chance,
-and when it comes to nothing again there is no point, only a word on why (and one more try, once the load has driven a larger batch); a finished
-point is saved at once. An engine that fails is
-started once more. One that fails again at the same batch ends the ladder below it (or leaves that batch out, where a larger one was measured), and
-the sweep has not failed: what was measured is worth a confirmation run, and a last engine may refine it first. One that fails again elsewhere is a
-failing engine: what it leaves is a curve all the same where there are points enough, and the outcome names the sweep as unfinished.
+and when it comes to nothing again there is no point, only a word on why. Where the load was late, there is one more try once it has driven a
+larger batch. A finished point is saved at once. An engine that fails is started once more. One that fails again at the same batch ends the ladder
+below it (or leaves that batch out, where a larger one was measured), and the sweep has not failed: what was measured is worth a confirmation run,
+and a last engine may refine it first. One that fails again elsewhere is a failing engine: what it leaves is a curve all the same where there are
+points enough, and the outcome names the sweep as unfinished.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ class Sweep:
     def _leave_out(self, batch: int, error: EngineError) -> None:
         """Leave out a batch that ended the engine twice, and those above it, unless one of them was measured."""
         self._undriven[batch] = f"at batch {batch}: {error}"[:1000]
+        self._late.discard(batch)
         said = f"batch {batch} ended the engine twice"
         larger = [each for each in self._session.report.points if each > batch]
         if larger:

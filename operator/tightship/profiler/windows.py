@@ -49,9 +49,11 @@ ALIGN_TRIES: Final = 3
 LIVES_LEAST: Final = 1.0
 """Mean lives of a request that a load is measured for: the requests it starts with weigh on all windows alike, unseen by their spread."""
 LIVES_EVENLY: Final = 0.5
-"""The same where they are spread evenly (`tightship.profiler.lengths`): that is more exact than a whole life of requests drawn by lot."""
+"""The same where they are spread evenly (`tightship.profiler.lengths`): of eight and more that is more exact than a whole life by lot."""
 LIVES_WHOLE_UP_TO: Final = 256
 """Batch up to which that holds. So many requests at once are a fair sample by themselves: beyond, 256 / B of it will do."""
+FIRST_TOKENS: Final = (1, 20, 100)
+"""First tokens that the mean, p95 and p99 of the time to them want (`tightship.profiler.points`)."""
 TOP_UPS: Final = 2
 SURPLUS_MOST: Final = 0.5
 """Requests put in flight beyond a batch to have it run, relative to it, at the most."""
@@ -70,16 +72,22 @@ def warmup_seconds(itl: float) -> float:
     return max(WARMUP_SECONDS, WARMUP_STEPS * itl)
 
 
-def lives_seconds(requests: int, mean_output: float, itl: float, *, lives: float = LIVES_LEAST) -> float:
-    """How long a load is measured at the least, in seconds: the requests it starts with must have made room for others.
+def lived(seconds: float, requests: int, life: float, first_tokens: int, *, by_lot: bool) -> bool:
+    """Whether a load was measured long enough for the requests it began with to have made room for others.
+
+    That is a life of a request. Of requests that are spread evenly it is half a life, if as many statistics of the time to first token are there as
+    a whole one would give: about each request in flight has its first token in it, and an objective that changes later finds them.
 
     Args:
+        seconds: how long it was measured.
         requests: those in flight at once, in all engines.
-        mean_output: mean output tokens of a request.
-        itl: mean time between its tokens, seconds.
-        lives: mean lives of a request.
+        life: mean output tokens of a request times the mean time between them, seconds.
+        first_tokens: requests that began in this time and have had a token.
+        by_lot: whether the requests in flight are drawn by lot instead of evenly.
     """
-    return lives * min(1.0, LIVES_WHOLE_UP_TO / requests) * mean_output * itl
+    share = min(1.0, LIVES_WHOLE_UP_TO / requests)
+    enough = first_tokens >= max(each for each in FIRST_TOKENS if each <= requests)
+    return seconds >= (LIVES_EVENLY if enough and not by_lot else LIVES_LEAST) * share * life
 
 
 def check_counter(rate: float) -> None:

@@ -463,8 +463,8 @@ print("child", child.pid, flush=True)
 time.sleep(600)
 """
     heard: list[str] = []
-    with pytest.raises(EngineError, match=r"not healthy after 1 s; its last words: child \d+"):
-        await launcher(script, heard).launch(SETTINGS, timeout=1)
+    with pytest.raises(EngineError, match=r"not healthy after 3 s; its last words: child \d+"):
+        await launcher(script, heard).launch(SETTINGS, timeout=3)
     pid = int(heard[0].split()[1])
     for _ in range(100):
         if _gone(pid):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -87,6 +89,51 @@ def test_what_stays_is_in_flight_as_in_the_steady_state() -> None:
 
     contexts = [context for seed in range(8) for context in in_virtual_time(lambda seed=seed: story(seed))]  # type: ignore[misc]
     assert abs(statistics.fmean(contexts) - wanted.mean) < 2 * wanted.std / math.sqrt(len(contexts))
+
+
+def test_what_stays_is_as_what_there_was() -> None:
+    async def story(seed: int) -> float:
+        engine = make_engine(FakeModel(kv_tokens=10_000_000))
+        load = make_load(engine.channel(), seed=seed)
+        load.resize(400)
+        await asyncio.sleep(10)
+        before = [one.context for one in engine.running]
+        load.resize(100)
+        load.drop_surplus()
+        after = [one.context for one in engine.running]
+        await load.close()
+        return (statistics.fmean(after) - statistics.fmean(before)) / statistics.pstdev(before)
+
+    off = [in_virtual_time(lambda seed=seed: story(seed)) for seed in range(10)]  # type: ignore[misc]
+    assert math.sqrt(statistics.fmean(each * each for each in off)) < 0.4 / math.sqrt(100)  # by lot 0.087
+
+
+def test_drawn_by_lot_or_evenly_is_the_loads_to_say() -> None:
+    class Spy(Lengths):
+        drawn: ClassVar[list[str]] = []
+
+        def aged(self, rng: random.Random) -> Length:
+            self.drawn.append("aged")
+            return super().aged(rng)
+
+        def fresh(self, rng: random.Random) -> Length:
+            self.drawn.append("fresh")
+            return super().fresh(rng)
+
+    async def story() -> None:
+        lengths = Spy([Length(10, 20)])
+        load = make_load(make_engine(FakeModel(kv_tokens=10_000_000)).channel(), lengths)
+        load.resize(4)
+        await asyncio.sleep(10)
+        assert not lengths.drawn
+        load.by_lot = True
+        load.resize(8)
+        assert lengths.drawn == ["aged"] * 4
+        await asyncio.sleep(10)
+        assert "fresh" in lengths.drawn
+        await load.close()
+
+    in_virtual_time(story)
 
 
 def test_surplus_without_a_first_token_or_between_two_tries_is_dropped_too() -> None:

@@ -25,6 +25,7 @@ from tightship.profiler.ladder import Goals, Noise, next_batch, rungs
 from tightship.profiler.lastwords import is_memory, last_words, plain
 from tightship.profiler.lengths import Length, Lengths, Prompts
 from tightship.profiler.metrics import parse_cache_info, parse_sample
+from tightship.profiler.windows import FIRST_TOKENS, lived
 from unit.profiler.fakes import FakeDevice, VirtualClock, in_virtual_time, make_profile
 
 # --- histogram ---
@@ -98,6 +99,34 @@ def test_requests_in_flight_are_length_biased_and_aged() -> None:
     for drawn, within in ((evenly, 0.001), (by_lot, 0.03)):
         assert sum(one.output for one in drawn) / len(drawn) == pytest.approx(125.5, rel=within)
         assert all(one.output >= 1 and one.input + one.output in (110, 310) for one in drawn)
+
+
+@pytest.mark.parametrize(
+    ("requests", "seconds", "first_tokens", "by_lot", "enough"),
+    [
+        (64, 5.0, 20, False, True),
+        (64, 4.9, 64, False, False),
+        (64, 9.9, 19, False, False),
+        (64, 10.0, 0, False, True),
+        (64, 9.9, 64, True, False),
+        (128, 9.9, 99, False, False),
+        (128, 5.0, 100, False, True),
+        (4, 5.0, 1, False, True),
+        (4, 5.0, 0, False, False),
+        (1, 10.0, 0, False, True),
+        (512, 2.5, 100, False, True),
+        (512, 4.9, 512, True, False),
+        (512, 5.0, 512, True, True),
+    ],
+)
+def test_half_a_life_is_enough_for_an_even_load_with_its_first_tokens(
+    requests: int, seconds: float, first_tokens: int, by_lot: bool, enough: bool
+) -> None:
+    assert lived(seconds, requests, 10.0, first_tokens, by_lot=by_lot) is enough
+
+
+def test_the_first_tokens_of_a_life_are_those_that_the_statistics_want() -> None:
+    assert set(FIRST_TOKENS) == {1, *points.FIRST_TOKENS_NEEDED.values()}
 
 
 def test_prompts_have_the_exact_length_also_beyond_the_pool() -> None:

@@ -36,8 +36,8 @@ _SILVER: Final = math.sqrt(2) - 1
 """Steps of additive recurrences: the multiples of the first fill the unit interval more evenly than those of any other number, however many
 are taken, and of the second nearly so. Of the pairs tried these two fill the square best: the mean context of 32 requests in flight varies 0.42 times
 as much as by lot, that of 256 0.28 times (ShareGPT-like lengths)."""
-_JITTER: Final = 1 / 8
-"""Share of an output within which ages are by lot. It adds an eighth of what drawing them wholly by lot would."""
+_PARTS: Final = 8
+"""Parts of an output within which ages are by lot: that adds an eighth of the error of ages that are wholly by lot."""
 _INPUT_NAMES: Final = ("input", "prompt_tokens", "input_tokens", "input_len", "prompt_len", "contexttokens")
 _OUTPUT_NAMES: Final = ("output", "completion_tokens", "output_tokens", "output_len", "generatedtokens")
 _ASKS: Final = frozenset({"human", "user"})
@@ -135,12 +135,12 @@ class Lengths:
         """Requests as they are met in flight, without end, restated as `aged` does, and spread evenly over lengths and ages.
 
         Each is met with a probability proportional to its output, at an age that is uniform in [0, output). `rng` places the first of them, and
-        all within an eighth of their output.
+        each within an eighth of its output.
         """
         place, age = rng.random(), rng.random()
         while True:
             pair = self._ordered[bisect_right(self._by_output, place * self._by_output[-1])]
-            aged = int((age + rng.random() * _JITTER) % 1 * pair.output)
+            aged = int((int(age * _PARTS) + rng.random()) / _PARTS * pair.output)
             yield Length(pair.input + aged, pair.output - aged)
             place, age = (place + _SILVER) % 1, (age + _GOLDEN) % 1
 

@@ -218,9 +218,9 @@ class ClosedLoop(Loop):
         """
         surplus = max(0, len(self._slots) - self._size)
         ordered = sorted(self._slots, key=lambda slot: slot.context)
-        apart, first = len(ordered) / max(1, surplus), self._rng.random()
-        going = ordered if apart == 1 else [ordered[int((first + number) * apart)] for number in range(surplus)]
-        for slot in going:
+        first = self._rng.random()
+        going = [ordered[int((first + number) * len(ordered) / surplus)] for number in range(surplus)]
+        for slot in going if surplus < len(ordered) else ordered:
             self._remove(slot)
             ticket, slot.ticket = slot.ticket, None
             if ticket is not None:

@@ -59,7 +59,7 @@ def by_a_client(sandbox: Sandbox, service: dict[str, Any], streams: int) -> dict
     address = story.get(sandbox, f"svc/{name}")["spec"]["clusterIP"]
     command = [sys.executable, str(CLIENT), address, "80", service["spec"]["model"]["servedName"]]
     command += ["--streams", str(streams), "--input", str(workload["inputTokens"])]
-    command += ["--output", str(workload["outputTokens"]), "--warmup", "15", "--seconds", "30"]
+    command += ["--output", str(workload["outputTokens"]), "--warmup", "15", "--seconds", "60"]
     done = sandbox.exec_in_namespace(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
@@ -84,9 +84,8 @@ def check_packing(sandbox: Sandbox, ready: dict[str, Any], profile: dict[str, An
 
     found = by_a_client(sandbox, ready, 2 * batch)
     print(f"alone {single:.0f} tokens/s, trial {total:.0f} at {packed:.3f} s, client {found}")
-    within = 0.20 + float(trial["halfWidth"])
-    assert found["totalTokensPerSecond"] == pytest.approx(total, rel=within)
-    assert found["interTokenLatency"] == pytest.approx(packed, rel=within)
+    assert found["totalTokensPerSecond"] == pytest.approx(total, rel=0.20)
+    assert found["interTokenLatency"] == pytest.approx(packed, rel=0.20)
 
 
 def test_from_apply_to_answers(sandbox: Sandbox) -> None:

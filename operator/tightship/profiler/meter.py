@@ -3,7 +3,8 @@
 T is the rate of the engine's own generation-token counter times (1 + in/out): it moves with every engine step, while prompts arrive in
 lumps. It is read over windows of at least 1 s (0.5 s up to B = 8) and 8 engine steps, at least five of them; the windows' spread gives the
 half-width (`tightship.profiler.estimate`). Latencies are the client's. A level counts only if the engine ran at least 0.98 B requests on
-average: where it did not, and did not queue either, a few more are put in flight to fill the gaps between requests.
+average: where it did not, and did not queue either, a few more are put in flight to fill the gaps between requests. Below 16 one more would be
+another batch, so there the rate is that of the time in which all ran, as T(1) is.
 
 Where doubling the batch still brings a fifth or more, 6 % will do: no decision hangs on such a level, unless its latency is near an objective.
 
@@ -36,6 +37,7 @@ from tightship.profiler.windows import (
     Tally,
     Windows,
     check_counter,
+    filled,
     lived,
     mean,
     warmup_seconds,
@@ -216,6 +218,8 @@ class Meter:
         check_counter(rate)
         if batch == 1:  # the gaps between requests are the client's, not the engine's
             rate /= min(1.0, max(0.5, recording.busy / seconds))
+        else:
+            rate /= filled(batch, mean(tally.running), crowded=tally.full(batch))
         width = 1.0 if found.half_width is None else found.half_width
         itl = recording.itl.mean or self._windows.itl
         point = api.Point(

@@ -29,6 +29,7 @@ from tightship.profiler.windows import (
     Tally,
     Windows,
     check_counter,
+    filled,
     lived,
     mean,
     pooled,
@@ -161,7 +162,7 @@ class PackedMeter:
         each = tally.each
         check_counter(min(each))
         found = estimate(tally.windows, self._input_per_output)
-        rate = found.rate
+        rate = found.rate / filled(batch, mean(tally.running), crowded=tally.full(batch))
         width = 1.0 if found.half_width is None else found.half_width
         whole = pooled(recordings)
         itl = whole.itl.mean or self._windows.itl

@@ -123,6 +123,22 @@ def missing(batch: int, running: float, waiting: float, *, preempted: bool) -> i
     return max(1, min(math.ceil(batch - running), batch // 4))
 
 
+def filled(batch: int, running: float, *, crowded: bool) -> float:
+    """Share of a small batch that an engine ran, 0.5 to 1, by which its rate is divided: the rest are the gaps between requests.
+
+    While one request's end travels to the client and the next one to the engine, one fewer runs. Larger batches get more in flight for that;
+    in a batch below 16 one more would be another batch, and on the way up its rate is in proportion to what runs.
+
+    Args:
+        batch: what it shall run.
+        running: what it ran on average.
+        crowded: whether it could not run the batch.
+    """
+    if batch >= TOP_UP_FROM or crowded or running >= RUNNING_LEAST * batch:
+        return 1.0
+    return max(0.5, running / batch)
+
+
 @dataclass
 class Tally:
     """Samples of one measurement; lists of samples hold one for each engine, in their order."""

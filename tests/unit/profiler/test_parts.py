@@ -25,7 +25,7 @@ from tightship.profiler.ladder import Goals, Noise, next_batch, rungs
 from tightship.profiler.lastwords import is_memory, last_words, plain
 from tightship.profiler.lengths import Length, Lengths, Prompts
 from tightship.profiler.metrics import parse_cache_info, parse_sample
-from tightship.profiler.windows import FIRST_TOKENS, lived
+from tightship.profiler.windows import FIRST_TOKENS, filled, lived
 from unit.profiler.fakes import FakeDevice, VirtualClock, in_virtual_time, make_profile
 
 # --- histogram ---
@@ -123,6 +123,23 @@ def test_half_a_life_is_enough_for_an_even_load_with_its_first_tokens(
     requests: int, seconds: float, first_tokens: int, by_lot: bool, enough: bool
 ) -> None:
     assert lived(seconds, requests, 10.0, first_tokens, by_lot=by_lot) is enough
+
+
+@pytest.mark.parametrize(
+    ("batch", "running", "crowded", "share"),
+    [
+        (2, 1.9, False, 0.95),
+        (8, 7.84, False, 1.0),
+        (8, 7.6, False, 0.95),
+        (8, 7.6, True, 1.0),
+        (8, 1.0, False, 0.5),
+        (16, 15.0, False, 1.0),
+    ],
+)
+def test_the_gaps_between_requests_are_left_out_of_small_batches(
+    batch: int, running: float, crowded: bool, share: float
+) -> None:
+    assert filled(batch, running, crowded=crowded) == pytest.approx(share)
 
 
 def test_the_first_tokens_of_a_life_are_those_that_the_statistics_want() -> None:

@@ -371,18 +371,8 @@ def ours(options: argparse.Namespace, number: int) -> tuple[dict[str, Any], floa
     command += ["--memory", options.memory, "--max-model-len", str(options.max_model_len)]
     command += [f"--engine-arg={arg}" for arg in options.engine_arg]
     command += ["--input-tokens", str(options.input_tokens), "--output-tokens", str(options.output_tokens)]
-    command += [
-        "--seed",
-        str(number),
-        "--itl",
-        options.itl,
-        "--max-replicas-per-gpu",
-        "1",
-        "--budget",
-        "20m",
-        "-o",
-        str(output),
-    ]
+    command += ["--itl", options.itl, "--seed", str(number)]
+    command += ["--max-replicas-per-gpu", "1", "--budget", "20m", "-o", str(output)]
     began = time.monotonic()
     subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True)
     profile: dict[str, Any] = yaml.safe_load(output.read_text())

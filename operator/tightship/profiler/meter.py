@@ -37,7 +37,6 @@ from tightship.profiler.windows import (
     Tally,
     Windows,
     check_counter,
-    filled,
     lived,
     mean,
     warmup_seconds,
@@ -204,9 +203,9 @@ class Meter:
 
     def _resolved(self, batch: int, tally: Tally, mean_output: float) -> bool:
         """Whether enough engine steps, or first tokens, stand behind the objective's statistic, and enough of a request's life behind all."""
-        if self._windows.recording.ttft.count < self._first_tokens_needed:
-            return False
         itl, first_tokens = self._windows.itl, self._windows.recording.ttft.count
+        if first_tokens < self._first_tokens_needed:
+            return False
         return tally.seconds >= self._steps_needed * itl and lived(
             tally.seconds, batch, mean_output * itl, first_tokens, by_lot=self._load.by_lot
         )
@@ -219,7 +218,7 @@ class Meter:
         if batch == 1:  # the gaps between requests are the client's, not the engine's
             rate /= min(1.0, max(0.5, recording.busy / seconds))
         else:
-            rate /= filled(batch, mean(tally.running), crowded=tally.full(batch))
+            rate /= tally.filled(batch)
         width = 1.0 if found.half_width is None else found.half_width
         itl = recording.itl.mean or self._windows.itl
         point = api.Point(

@@ -29,7 +29,6 @@ from tightship.profiler.windows import (
     Tally,
     Windows,
     check_counter,
-    filled,
     lived,
     mean,
     pooled,
@@ -143,12 +142,11 @@ class PackedMeter:
             if whole and may_top_up and count == 2 and tally.missing(batch):
                 return tally
             if count >= WINDOWS_LEAST and windows.alive:
+                life, first_tokens = self._mean_output * windows.itl, windows.recording.ttft.count
                 resolved = (
-                    tally.seconds >= self._steps_needed * windows.itl
-                    and windows.recording.ttft.count >= self._first_tokens_needed
+                    tally.seconds >= self._steps_needed * windows.itl and first_tokens >= self._first_tokens_needed
                 )
                 width = estimate(tally.windows, self._input_per_output).half_width
-                life, first_tokens = self._mean_output * windows.itl, windows.recording.ttft.count
                 old = lived(tally.seconds, batch * len(self._loads), life, first_tokens, by_lot=False)
                 precise = width is not None and width <= PRECISION and old
                 rough = width is None or width > ROUGH
@@ -162,7 +160,7 @@ class PackedMeter:
         each = tally.each
         check_counter(min(each))
         found = estimate(tally.windows, self._input_per_output)
-        rate = found.rate / filled(batch, mean(tally.running), crowded=tally.full(batch))
+        rate = found.rate / tally.filled(batch)
         width = 1.0 if found.half_width is None else found.half_width
         whole = pooled(recordings)
         itl = whole.itl.mean or self._windows.itl

@@ -174,6 +174,10 @@ class Tally:
         """Whether an engine could not run the batch (see `crowded`)."""
         return crowded(batch, mean(self.waiting), preempted=self.preemptions > 0)
 
+    def filled(self, batch: int) -> float:
+        """Share of a small batch that an engine ran (see `filled`)."""
+        return filled(batch, mean(self.running), crowded=self.full(batch))
+
     def missing(self, batch: int) -> int:
         """Requests to put in flight besides in each engine (see `missing`)."""
         return missing(batch, mean(self.running), mean(self.waiting), preempted=self.preemptions > 0)

@@ -58,6 +58,18 @@ def test_up_stays_until_down(background: Path) -> None:
     assert "no sandbox runs" in missing.stderr
 
 
+def test_pods_that_come_and_go_leave_the_bridge_its_hardware_address() -> None:
+    address = "cat /sys/class/net/tightship0/address"
+    low = "ip link add low address 00:00:00:00:00:01 type veth peer name other && ip link set low master tightship0 up"
+    script = (
+        f"{sys.executable} -c 'from tightship.sandbox import network; network.set_up([])' && mount -t sysfs none /sys && "
+        f"{address} && {low} && {address}"
+    )
+    done = run(*network.unshare_command(), "sh", "-c", script)
+    before, after = done.stdout.splitlines()
+    assert before == after, done.stderr
+
+
 def test_killing_the_supervisor_ends_everything(background: Path) -> None:
     sandbox = Sandbox.attach(background)
     agent_stories.apply(sandbox, agent_stories.make_pod("busy", "sleep 1000 & exec sleep 1000"))

@@ -14,6 +14,9 @@ from collections.abc import Iterable
 
 from tightship.sandbox.agent.netns import BRIDGE, GATEWAY, MTU, SERVICE_RANGE
 
+BRIDGE_ADDRESS = "02:00:00:00:00:01"
+"""The bridge's hardware address, locally administered."""
+
 
 class NamespaceError(Exception):
     """This machine does not let us make the namespaces the sandbox needs; the text says what to do."""
@@ -65,7 +68,9 @@ def set_up(node_addresses: Iterable[str]) -> None:
     """
     lines = [
         "link set lo up",
-        f"link add {BRIDGE} mtu {MTU} type bridge",
+        # A bridge without an address of its own takes its lowest port's, and pods that come and go change that: those that know the
+        # old one from ARP reach nobody for up to a minute.
+        f"link add {BRIDGE} address {BRIDGE_ADDRESS} mtu {MTU} type bridge",
         f"addr add {GATEWAY}/16 dev {BRIDGE}",
         *(f"addr add {address}/16 dev {BRIDGE}" for address in node_addresses),
         f"link set {BRIDGE} up",

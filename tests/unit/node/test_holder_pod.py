@@ -534,7 +534,8 @@ def test_a_killed_holder_takes_the_daemon_along(running: Running, fakes: Fakes) 
     eventually(running.holds)
     running.process.kill()
     eventually(lambda: fakes.events("term"))
-    assert not is_held(running.lock)
+    # The daemon hears of it from the first of the holder's threads to end, and the kernel lets the lock go with the last.
+    eventually(lambda: not is_held(running.lock))
 
 
 def test_a_second_holder_waits_for_the_first(running: Running, fakes: Fakes) -> None:

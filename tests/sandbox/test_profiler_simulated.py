@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler.__main__ import FINISHED, profile
 from tightship.profiler.clock import SystemClock
 from tightship.profiler.report import FileSink
+from tightship.sandbox.simulation.client import Device
 
 IMAGE = Path(tightship.sandbox.__file__).parent / "simulation" / "images" / "simulated"
 SOURCE = Path(tightship.sandbox.__file__).parents[2]
@@ -132,3 +134,98 @@ async def test_an_engine_that_cannot_run_fails_with_its_last_words(
     assert status.outcome is not None
     assert (status.outcome.state, status.outcome.reason) == ("Failed", reason)
     assert words in (status.outcome.message or "")
+
+
+def engines() -> list[int]:
+    """The engines that this process has started and that still run, by PID."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, _, fields = status.read_text().rpartition(")")
+            command = (status.parent / "cmdline").read_text()
+        except OSError:
+            continue  # ended meanwhile
+        if int(fields.split()[1]) == os.getpid() and "vllm.entrypoints" in command and fields.split()[0] != "Z":
+            found.append(int(status.parent.name))
+    return found
+
+
+def lose(gpu: Path) -> None:
+    """Take the GPU away for good: the engine's API server answers 500 and 503 until it ends."""
+    with Device(str(gpu)) as device:
+        device.request("control", verb="lose", uuid=GPU)
+
+
+def written(path: Path) -> api.BatchProfileStatus:
+    """What a profile that is under way has in its file; nothing before there is one."""
+    return api.BatchProfile.model_validate_json(path.read_text()).status if path.exists() else api.BatchProfileStatus()
+
+
+async def harm(path: Path, how: Callable[[int], None], times: int) -> list[dict[int, api.Point]]:
+    """Do that to an engine while it is measured, so often, each time with another point at least; returns the points there were."""
+    seen: list[dict[int, api.Point]] = []
+    harmed: set[int] = set()
+    while len(seen) < times:
+        await asyncio.sleep(0.05)
+        status = written(path)
+        fresh = [pid for pid in engines() if pid not in harmed]
+        measuring = status.progress is not None and status.progress.message.startswith("measuring")
+        if measuring and fresh and len(status.points) > (len(seen[-1]) if seen else 0):
+            await asyncio.to_thread(how, fresh[0])
+            harmed.update(fresh)
+            seen.append({point.batch: point for point in status.points})
+    return seen
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def freeze(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
+async def test_an_engine_that_is_killed_once_is_started_again_and_nothing_is_measured_twice(
+    simulated: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "profile.json"
+    harming = asyncio.create_task(harm(path, kill, times=1))
+    status = await run(simulated, path, budget="40s")
+    (before,) = await harming
+    assert status.outcome is not None
+    assert status.outcome.state in ("Completed", "BudgetExceeded"), status.outcome.message
+    assert "the engine was restarted once: the engine died: killed by signal 9" in (status.outcome.message or "")
+    after = {point.batch: point for point in status.points}
+    assert {batch: after[batch] for batch in before} == before
+    assert len(after) > len(before) + 1
+    assert float(status.gpu_seconds or 0) <= 40 + 3
+
+
+@pytest.mark.parametrize(
+    ("how", "times", "words"),
+    [
+        ("kill", 2, ["the engine died: killed by signal 9"]),
+        ("freeze", 2, ["the engine does not answer /metrics: ReadTimeout; its last words: "]),
+        (
+            "lose",
+            1,
+            [f"NVML can no longer read {GPU}", "its last words: torch.AcceleratorError: CUDA error: GPU is lost"],
+        ),
+    ],
+    ids=["killed", "frozen", "GPU lost"],
+)
+async def test_an_engine_that_fails_for_good_fails_the_profile_with_its_last_words_and_keeps_the_points(
+    simulated: dict[str, str], tmp_path: Path, how: str, times: int, words: list[str]
+) -> None:
+    path = tmp_path / "profile.json"
+    does = {"kill": kill, "freeze": freeze, "lose": lambda _: lose(tmp_path / "gpu.sock")}[how]
+    harming = asyncio.create_task(harm(path, does, times))
+    status = await run(simulated, path, budget="2m")
+    first, last = (await harming)[0], (await harming)[-1]
+    assert status.outcome is not None
+    assert status.outcome.state == "Failed", status.outcome.message
+    assert all(each in (status.outcome.message or "") for each in words), status.outcome.message
+    assert {point.batch: point for point in status.points} == last
+    assert {batch: last[batch] for batch in first} == first
+    assert float(status.gpu_seconds or 0) <= 120
+    assert not engines()

@@ -89,7 +89,7 @@ class Remote:
     def channel(self) -> Channel:
         return HttpChannel("127.0.0.1", self._process.port, OPT.hub)
 
-    def check(self) -> None:
+    async def check(self) -> None:
         if self._process.popen.poll() is not None:
             raise EngineError("the engine died")
 

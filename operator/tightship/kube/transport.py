@@ -92,7 +92,7 @@ class HTTPTransport:
             raw = await response.read()
         except (aiohttp.ClientError, ApiException, asyncio.TimeoutError, OSError) as error:
             raise Unreachable(
-                f"{method} {path}: no answer from the API server: {error or type(error).__name__}"
+                f"{method} {path}: no answer from the API server: {str(error) or type(error).__name__}"
             ) from error
         return response.status, _decode(raw)
 

@@ -93,19 +93,19 @@ async def _measure(
     try:
         device = open_device(subject, environ, clock)
         job = replace(make_job(subject, model, device, environ), in_flight_most=raise_limit())
+        profiler = Profiler(
+            job,
+            launcher=launcher,
+            device=device,
+            report=report,
+            clock=clock,
+            environ=environ,
+            sharing=open_sharing(device.identity, subject.spec.key.accelerator.cores_per_replica, environ, clock),
+        )
     except (DeviceError, LengthsError) as error:
         report.outcome = _not_begun(subject, report.outcome, error)
         report.save()
         return
-    profiler = Profiler(
-        job,
-        launcher=launcher,
-        device=device,
-        report=report,
-        clock=clock,
-        environ=environ,
-        sharing=open_sharing(device.identity, subject.spec.key.accelerator.cores_per_replica, environ, clock),
-    )
     outcome = await profiler.run()
     log.info("%s (%s): %s", outcome.state, outcome.reason, outcome.message)
 

@@ -215,7 +215,7 @@ async def _watch(engine: Engine, load: OpenLoop, clock: Clock, seconds: float) -
     seen = _Seen([await engine.sample()])
     while clock.now() < until:
         await clock.sleep(min(SAMPLE_SECONDS, until - clock.now()))
-        engine.check()
+        await engine.check()
         load.check()
         seen.samples.append(await engine.sample())
     return seen

@@ -153,10 +153,10 @@ async def worst_step(engine: Engine, plan: ReplicaPlan, budget: int, prompts: Pr
         for burst in bursts:
             await asyncio.wait_for(_all(channel, burst), timeout)
     except asyncio.TimeoutError:
-        engine.check()
+        await engine.check()
         raise UnansweredError(f"the engine did not finish its worst step within {timeout:.0f} s") from None
     except LoadError as error:
-        engine.check()
+        await engine.check()
         raise UnansweredError(f"the engine failed in its worst step: {error}") from error
     finally:
         await channel.close()

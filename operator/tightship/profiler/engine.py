@@ -36,6 +36,12 @@ HOST: Final = "127.0.0.1"
 GIB: Final = 1024**3
 TAIL_LINES: Final = 400
 STOP_SECONDS: Final = 20.0
+ANSWER_SECONDS: Final = 10.0
+"""What it gets for an answer about itself: one that takes longer does not answer."""
+END_SECONDS: Final = 1.0
+"""How long after it didn't answer an engine may be found to have died of it."""
+DRAIN_SECONDS: Final = 2.0
+"""What a dead engine's output gets to be read to its end, while a child of it holds it open."""
 POLL_SECONDS: Final = 0.25
 
 # Flags that settle the capture sizes in their own way: then ours would clash with the user's.
@@ -122,8 +128,8 @@ class Engine(Protocol):
     def channel(self) -> Channel:
         """A new way to send requests to it."""
 
-    def check(self) -> None:
-        """Raise EngineError when it has died."""
+    async def check(self) -> None:
+        """Raise EngineError when it has died, with all that it said."""
 
     def owns(self, pid: int) -> bool:
         """Whether a process is one of its own."""
@@ -202,7 +208,7 @@ class ProcessEngine:
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._facts: dict[str, str] = {}
         self._reader = asyncio.get_running_loop().create_task(self._read_output())
-        self._http = httpx.AsyncClient(base_url=f"http://{HOST}:{port}", timeout=10.0, trust_env=False)
+        self._http = httpx.AsyncClient(base_url=f"http://{HOST}:{port}", timeout=ANSWER_SECONDS, trust_env=False)
         self._info = EngineInfo()
 
     @property
@@ -214,9 +220,10 @@ class ProcessEngine:
         """A new set of connections to it."""
         return HttpChannel(HOST, self._port, self._settings.model)
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """Raise EngineError, or OutOfMemory, with its last words when it has died."""
         if self._process.returncode is not None:
+            await self._drain_output()
             raise self._obituary("the engine died")
 
     def owns(self, pid: int) -> bool:
@@ -277,9 +284,12 @@ class ProcessEngine:
                 response = await self._http.get(path)
             response.raise_for_status()
         except httpx.HTTPError as error:
-            self.check()
+            # The connections of an engine that dies are closed before it is known to have ended.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._process.wait(), END_SECONDS)
+            await self.check()
             raise EngineError(
-                f"the engine does not answer {path}: {error or type(error).__name__}; its last words: {self.last_words() or 'none'}"
+                f"the engine does not answer {path}: {str(error) or type(error).__name__}; its last words: {self.last_words() or 'none'}"
             ) from error
         return response.text
 
@@ -339,8 +349,7 @@ class ProcessEngine:
 
     async def _drain_output(self) -> None:
         """Read what the engine still had to say; a grandchild that holds the pipe open does not keep us."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._reader), 2.0)
+        await asyncio.wait({self._reader}, timeout=DRAIN_SECONDS)
         self._reader.cancel()
 
     def _obituary(self, what: str) -> EngineError:

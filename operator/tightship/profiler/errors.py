@@ -6,6 +6,7 @@ ProfilerError
 │   └── UnansweredError  it runs, but fails requests or sends no tokens
 ├── LoadError          the load could not be driven as asked
 ├── BudgetSpentError   the budget ended while something was under way
+├── DeviceError        there is no device, or it can't be read any more (`tightship.profiler.gpu`)
 ├── SharingError       the device can't be shared among engines here (`tightship.profiler.sharing`)
 ├── LengthsError       the lengths of the workload can't be used, or are not those the profile is of
 └── ReportError        the API server refused what was reported: retrying would not help

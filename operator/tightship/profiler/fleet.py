@@ -171,7 +171,7 @@ class Fleet:
         """
         while len(self._engines) < count:
             for engine in self._engines:
-                engine.check()
+                await engine.check()
             await self._start(len(self._engines) + 1)
         return self._engines[:count]
 

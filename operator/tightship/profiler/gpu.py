@@ -49,14 +49,14 @@ class Device(Protocol):
         """Which device it is."""
 
     def used(self) -> int:
-        """Bytes of its memory in use, by anyone."""
+        """Bytes of its memory in use, by anyone. Raises DeviceError when it can't be read any more."""
 
     def utilization(self) -> Utilization:
         """How busy it is: over the driver's last sampling period, or since the last call."""
 
 
 class DeviceError(ProfilerError):
-    """The device can't be read."""
+    """There is no device, or it can't be read: what was measured on it stands, and nothing more can be."""
 
 
 class NvmlDevice:
@@ -98,7 +98,13 @@ class NvmlDevice:
 
     def used(self) -> int:
         """Used memory of the whole device, bytes."""
-        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        try:
+            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        except self._nvml.NVMLError as error:
+            raise DeviceError(
+                f"NVML can no longer read {self._identity.uuid} ({error}): the GPU is lost or its driver was taken away; the kernel's log on "
+                "the node (dmesg, Xid) says why"
+            ) from error
 
     def utilization(self) -> Utilization:
         """`utilization.gpu` and `utilization.memory`; None where the device doesn't support them."""

@@ -37,7 +37,6 @@ from tightship.profiler.windows import (
     Tally,
     Windows,
     check_counter,
-    lived,
     mean,
     warmup_seconds,
     window_seconds,
@@ -164,6 +163,16 @@ class Meter:
             self._surplus, self._surplus_from = self._load.size / batch - 1, batch
         raise AssertionError("the last round always ends the level")
 
+    @property
+    def hung(self) -> str | None:
+        """What to say of an engine from which no tokens come, with its last words; None while they come."""
+        if self._windows.alive:
+            return None
+        words = self._engine.last_words() or "none"
+        return f"no token had come for {self._windows.silent:.0f} s when the time was over; its last words: {words}"[
+            :500
+        ]
+
     def _may_fill(self, batch: int) -> bool:
         """Whether so many requests may fill the KV cache: then how far their contexts fluctuate decides whether they preempt each other."""
         held, context = self._engine.info.kv_tokens, self._context
@@ -203,11 +212,9 @@ class Meter:
 
     def _resolved(self, batch: int, tally: Tally, mean_output: float) -> bool:
         """Whether enough engine steps, or first tokens, stand behind the objective's statistic, and enough of a request's life behind all."""
-        itl, first_tokens = self._windows.itl, self._windows.recording.ttft.count
-        if first_tokens < self._first_tokens_needed:
-            return False
-        return tally.seconds >= self._steps_needed * itl and lived(
-            tally.seconds, batch, mean_output * itl, first_tokens, by_lot=self._load.by_lot
+        windows = self._windows
+        return windows.backs(tally, steps=self._steps_needed, first_tokens=self._first_tokens_needed) and windows.lived(
+            tally, batch, mean_output, by_lot=self._load.by_lot
         )
 
     def _reading(self, batch: int, tally: Tally, recording: Recording, mean_output: float) -> Reading:

@@ -29,7 +29,6 @@ from tightship.profiler.windows import (
     Tally,
     Windows,
     check_counter,
-    lived,
     mean,
     pooled,
 )
@@ -142,12 +141,9 @@ class PackedMeter:
             if whole and may_top_up and count == 2 and tally.missing(batch):
                 return tally
             if count >= WINDOWS_LEAST and windows.alive:
-                life, first_tokens = self._mean_output * windows.itl, windows.recording.ttft.count
-                resolved = (
-                    tally.seconds >= self._steps_needed * windows.itl and first_tokens >= self._first_tokens_needed
-                )
+                resolved = windows.backs(tally, steps=self._steps_needed, first_tokens=self._first_tokens_needed)
                 width = estimate(tally.windows, self._input_per_output).half_width
-                old = lived(tally.seconds, batch * len(self._loads), life, first_tokens, by_lot=False)
+                old = windows.lived(tally, batch * len(self._loads), self._mean_output, by_lot=False)
                 precise = width is not None and width <= PRECISION and old
                 rough = width is None or width > ROUGH
                 enough = elapsed >= (ROUGH_FACTOR if rough else 1) * seconds

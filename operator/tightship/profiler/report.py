@@ -130,7 +130,7 @@ class ApiSink:
                 method, path, headers={**(headers or {}), "Authorization": f"Bearer {token}"}, **more
             )
         except (httpx.HTTPError, OSError) as error:
-            raise Away(f"{method} {path}: {error or type(error).__name__}") from error
+            raise Away(f"{method} {path}: {str(error) or type(error).__name__}") from error
         if response.is_success:
             return response.json()
         text = f"{method} {path}: {response.status_code} {response.text[:500]}"

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from tightship.profiler import points
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine
 from tightship.profiler.errors import EngineError
@@ -52,8 +53,6 @@ LIVES_EVENLY: Final = 0.5
 """The same where they are spread evenly (`tightship.profiler.lengths`): of eight and more that is more exact than a whole life by lot."""
 LIVES_WHOLE_UP_TO: Final = 256
 """Batch up to which that holds. So many requests at once are a fair sample by themselves: beyond, 256 / B of it will do."""
-FIRST_TOKENS: Final = (1, 20, 100)
-"""First tokens that the mean, p95 and p99 of the time to them want (`tightship.profiler.points`)."""
 TOP_UPS: Final = 2
 SURPLUS_MOST: Final = 0.5
 """Requests put in flight beyond a batch to have it run, relative to it, at the most."""
@@ -86,7 +85,8 @@ def lived(seconds: float, requests: int, life: float, first_tokens: int, *, by_l
         by_lot: whether the requests in flight are drawn by lot instead of evenly.
     """
     share = min(1.0, LIVES_WHOLE_UP_TO / requests)
-    enough = first_tokens >= max(each for each in FIRST_TOKENS if each <= requests)
+    wanted = [1, *points.FIRST_TOKENS_NEEDED.values()]
+    enough = first_tokens >= max(each for each in wanted if each <= requests)
     return seconds >= (LIVES_EVENLY if enough and not by_lot else LIVES_LEAST) * share * life
 
 
@@ -252,6 +252,19 @@ class Windows:
         silence = max(SILENCE_SECONDS, SILENCE_STEPS * self.itl)
         return all(load.silent < silence for load in self._loads)
 
+    def backs(self, tally: Tally, *, steps: int, first_tokens: int) -> bool:
+        """Whether as many engine steps and first tokens were measured as an objective's statistic wants."""
+        return tally.seconds >= steps * self.itl and self.recording.ttft.count >= first_tokens
+
+    def lived(self, tally: Tally, requests: int, mean_output: float, *, by_lot: bool) -> bool:
+        """Whether this was long enough for `requests` in flight, of `mean_output` tokens, to have made room for others (see `lived`)."""
+        return lived(tally.seconds, requests, mean_output * self.itl, self.recording.ttft.count, by_lot=by_lot)
+
+    @property
+    def silent(self) -> float:
+        """Seconds since a token came, from the engine that has been silent for longest."""
+        return max(load.silent for load in self._loads)
+
     async def _window(self, length: float, tally: Tally, deadline: float) -> bool:
         start = tally.last[0].at
         parts = max(1, min(SAMPLES_PER_WINDOW, int(length / SAMPLE_LEAST)))
@@ -289,7 +302,7 @@ class Windows:
     async def _pause(self, seconds: float) -> None:
         await self._clock.sleep(seconds)
         for engine in self._engines:
-            engine.check()
+            await engine.check()
         for load in self._loads:
             load.check()
 

@@ -57,6 +57,8 @@ class FakeModel:
     """What the client works for each token; nothing else runs meanwhile, as on a real event loop."""
     client_calm_after: float = math.inf
     """Seconds after the engine's start from which that work takes no more time."""
+    itl_told: float = 1.0
+    """What its own histogram tells of the time between tokens, relative to what that is."""
     counts: bool = True
     """Whether its counter of generated tokens moves."""
     says: str = "INFO the engine's last line"
@@ -72,7 +74,7 @@ class FakeEngine:
         self.model = model
         self.settings = settings
         self.device = device
-        self.tokens = self.prompt_tokens = self.preemptions = 0.0
+        self.tokens = self.prompt_tokens = self.preemptions = self.itl_sum = self.itl_count = 0.0
         self.running: list[Running] = []
         self.waiting: deque[Running] = deque()
         self.born = asyncio.get_running_loop().time()
@@ -97,7 +99,7 @@ class FakeEngine:
     def channel(self) -> FakeChannel:
         return FakeChannel(self)
 
-    def check(self) -> None:
+    async def check(self) -> None:
         if self.dead:
             raise EngineError(f"the engine died: {self.dead}")
 
@@ -108,7 +110,7 @@ class FakeEngine:
         return self.dead or self.model.says
 
     async def sample(self) -> EngineSample:
-        self.check()
+        await self.check()
         return EngineSample(
             at=asyncio.get_running_loop().time(),
             generation_tokens=self.tokens,
@@ -117,6 +119,8 @@ class FakeEngine:
             running=len(self.running),
             waiting=len(self.waiting),
             kv_usage=min(1.0, self.used / (self.info.kv_tokens or 1)),
+            itl_sum=self.itl_sum,
+            itl_count=self.itl_count,
         )
 
     async def stop(self) -> None:
@@ -149,7 +153,10 @@ class FakeEngine:
                 await asyncio.sleep(0.001)
                 continue
             slow = 2.0 if self.model.slows_after is not None and age > self.model.slows_after else 1.0
-            await asyncio.sleep(slow * self.cost * (self.model.host + self.model.per_request * len(self.running)))
+            step = slow * self.cost * (self.model.host + self.model.per_request * len(self.running))
+            await asyncio.sleep(step)
+            self.itl_sum += self.model.itl_told * step * len(self.running)
+            self.itl_count += len(self.running)
             self._step()
 
     def _step(self) -> None:

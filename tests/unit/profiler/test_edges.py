@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -414,12 +416,12 @@ async def test_a_healthy_engine_tells_about_itself_and_stops() -> None:
         assert (info.max_num_batched_tokens, info.capture_sizes) == (2048, (1, 2, 4))
         assert info.kv_bytes == pytest.approx(GIB, rel=0.006)
         assert (await engine.sample()).running == 3
-        engine.check()
+        await engine.check()
         assert any("Chunked prefill" in line for line in heard)
     finally:
         await engine.stop()
     with pytest.raises(EngineError, match="the engine died: killed by signal 15"):
-        engine.check()
+        await engine.check()
 
 
 async def test_a_connection_that_the_engine_closes_for_having_been_idle_is_no_trouble_of_the_engines() -> None:
@@ -453,6 +455,50 @@ async def test_an_engine_that_does_not_start(script: str, kind: type[EngineError
         await launcher(script).launch(SETTINGS, timeout=20)
     assert words in str(failure.value)
     assert type(failure.value) is kind
+
+
+async def test_an_engine_that_dies_later_is_quoted_to_its_last_line() -> None:
+    dies = HEALTHY.replace(
+        "def do_GET(self):",
+        """def do_GET(self):
+        type(self).asked = getattr(self, "asked", 0) + (self.path == "/metrics")
+        if self.asked > 1:
+            print(*("a frame" for _ in range(5000)), "ValueError: the cause", sep=chr(10), flush=True)
+            import os; os._exit(3)""",
+    )
+    engine = await launcher(dies).launch(SETTINGS, timeout=20)
+    try:
+        with pytest.raises(EngineError, match="the engine died: exit status 3; its last words: ValueError: the cause"):
+            await engine.sample()
+    finally:
+        await engine.stop()
+
+
+async def test_an_engine_whose_child_holds_its_output_open_is_told_of_all_the_same() -> None:
+    orphan = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); raise ValueError('no')"
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="did not start: exit status 1; its last words: ValueError: no"):
+        await launcher(orphan).launch(SETTINGS, timeout=20)
+    assert time.monotonic() - began < 15
+
+
+async def test_an_engine_that_is_frozen_does_not_answer_and_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tightship.profiler.engine.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("tightship.profiler.engine.STOP_SECONDS", 0.5)
+    heard: list[str] = []
+    engine = await launcher(f"import os; print('pid', os.getpid(), flush=True){HEALTHY}", heard).launch(
+        SETTINGS, timeout=20
+    )
+    pid = int(heard[0].split()[1])
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(
+            EngineError, match=r"does not answer /metrics: ReadTimeout; its last words: .*Available KV cache"
+        ):
+            await engine.sample()
+    finally:
+        await engine.stop()
+    assert _gone(pid)
 
 
 async def test_an_engine_that_never_gets_healthy_is_killed_with_its_children() -> None:

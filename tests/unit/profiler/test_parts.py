@@ -25,7 +25,7 @@ from tightship.profiler.ladder import Goals, Noise, next_batch, rungs
 from tightship.profiler.lastwords import is_memory, last_words, plain
 from tightship.profiler.lengths import Length, Lengths, Prompts
 from tightship.profiler.metrics import parse_cache_info, parse_sample
-from tightship.profiler.windows import FIRST_TOKENS, filled, lived
+from tightship.profiler.windows import filled, lived
 from unit.profiler.fakes import FakeDevice, VirtualClock, in_virtual_time, make_profile
 
 # --- histogram ---
@@ -140,10 +140,6 @@ def test_the_gaps_between_requests_are_left_out_of_small_batches(
     batch: int, running: float, crowded: bool, share: float
 ) -> None:
     assert filled(batch, running, crowded=crowded) == pytest.approx(share)
-
-
-def test_the_first_tokens_of_a_life_are_those_that_the_statistics_want() -> None:
-    assert set(FIRST_TOKENS) == {1, *points.FIRST_TOKENS_NEEDED.values()}
 
 
 def test_prompts_have_the_exact_length_also_beyond_the_pool() -> None:

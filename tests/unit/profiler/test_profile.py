@@ -13,7 +13,7 @@ import pytest
 
 from tightship.api.units import parse_quantity
 from tightship.api.v1alpha1 import batchprofile as api
-from tightship.profiler.__main__ import kept
+from tightship.profiler.__main__ import AGAIN, FINISHED, kept, profile
 from tightship.profiler.gpu import GIB
 from tightship.profiler.meter import Meter, Reading
 from tightship.profiler.profile import Profiler, largest_batch, make_job
@@ -423,13 +423,56 @@ def test_a_percentile_objective_gets_the_steps_it_needs(metric: str) -> None:
     assert "p95" in point(usual().status, 256).unresolved
 
 
+def test_an_engine_whose_own_histogram_says_otherwise_is_quoted_beside_the_client() -> None:
+    told = Run(FakeModel(itl_told=0.8)).go().outcome
+    assert told is not None
+    assert "batch 64: 22.8 ms between tokens at the client, 18.2 ms by the engine" in (told.message or "")
+    agreed = usual().status.outcome
+    assert agreed is not None
+    assert "by the engine" not in (agreed.message or "")
+
+
 def test_the_api_server_is_away_while_points_are_reported() -> None:
     run = Run()
     run.sink.errors = [Away("connection refused")] * 8
     status = run.go()
-    assert len(status.points) == 14
+    assert len(run.sink.written[0]["points"]) >= 2, (
+        "those that were measured meanwhile came with the first report that got through"
+    )
+    assert status.points == usual().status.points
     assert status.outcome is not None
     assert status.outcome.state == "Completed"
+    assert status.gpu_seconds == usual().status.gpu_seconds, "nobody waits for the API server"
+
+
+def test_an_api_server_that_stays_away_leaves_the_end_to_the_next_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Leaving(MemorySink):
+        """Away from the fifth point on."""
+
+        async def write(self, status: Mapping[str, Any]) -> None:
+            if len(status.get("points", ())) > 4 and not self.back:
+                raise Away("connection refused")
+            await super().write(status)
+
+        back = False
+
+    device, environ = FakeDevice(), {"HF_HOME": "/nowhere"}
+    monkeypatch.setattr("tightship.profiler.__main__.open_device", lambda *_: device)
+    sink = Leaving(make_profile())
+
+    def attempt() -> int:
+        return in_virtual_time(lambda: profile(sink, environ, VirtualClock(), FakeLauncher(device, [FakeModel()])))
+
+    assert attempt() == AGAIN
+    before = sink.written[-1]
+    assert len(before["points"]) == 4
+    assert before.get("outcome") is None
+
+    sink.back = True
+    sink.profile = sink.profile.model_copy(update={"status": api.BatchProfileStatus.model_validate(before)})
+    assert attempt() == FINISHED
+    assert sink.written[-1]["points"][:4] == before["points"]
+    assert sink.written[-1]["outcome"]["state"] == "Completed"
 
 
 def test_stopping_in_the_middle_keeps_the_points_and_stops_the_engine() -> None:
@@ -517,18 +560,38 @@ def test_an_engine_that_never_comes_up_again_ends_the_sweep_with_the_budget() ->
 
 
 @pytest.mark.parametrize(
-    "models",
+    ("models", "state", "words"),
     [
-        [FakeModel(fails_to_start="RuntimeError: no")],
-        [FakeModel(dies_after=20)],
-        [FakeModel(hangs_after=40)],
-        [FakeModel(refuses_after=20)],
-        [FakeModel(), FakeModel(dies_after=3)],
-        [FakeModel(), FakeModel(hangs_after=3)],
-        [FakeModel(kv_tokens=20_000)],
-        [FakeModel(dies_after=20), FakeModel(start_seconds=3600)],
-        [FakeModel(), FakeModel(start_seconds=3600)],
-        [FakeModel(slower_as_replica=100)],
+        ([FakeModel(fails_to_start="RuntimeError: no")], "Failed", "RuntimeError: no"),
+        (
+            [FakeModel(dies_after=20)],
+            "Completed",
+            "failed again after 8 points: the engine died: ValueError: the last words",
+        ),
+        (
+            [FakeModel(hangs_after=40)],
+            "BudgetExceeded",
+            "when the time was over; its last words: INFO the engine's last line",
+        ),
+        (
+            [FakeModel(refuses_after=20)],
+            "Completed",
+            "failed again after 8 points: 20 requests failed in a row, the last because",
+        ),
+        (
+            [FakeModel(), FakeModel(dies_after=3)],
+            "BudgetExceeded",
+            "running as a replica would failed: the engine died: ",
+        ),
+        (
+            [FakeModel(), FakeModel(hangs_after=3)],
+            "BudgetExceeded",
+            "no token has come for 90 s with 96 requests in flight",
+        ),
+        ([FakeModel(kv_tokens=20_000)], "Completed", "the KV cache is full"),
+        ([FakeModel(dies_after=20), FakeModel(start_seconds=3600)], "BudgetExceeded", "was still starting"),
+        ([FakeModel(), FakeModel(start_seconds=3600)], "BudgetExceeded", "was cut at the end of the budget"),
+        ([FakeModel(slower_as_replica=100)], "BudgetExceeded", "time between tokens 100.000 times the sweep's"),
     ],
     ids=[
         "no start",
@@ -543,12 +606,20 @@ def test_an_engine_that_never_comes_up_again_ends_the_sweep_with_the_budget() ->
         "a long worst step",
     ],
 )
-def test_whatever_happens_the_budget_holds_and_every_engine_is_stopped(models: list[FakeModel]) -> None:
+def test_whatever_happens_it_is_said_the_budget_holds_nothing_is_measured_twice_and_every_engine_is_stopped(
+    models: list[FakeModel], state: str, words: str
+) -> None:
     run = Run(*models, budget="4m")
     status = run.go()
     assert status.outcome is not None
+    assert (status.outcome.state, words in (status.outcome.message or "")) == (state, True), status.outcome.message
     assert float(status.gpu_seconds or 0) <= 240 + 2
     assert run.device.stopped == len(run.launcher.engines)
+    levels = [one["message"] for one in run.said if one["message"].startswith("measuring")]
+    # Only what the engine failed in is begun again, once for each engine.
+    assert len(levels) - len(set(levels)) < len(run.launcher.launched)
+    measured = [tuple(one["batch"] for one in written.get("points", ())) for written in run.sink.written]
+    assert all(len(set(each)) == len(each) for each in measured)
 
 
 @pytest.mark.parametrize(

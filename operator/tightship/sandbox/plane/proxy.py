@@ -19,7 +19,7 @@ _KUBELET_PATHS = {"log": "containerLogs", "exec": "exec", "attach": "attach", "p
 
 
 def _unreachable(what: str, error: Exception) -> ApiError:
-    return ApiError(503, "ServiceUnavailable", f"error trying to reach {what}: {error or type(error).__name__}")
+    return ApiError(503, "ServiceUnavailable", f"error trying to reach {what}: {str(error) or type(error).__name__}")
 
 
 class Proxy:

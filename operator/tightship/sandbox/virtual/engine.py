@@ -96,7 +96,7 @@ class VirtualEngine:
         """A new way to send requests to it."""
         return VirtualChannel(self)
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """Raise EngineError, or OutOfMemory, with its last words when it has died."""
         if self._over is not None:
             kind = OutOfMemory if is_memory(self._over) else EngineError
@@ -112,7 +112,7 @@ class VirtualEngine:
 
     async def sample(self) -> EngineSample:
         """Its counters and gauges now."""
-        self.check()
+        await self.check()
         counters, engine = self._counters, self._engine
         return EngineSample(
             at=self._loop.time(),

@@ -66,8 +66,9 @@ def test_pods_that_come_and_go_leave_the_bridge_its_hardware_address() -> None:
         f"{address} && {low} && {address}"
     )
     done = run(*network.unshare_command(), "sh", "-c", script)
+    assert done.returncode == 0, done.stderr
     before, after = done.stdout.splitlines()
-    assert before == after, done.stderr
+    assert before == after
 
 
 def test_killing_the_supervisor_ends_everything(background: Path) -> None:

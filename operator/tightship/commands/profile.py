@@ -404,6 +404,7 @@ def _surroundings(plan: Plan, args: argparse.Namespace) -> None:
     try:
         environ.update(_gpu_environ(args.gpu, environ, _measured_on(plan.profile)))
         device = open_nvml(environ)
+        used = device.used()
     except DeviceError as error:
         raise InputError(f"{error}; --device cpu measures vLLM's CPU back end") from error
     there, wanted = (device.identity.product or "").replace(" ", "-"), key.accelerator.product or ""
@@ -414,9 +415,9 @@ def _surroundings(plan: Plan, args: argparse.Namespace) -> None:
         )
     if args.filename is not None and args.product not in (None, wanted):
         raise InputError(f"--product {args.product}: {args.filename} says {wanted}")
-    if device.used() > CROWDED:
+    if used > CROWDED:
         plan.notes.append(
-            f"others use {format_quantity(device.used() >> 20 << 20)} of this GPU: what is measured beside them means little (nvidia-smi)"
+            f"others use {format_quantity(used >> 20 << 20)} of this GPU: what is measured beside them means little (nvidia-smi)"
         )
 
 

@@ -23,7 +23,7 @@ from tightship.profiler import points
 from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine, EngineInfo, EngineSettings
 from tightship.profiler.errors import EngineError, LoadError, UnansweredError
-from tightship.profiler.gpu import GIB, Device
+from tightship.profiler.gpu import GIB, Device, DeviceError
 from tightship.profiler.lengths import Prompts
 from tightship.profiler.meter import Reading
 from tightship.profiler.wire import Channel, Completion
@@ -87,7 +87,7 @@ def replica_settings(sweep: EngineSettings, info: EngineInfo, plan: ReplicaPlan)
 
 
 class MemoryWatch:
-    """Keeps the highest used memory of a device while it is entered."""
+    """Keeps the highest used memory of a device while it is entered; raises DeviceError at the end where that could not be read."""
 
     def __init__(self, device: Device, clock: Clock) -> None:
         self._device = device
@@ -99,10 +99,14 @@ class MemoryWatch:
         self._task = asyncio.get_running_loop().create_task(self._watch())
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         assert self._task is not None
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        (ended,) = await asyncio.gather(self._task, return_exceptions=True)
+        if error is not None:
+            return  # what the engine failed of says more than a device that can't be read any more
+        if isinstance(ended, DeviceError):
+            raise ended
         self.peak = max(self.peak, self._device.used())
 
     async def _watch(self) -> None:

@@ -194,6 +194,8 @@ class ConfirmationRun:
                 reading = await meter.measure(self._batch, seconds, session.budget.left, session.lengths.mean_output)
                 if reading is None or reading.undriven is None:
                     break
+            if reading is None and meter.hung is not None:
+                session.note(f"confirmation run at batch {self._batch}: {meter.hung}")
             return reading
         finally:
             await load.close()

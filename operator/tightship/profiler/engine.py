@@ -269,6 +269,8 @@ class ProcessEngine:
         await self._process.wait()
         await self._drain_output()
         await self._http.aclose()
+        if self._reader.done() and not self._reader.cancelled():
+            self._reader.result()  # what kept its output from being passed on, such as a full disk
 
     def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -2,17 +2,19 @@
 
 ProfilerError
 ├── EngineError        the engine did not start, died, hung or refused what it was asked
+│   ├── DeviceError    no engine can run: there is no device, or it can't be read any more (`tightship.profiler.gpu`)
 │   ├── OutOfMemory    the cause was memory: the device's, or too little left for a KV cache
 │   └── UnansweredError  it runs, but fails requests or sends no tokens
 ├── LoadError          the load could not be driven as asked
 ├── BudgetSpentError   the budget ended while something was under way
-├── DeviceError        there is no device, or it can't be read any more (`tightship.profiler.gpu`)
 ├── SharingError       the device can't be shared among engines here (`tightship.profiler.sharing`)
 ├── LengthsError       the lengths of the workload can't be used, or are not those the profile is of
 └── ReportError        the API server refused what was reported: retrying would not help
 """
 
 from __future__ import annotations
+
+from tightship.profiler.lastwords import is_memory
 
 
 class ProfilerError(Exception):
@@ -32,7 +34,8 @@ class UnansweredError(EngineError):
 
     def with_words(self, words: str) -> EngineError:
         """The same with the engine's last words, which its clients can't know; `words` is empty where it said nothing."""
-        return EngineError(f"{self}; its last words: {words or 'none'}")
+        kind = OutOfMemory if is_memory(words) else EngineError
+        return kind(f"{self}; its last words: {words or 'none'}")
 
 
 class LoadError(ProfilerError):

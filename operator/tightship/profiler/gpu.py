@@ -7,6 +7,7 @@ the engine's processes, which are exactly the profiler's descendants.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from tightship.profiler.clock import Clock
-from tightship.profiler.errors import ProfilerError
+from tightship.profiler.errors import EngineError
 
 GIB: Final = 1024**3
 
@@ -55,7 +56,7 @@ class Device(Protocol):
         """How busy it is: over the driver's last sampling period, or since the last call."""
 
 
-class DeviceError(ProfilerError):
+class DeviceError(EngineError):
     """There is no device, or it can't be read: what was measured on it stands, and nothing more can be."""
 
 
@@ -98,11 +99,13 @@ class NvmlDevice:
 
     def used(self) -> int:
         """Used memory of the whole device, bytes."""
+        with contextlib.suppress(self._nvml.NVMLError):  # a driver that is busy may fail once
+            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
         try:
             return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
         except self._nvml.NVMLError as error:
             raise DeviceError(
-                f"NVML can no longer read {self._identity.uuid} ({error}): the GPU is lost or its driver was taken away; the kernel's log on "
+                f"NVML can no longer read {self._identity.uuid} ({error}): the GPU may be lost, or its driver gone; the kernel's log on "
                 "the node (dmesg, Xid) says why"
             ) from error
 

@@ -22,7 +22,7 @@ from tightship.profiler.clock import Clock
 from tightship.profiler.confirmation import ConfirmationRun
 from tightship.profiler.engine import Launcher
 from tightship.profiler.errors import EngineError, LengthsError, LoadError, OutOfMemory
-from tightship.profiler.gpu import Device, DeviceError
+from tightship.profiler.gpu import Device
 from tightship.profiler.job import Job, largest_batch, make_job
 from tightship.profiler.packing import try_packings
 from tightship.profiler.report import MESSAGE_MOST, Report, continued
@@ -108,7 +108,7 @@ class Profiler:
             return await self._conclude(ended, curve, sweep.imprecise())
         except OutOfMemory as error:
             return self._outcome("Failed", "InsufficientMemory", self._with_notes(str(error)))
-        except (EngineError, LoadError, LengthsError, DeviceError) as error:
+        except (EngineError, LoadError, LengthsError) as error:
             return self._outcome("Failed", "EngineFailed", self._with_notes(str(error)))
 
     async def extend(self, earlier: api.Outcome) -> api.Outcome:
@@ -124,7 +124,7 @@ class Profiler:
         else:
             try:
                 said = (await self._try_packings()).notes
-            except (EngineError, LoadError, DeviceError) as error:
+            except (EngineError, LoadError) as error:
                 said = [f"the trials asked for failed: {error}"]
         request = self._job.extension.request if self._job.extension is not None else None
         message = continued(earlier.message, "; ".join([*said, *self._session.notes]))

@@ -28,7 +28,7 @@ from tightship.profiler.clock import Clock
 from tightship.profiler.engine import Engine, EngineInfo, EngineSettings
 from tightship.profiler.errors import BudgetSpentError, EngineError, LoadError, UnansweredError
 from tightship.profiler.fleet import DoesNotFitError, Fleet, NotStartedError, Pair, Sizes, packed_settings
-from tightship.profiler.gpu import Device
+from tightship.profiler.gpu import Device, DeviceError
 from tightship.profiler.lengths import Lengths
 from tightship.profiler.load import ClosedLoop
 from tightship.profiler.packed import LateLoadError, PackedMeter
@@ -256,6 +256,9 @@ class Trials:
             self._late.add(pair)  # once may be the machine's hiccup, as with a level of the sweep
         except LoadError as error:
             self._fail(pair, str(error))
+        except DeviceError as error:
+            self._fail(pair, str(error))
+            return str(error)
         except EngineError as error:
             return await self._recover(pair, error)
         return None

@@ -12,7 +12,7 @@ from typing import Any
 from tightship.api.v1alpha1 import batchprofile as api
 from tightship.profiler.engine import EngineInfo, EngineSettings
 from tightship.profiler.errors import EngineError, OutOfMemory
-from tightship.profiler.gpu import GIB, DeviceIdentity, Utilization
+from tightship.profiler.gpu import GIB, DeviceError, DeviceIdentity, Utilization
 from tightship.profiler.metrics import EngineSample
 from tightship.profiler.wire import Completion, Listener
 from tightship.sandbox.virtual.clock import VirtualClock, VirtualLoop, in_virtual_time, work
@@ -232,6 +232,8 @@ class FakeDevice:
     """Seconds for which an engine's memory stays in use after its end."""
     held: int = 0
     """Bytes of engines that have ended."""
+    lost_with: int | None = None
+    """Engines whose end it does not outlive: from then on it can't be read."""
     kind: str = "cuda"
     product: str = "NVIDIA H100 80GB HBM3"
 
@@ -240,6 +242,8 @@ class FakeDevice:
         return DeviceIdentity(self.kind, self.product, self.memory, uuid="GPU-1", driver="580")
 
     def used(self) -> int:
+        if self.lost_with is not None and self.stopped >= self.lost_with:
+            raise DeviceError("the GPU is lost")
         return self.idle + self.engine + self.held
 
     def release(self) -> None:

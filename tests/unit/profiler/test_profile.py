@@ -330,6 +330,16 @@ def test_a_reading_that_no_replica_can_have_makes_no_ledger_but_a_word_with_numb
     )
 
 
+def test_a_gpu_that_is_lost_after_the_sweep_costs_no_point() -> None:
+    status = Run(device=FakeDevice(lost_with=1)).go()
+    assert status.outcome is not None
+    assert (status.outcome.state, status.outcome.unfinished) == ("Completed", ["Confirmation"])
+    assert "14 batches were measured, but running as a replica would failed: the GPU is lost" in (
+        status.outcome.message or ""
+    )
+    assert batches(status) == batches(usual().status)
+
+
 def test_batches_that_have_no_sockets_have_no_point() -> None:
     run = Run(in_flight_most=300)
     status = run.go()
@@ -618,8 +628,9 @@ def test_whatever_happens_it_is_said_the_budget_holds_nothing_is_measured_twice_
     levels = [one["message"] for one in run.said if one["message"].startswith("measuring")]
     # Only what the engine failed in is begun again, once for each engine.
     assert len(levels) - len(set(levels)) < len(run.launcher.launched)
-    measured = [tuple(one["batch"] for one in written.get("points", ())) for written in run.sink.written]
-    assert all(len(set(each)) == len(each) for each in measured)
+    told = [{one["batch"]: one for one in written.get("points", ())} for written in run.sink.written]
+    for earlier, later in itertools.pairwise(told):
+        assert {batch: later.get(batch) for batch in earlier} == earlier
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,6 +20,7 @@ from tightship.profiler import points
 from tightship.profiler.budget import Budget
 from tightship.profiler.engine import EngineInfo, EngineSettings
 from tightship.profiler.fleet import Pair, Sizes, packed_settings
+from tightship.profiler.gpu import DeviceError
 from tightship.profiler.lengths import Lengths, Prompts
 from tightship.profiler.load import ClosedLoop
 from tightship.profiler.packed import PackedMeter
@@ -199,6 +200,17 @@ class Lingering(VirtualDevice):
         return super().used() + (60 * GIB if now < self.until else 0)
 
 
+class Losing(VirtualDevice):
+    """A device that can't be read while `lost` says so."""
+
+    lost: Callable[[], bool]
+
+    def used(self) -> int:
+        if self.lost():
+            raise DeviceError("the GPU is lost")
+        return super().used()
+
+
 @dataclass
 class Story:
     """Trials of a setting, and what can be seen of them afterwards."""
@@ -213,6 +225,8 @@ class Story:
     late: int = 0
     """How many loads run late, the first ones."""
     lingers: bool = False
+    lost_with: int | None = None
+    """Trials that are kept before the device can't be read any more."""
     max_replicas: int = 4
     cancel_after: float | None = None
     start_seconds: float = 45.0
@@ -259,7 +273,9 @@ class Story:
     async def _run(self) -> Verdict:
         setting, clock = self.packing.setting, VirtualClock()
         gpu = setting.gpu()
-        self.device = (Lingering if self.lingers else VirtualDevice)(gpu)
+        self.device = Lingering(gpu) if self.lingers else Losing(gpu)
+        if isinstance(self.device, Losing):
+            self.device.lost = lambda: self.lost_with is not None and len(self.kept) >= self.lost_with
         self.idle = VirtualDevice(gpu).used()
         self.launcher = VirtualLauncher(gpu, start_seconds=self.start_seconds, faults=self.faults)
         began = clock.now()
@@ -311,6 +327,7 @@ class Story:
             return await trials
         finally:
             self.seconds = clock.now() - began
+            self.lost_with = None
             self.used_after = self.device.used()
 
     def decide(self) -> Recommendation:
@@ -588,6 +605,14 @@ def test_engines_that_die_again_end_the_trials() -> None:
     assert story.kept == []
     assert verdict.notes[-1] == "no packing was tried: engines died under load again"
     assert len(story.launcher.launched) == 4
+    assert story.used_after == story.idle
+
+
+def test_a_gpu_that_is_lost_ends_the_trials_and_keeps_those_there_are() -> None:
+    story = Story(PAYS, pairs=((64, 2), (32, 2), (64, 3)), lost_with=1)
+    verdict = story.run()
+    assert story.kept == [(64, 2)]
+    assert verdict.notes[-1].endswith(": the GPU is lost")
     assert story.used_after == story.idle
 
 

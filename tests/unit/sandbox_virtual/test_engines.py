@@ -218,7 +218,7 @@ def test_an_engine_that_dies_fails_what_is_in_flight_and_leaves_its_memory() -> 
         assert short.heard == ["token"] * 3 + ["finished"]
         assert long.heard[-1].startswith("failed: connection lost after ")
         assert late.heard == ["failed: no connection: the engine is gone"]
-        for failing in (engine.sample(), asyncio.to_thread(engine.check)):
+        for failing in (engine.sample(), engine.check()):
             with pytest.raises(EngineError, match=r"last words: .*unspecified launch failure"):
                 await failing
         assert gpu.memory.used == 0

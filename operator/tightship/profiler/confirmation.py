@@ -194,8 +194,8 @@ class ConfirmationRun:
                 reading = await meter.measure(self._batch, seconds, session.budget.left, session.lengths.mean_output)
                 if reading is None or reading.undriven is None:
                     break
-            if reading is None and meter.hung is not None:
-                session.note(f"confirmation run at batch {self._batch}: {meter.hung}")
+            if reading is None:
+                session.tell_silence(meter, f"confirmation run at batch {self._batch}")
             return reading
         finally:
             await load.close()

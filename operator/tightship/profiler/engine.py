@@ -26,8 +26,8 @@ from typing import Any, Final, Protocol
 import httpx
 
 from tightship.profiler.clock import Clock
-from tightship.profiler.errors import EngineError, OutOfMemory
-from tightship.profiler.lastwords import is_memory, last_words
+from tightship.profiler.errors import EngineError, OutOfMemory, kind_of
+from tightship.profiler.lastwords import last_words
 from tightship.profiler.metrics import EngineSample, parse_cache_info, parse_sample
 from tightship.profiler.wire import Channel, HttpChannel
 
@@ -223,8 +223,7 @@ class ProcessEngine:
     async def check(self) -> None:
         """Raise EngineError, or OutOfMemory, with its last words when it has died."""
         if self._process.returncode is not None:
-            await self._drain_output()
-            raise self._obituary("the engine died")
+            raise await self._obituary("the engine died")
 
     def owns(self, pid: int) -> bool:
         """Whether a process is of its group, in which it was started and its children stay."""
@@ -248,8 +247,7 @@ class ProcessEngine:
         deadline = self._clock.now() + timeout
         while True:
             if self._process.returncode is not None:
-                await self._drain_output()
-                raise self._obituary("the engine did not start")
+                raise await self._obituary("the engine did not start")
             with contextlib.suppress(httpx.HTTPError):
                 if (await self._http.get("/health", timeout=2.0)).status_code == 200:
                     break
@@ -354,12 +352,13 @@ class ProcessEngine:
         await asyncio.wait({self._reader}, timeout=DRAIN_SECONDS)
         self._reader.cancel()
 
-    def _obituary(self, what: str) -> EngineError:
+    async def _obituary(self, what: str) -> EngineError:
+        await self._drain_output()
         code = self._process.returncode
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit status {code}"
         hint = " (often the container's memory limit)" if code == -signal.SIGKILL else ""
         words = self.last_words() or "none"
-        kind = OutOfMemory if is_memory(words) or hint else EngineError
+        kind = OutOfMemory if hint else kind_of(words)
         return kind(f"{what}: {how}{hint}; its last words: {words}")
 
 

@@ -29,13 +29,17 @@ class OutOfMemory(EngineError):
     """The engine did not fit: the device's memory, or what was left of it for a KV cache, did not suffice."""
 
 
+def kind_of(words: str) -> type[EngineError]:
+    """What an engine failed of by its last words: `OutOfMemory` where they speak of memory."""
+    return OutOfMemory if is_memory(words) else EngineError
+
+
 class UnansweredError(EngineError):
     """The engine runs, but fails requests or sends no tokens: what its clients saw, without its own words yet."""
 
     def with_words(self, words: str) -> EngineError:
         """The same with the engine's last words, which its clients can't know; `words` is empty where it said nothing."""
-        kind = OutOfMemory if is_memory(words) else EngineError
-        return kind(f"{self}; its last words: {words or 'none'}")
+        return kind_of(words)(f"{self}; its last words: {words or 'none'}")
 
 
 class LoadError(ProfilerError):

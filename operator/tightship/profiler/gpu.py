@@ -73,7 +73,7 @@ class NvmlDevice:
         try:
             nvml.nvmlInit()
             self._handle = self._find(visible)
-            total = int(nvml.nvmlDeviceGetMemoryInfo(self._handle).total)
+            total = int(self._memory().total)
             self._identity = DeviceIdentity(
                 kind="cuda",
                 product=_text(nvml.nvmlDeviceGetName(self._handle)),
@@ -83,6 +83,9 @@ class NvmlDevice:
             )
         except nvml.NVMLError as error:
             raise DeviceError(f"NVML can't read the GPU ({error}): does this container see one?") from error
+
+    def _memory(self) -> Any:
+        return self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
 
     def _find(self, visible: str) -> Any:
         if "GPU-" in visible:
@@ -100,9 +103,9 @@ class NvmlDevice:
     def used(self) -> int:
         """Used memory of the whole device, bytes."""
         with contextlib.suppress(self._nvml.NVMLError):  # a driver that is busy may fail once
-            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+            return int(self._memory().used)
         try:
-            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+            return int(self._memory().used)
         except self._nvml.NVMLError as error:
             raise DeviceError(
                 f"NVML can no longer read {self._identity.uuid} ({error}): the GPU may be lost, or its driver gone; the kernel's log on "

@@ -216,6 +216,11 @@ class Session:
             self.notes.append(text)
             log.warning("%s", text)
 
+    def tell_silence(self, meter: Meter, where: str) -> None:
+        """An engine that hangs and a level that is slow end alike, when the time is over: have the outcome say which it was."""
+        if meter.hung is not None:
+            self.note(f"{where}: {meter.hung}")
+
     def leave(self, part: api.Part) -> None:
         """Have the outcome say that a part is to be made up for."""
         self.unfinished.add(part)

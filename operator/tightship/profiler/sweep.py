@@ -196,7 +196,7 @@ class Sweep:
                 lower=self._lower(batch),
             )
             if reading is None:
-                self._tell_silence(meter, batch)
+                session.tell_silence(meter, f"batch {batch}")
                 return False
             if reading.undriven is None:
                 self._take(reading)
@@ -206,11 +206,6 @@ class Sweep:
         self._late.add(batch)
         session.note(why)
         return True
-
-    def _tell_silence(self, meter: Meter, batch: int) -> None:
-        """An engine that hangs and a level that is slow end alike, when the time is over: say which it was."""
-        if meter.hung is not None:
-            self._session.note(f"batch {batch}: {meter.hung}")
 
     def _lower(self, batch: int) -> float | None:
         """T of half the batch, where this one is only on the way up; None where something may be decided by it.
@@ -331,7 +326,7 @@ class Sweep:
                 self._top, min(LEVEL_MOST, budget.for_baseline), budget.for_baseline, session.lengths.mean_output
             )
             if reading is None:
-                self._tell_silence(meter, self._top)
+                session.tell_silence(meter, f"batch {self._top}")
                 raise BudgetSpentError(f"the budget ended it at batch {self._top}")
             if reading.undriven is None:
                 session.report.baseline = reading.point

@@ -249,8 +249,12 @@ class Windows:
     @property
     def alive(self) -> bool:
         """Whether tokens still come from every engine."""
-        silence = max(SILENCE_SECONDS, SILENCE_STEPS * self.itl)
-        return all(load.silent < silence for load in self._loads)
+        return self.silent < max(SILENCE_SECONDS, SILENCE_STEPS * self.itl)
+
+    @property
+    def silent(self) -> float:
+        """Seconds since a token came, from the engine that has been silent for longest."""
+        return max(load.silent for load in self._loads)
 
     def backs(self, tally: Tally, *, steps: int, first_tokens: int) -> bool:
         """Whether as many engine steps and first tokens were measured as an objective's statistic wants."""
@@ -259,11 +263,6 @@ class Windows:
     def lived(self, tally: Tally, requests: int, mean_output: float, *, by_lot: bool) -> bool:
         """Whether this was long enough for `requests` in flight, of `mean_output` tokens, to have made room for others (see `lived`)."""
         return lived(tally.seconds, requests, mean_output * self.itl, self.recording.ttft.count, by_lot=by_lot)
-
-    @property
-    def silent(self) -> float:
-        """Seconds since a token came, from the engine that has been silent for longest."""
-        return max(load.silent for load in self._loads)
 
     async def _window(self, length: float, tally: Tally, deadline: float) -> bool:
         start = tally.last[0].at

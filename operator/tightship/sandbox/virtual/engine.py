@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, cast
 
 from tightship.profiler.engine import EngineInfo
-from tightship.profiler.errors import EngineError, OutOfMemory
-from tightship.profiler.lastwords import is_memory
+from tightship.profiler.errors import kind_of
 from tightship.profiler.metrics import EngineSample
 from tightship.profiler.wire import Channel, Completion, Listener
 from tightship.sandbox.simulation.costs import Model
@@ -99,8 +98,7 @@ class VirtualEngine:
     async def check(self) -> None:
         """Raise EngineError, or OutOfMemory, with its last words when it has died."""
         if self._over is not None:
-            kind = OutOfMemory if is_memory(self._over) else EngineError
-            raise kind(f"the engine died: exit status 1; its last words: {self._over}")
+            raise kind_of(self._over)(f"the engine died: exit status 1; its last words: {self._over}")
 
     def owns(self, pid: int) -> bool:
         """None: it is no process."""

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tightship.profiler.engine import EngineInfo, EngineSettings
-from tightship.profiler.errors import EngineError, OutOfMemory
+from tightship.profiler.errors import EngineError, kind_of
 from tightship.profiler.gpu import DeviceIdentity, Utilization
-from tightship.profiler.lastwords import is_memory, last_words
+from tightship.profiler.lastwords import last_words
 from tightship.sandbox.simulation.costs import Model
 from tightship.sandbox.simulation.gpu import Gpu, OutOfMemoryError
 from tightship.sandbox.simulation.serving import models
@@ -116,8 +116,7 @@ class VirtualLauncher:
             words = last_words(said.getvalue().splitlines())
             raise EngineError(f"the engine did not start: exit status {error.code}; its last words: {words}") from None
         except (StartError, models.ModelError) as error:
-            kind = OutOfMemory if is_memory(str(error)) else EngineError
-            raise kind(f"the engine did not start: exit status 1; its last words: {error}") from error
+            raise kind_of(str(error))(f"the engine did not start: exit status 1; its last words: {error}") from error
         return VirtualEngine(Place(self._gpu, memory, self._noise, faults), model, started, _info(started))
 
 
